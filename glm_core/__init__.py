@@ -1,0 +1,1 @@
+"""GLM-Image's model, without a host: networks, sampling, grids, prompts, checkpoints, tokens."""

@@ -1,0 +1,5 @@
+"""The one exception that the pack raises on purpose."""
+
+
+class GLMImageError(ValueError):
+    """A sentence for the person at the graph: what was wrong, the value, what to do."""
