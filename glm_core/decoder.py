@@ -1,0 +1,436 @@
+"""The diffusion decoder: a single-stream DiT over glyph text and image tokens.
+
+Keys equal those of diffusers' `GlmImageTransformer2DModel`, from which the formulas are taken.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import sdpa
+from .errors import GLMImageError
+
+EPS = 1e-5
+DROPPED = -1
+"""The token id of a cell without a prior: its embedding is zero, as in the unconditional pass."""
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The fields of `transformer/config.json`."""
+
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    num_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    text_embed_dim: int
+    time_embed_dim: int
+    condition_dim: int
+    prior_vq_quantizer_codebook_size: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "DecoderConfig":
+        missing = [f.name for f in fields(cls) if f.name not in config]
+        if missing:
+            raise GLMImageError(
+                f"The decoder's config.json lacks {', '.join(missing)}; "
+                "take it from the snapshot's transformer folder."
+            )
+        return cls(**{f.name: config[f.name] for f in fields(cls)})
+
+    def __post_init__(self) -> None:
+        if self.attention_head_dim % 4:
+            raise GLMImageError(
+                f"attention_head_dim is {self.attention_head_dim}; "
+                "rows and columns need a quarter of it each, so it must be a multiple of 4."
+            )
+        if self.time_embed_dim % 2 or self.condition_dim % 2:
+            raise GLMImageError(
+                f"time_embed_dim {self.time_embed_dim} and condition_dim {self.condition_dim} "
+                "hold cosines and sines, so both must be even."
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class StepInvariants(NamedTuple):
+    """What a denoising run computes once: it depends on the conditioning, not on the step."""
+
+    text: Tensor  # [B, T, hidden]
+    prior: Tensor  # [B, N, hidden]
+    rope: Rope  # cos, sin: [T + N, head_dim]
+
+
+class Decoder(nn.Module):
+    """Predicts the flow (noise - image) of latents, given semantic tokens and glyph text."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+        attention: Callable[..., Tensor] = sdpa,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        layer_kw = {"device": device, "dtype": dtype}
+        hidden = config.hidden_size
+        patch = config.patch_size**2
+
+        self.image_projector = Projection(config.in_channels * patch, hidden, **kw)
+        self.glyph_projector = FeedForward(config.text_embed_dim, hidden, hidden, F.gelu, **kw)
+        self.prior_token_embedding = operations.Embedding(
+            config.prior_vq_quantizer_codebook_size, hidden, **layer_kw
+        )
+        self.prior_projector = FeedForward(hidden, hidden, hidden, F.silu, **kw)
+        self.time_condition_embed = TimeSizeEmbedding(config, **kw)
+        self.transformer_blocks = nn.ModuleList(
+            Block(config, attention=attention, **kw) for _ in range(config.num_layers)
+        )
+        self.norm_out = FinalNorm(hidden, config.time_embed_dim, **kw)
+        self.proj_out = operations.Linear(hidden, config.out_channels * patch, **layer_kw)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        glyphs: Tensor,
+        tokens: Tensor,
+        size: tuple[int, int],
+        transformer_options: dict | None = None,
+    ) -> Tensor:
+        """One prediction.
+
+        Args:
+            x: latents [B, C, H, W].
+            timestep: float [B], unshifted (`ScheduleConfig.timestep`).
+            glyphs: the glyph encoder's states [B, T, text_embed_dim], unpadded.
+            tokens: semantic token ids, one per patch [B, ceil(H / p), ceil(W / p)]; `DROPPED`
+                cells have no prior.
+            size: (height, width) in pixels of the whole image.
+            transformer_options: ComfyUI's block patches and attention override.
+
+        Returns:
+            [B, C_out, H, W]
+        """
+        invariants = self.prepare(glyphs, tokens, x.dtype)
+        return self.predict(x, timestep, size, invariants, transformer_options)
+
+    def prepare(self, glyphs: Tensor, tokens: Tensor, dtype: torch.dtype) -> StepInvariants:
+        """The part of `forward` that is the same at every step."""
+        text = self.glyph_projector(glyphs.to(dtype))
+        ids = rearrange(tokens, "b h w -> b (h w)")
+        embedded = self.prior_token_embedding(ids.clamp(min=0)).to(dtype)
+        prior = self.prior_projector(embedded * (ids != DROPPED).unsqueeze(-1))
+        rope = rotary(tokens.shape[1:], text.shape[1], self.config.attention_head_dim, text.device)
+        return StepInvariants(text, prior, rope)
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        size: tuple[int, int],
+        invariants: StepInvariants,
+        transformer_options: dict | None = None,
+    ) -> Tensor:
+        """The part of `forward` that depends on the step."""
+        p = self.config.patch_size
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % p, 0, -height % p), mode="replicate")
+        rows, cols = x.shape[-2] // p, x.shape[-1] // p
+        txt, prior, rope = invariants
+
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        img = self.image_projector(patches) + prior
+        vec = self.time_condition_embed(timestep, size, img.dtype)
+        img = self._run_blocks(img, txt, vec, rope, transformer_options or {})
+        out = self.proj_out(self.norm_out(img, vec))
+        out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
+        return out[..., :height, :width]
+
+    def _run_blocks(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Rope, transformer_options: dict
+    ) -> Tensor:
+        replace = transformer_options.get("patches_replace", {}).get("dit", {})
+        after_block = transformer_options.get("patches", {}).get("double_block", [])
+        transformer_options["total_blocks"] = len(self.transformer_blocks)
+        transformer_options["block_type"] = "double"
+        for i, block in enumerate(self.transformer_blocks):
+            transformer_options["block_index"] = i
+            args = {
+                "img": img,
+                "txt": txt,
+                "vec": vec,
+                "pe": pe,
+                "transformer_options": transformer_options,
+            }
+            if ("double_block", i) in replace:
+                out = replace[("double_block", i)](args, {"original_block": block.from_args})
+            else:
+                out = block.from_args(args)
+            img, txt = out["img"], out["txt"]
+            for patch in after_block:
+                out = patch({**args, "img": img, "txt": txt, "block_index": i})
+                img, txt = out["img"], out["txt"]
+        return img
+
+
+class Block(nn.Module):
+    """Joint attention over text and image with shared projections, then a shared feed-forward."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        device: Any,
+        dtype: torch.dtype | None,
+        operations: Any,
+        attention: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        hidden = config.hidden_size
+        self.norm1 = Modulation(config.time_embed_dim, hidden, **kw)
+        self.attn1 = Attention(config, attention=attention, **kw)
+        self.ff = FeedForward(hidden, 4 * hidden, hidden, gelu_tanh, **kw)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Rope, transformer_options: dict
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            img, txt: [B, N, hidden], [B, T, hidden].
+            vec: time and size embedding [B, time_embed_dim].
+            pe: cos, sin of text and image positions [T + N, head_dim].
+
+        Returns:
+            img, txt
+        """
+        (
+            (shift, shift_txt, scale, scale_txt, gate, gate_txt),
+            (ff_shift, ff_shift_txt, ff_scale, ff_scale_txt, ff_gate, ff_gate_txt),
+        ) = self.norm1(vec)
+        joint = torch.cat(
+            [modulated_norm(txt, scale_txt, shift_txt), modulated_norm(img, scale, shift)], dim=1
+        )
+        attended = self.attn1(joint, pe, transformer_options)
+        txt = txt + gate_txt * attended[:, : txt.shape[1]]
+        img = img + gate * attended[:, txt.shape[1] :]
+        img = img + ff_gate * self.ff(modulated_norm(img, ff_scale, ff_shift))
+        txt = txt + ff_gate_txt * self.ff(modulated_norm(txt, ff_scale_txt, ff_shift_txt))
+        return img, txt
+
+    def from_args(self, args: dict[str, Any]) -> dict[str, Tensor]:
+        """`forward` in the form of ComfyUI's `patches_replace`."""
+        names = ("img", "txt", "vec", "pe", "transformer_options")
+        img, txt = self(*(args[name] for name in names))
+        return {"img": img, "txt": txt}
+
+
+class Attention(nn.Module):
+    """Every head's query and key is normalised without weights, then rotated in float32."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        device: Any,
+        dtype: torch.dtype | None,
+        operations: Any,
+        attention: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.attention = attention
+        hidden = config.hidden_size
+        linear = {
+            name: operations.Linear(hidden, hidden, device=device, dtype=dtype)
+            for name in ("to_q", "to_k", "to_v", "to_out")
+        }
+        self.to_q, self.to_k, self.to_v = linear["to_q"], linear["to_k"], linear["to_v"]
+        self.to_out = nn.ModuleList([linear["to_out"]])
+
+    def forward(self, x: Tensor, pe: Rope, transformer_options: dict) -> Tensor:
+        """x: [B, T + N, hidden] -> the same shape."""
+        q, k, v = (
+            rearrange(project(x), "b l (h d) -> b h l d", h=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        q, k = (rotate(F.layer_norm(y, y.shape[-1:], eps=EPS), pe) for y in (q, k))
+        out = self.attention(
+            q, k, v, self.heads, skip_reshape=True, transformer_options=transformer_options
+        )
+        return self.to_out[0](out)
+
+
+class Modulation(nn.Module):
+    """AdaLN's twelve vectors, image and text interleaved; no SiLU, the embedding has had one."""
+
+    def __init__(
+        self, time_dim: int, hidden: int, *, device: Any, dtype: torch.dtype | None, operations: Any
+    ) -> None:
+        super().__init__()
+        self.linear = operations.Linear(time_dim, 12 * hidden, device=device, dtype=dtype)
+
+    def forward(self, vec: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """vec [B, time_dim] -> for attention and for the feed-forward, each of [B, 1, hidden]:
+        shift, text shift, scale, text scale, gate, text gate."""
+        parts = self.linear(vec).unsqueeze(1).chunk(12, dim=-1)
+        return parts[:6], parts[6:]
+
+
+class FinalNorm(nn.Module):
+    """The last modulated norm: scale, then shift."""
+
+    def __init__(
+        self, hidden: int, time_dim: int, *, device: Any, dtype: torch.dtype | None, operations: Any
+    ) -> None:
+        super().__init__()
+        self.linear = operations.Linear(time_dim, 2 * hidden, device=device, dtype=dtype)
+
+    def forward(self, img: Tensor, vec: Tensor) -> Tensor:
+        scale, shift = self.linear(vec).unsqueeze(1).chunk(2, dim=-1)
+        return modulated_norm(img, scale, shift)
+
+
+class TimeSizeEmbedding(nn.Module):
+    """One vector for the timestep and for crop_top, crop_left, height and width in pixels."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        device: Any,
+        dtype: torch.dtype | None,
+        operations: Any,
+    ) -> None:
+        super().__init__()
+        self.time_dim = config.time_embed_dim
+        self.condition_dim = config.condition_dim
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        self.timestep_embedder = EmbeddingMLP(self.time_dim, self.time_dim, **kw)
+        self.condition_embedder = EmbeddingMLP(4 * self.condition_dim, self.time_dim, **kw)
+
+    def forward(self, timestep: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """timestep [B], size (height, width) -> [B, time_embed_dim]"""
+        condition = torch.tensor((0.0, 0.0, *size), device=timestep.device)
+        condition = rearrange(sinusoids(condition, self.condition_dim), "n d -> 1 (n d)")
+        time = self.timestep_embedder(sinusoids(timestep, self.time_dim).to(dtype))
+        return F.silu(time + self.condition_embedder(condition.to(dtype)))
+
+
+class EmbeddingMLP(nn.Module):
+    def __init__(
+        self, dim: int, out: int, *, device: Any, dtype: torch.dtype | None, operations: Any
+    ) -> None:
+        super().__init__()
+        self.linear_1 = operations.Linear(dim, out, device=device, dtype=dtype)
+        self.linear_2 = operations.Linear(out, out, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Projection(nn.Module):
+    """A linear layer under the key `proj`."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, device: Any, dtype: torch.dtype | None, operations: Any
+    ) -> None:
+        super().__init__()
+        self.proj = operations.Linear(dim, hidden, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear; `net` holds the places that the checkpoint's keys name."""
+
+    def __init__(
+        self,
+        dim: int,
+        inner: int,
+        out: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        device: Any,
+        dtype: torch.dtype | None,
+        operations: Any,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.net = nn.ModuleList(
+            [
+                Projection(dim, inner, device=device, dtype=dtype, operations=operations),
+                nn.Identity(),
+                operations.Linear(inner, out, device=device, dtype=dtype),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.activation(self.net[0](x)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Weightless LayerNorm, then an affine map given by the conditioning."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def sinusoids(values: Tensor, dim: int) -> Tensor:
+    """[B] -> float32 [B, dim]: cosines, then sines, of values * 10000^(-2i / dim)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary(grid: tuple[int, int], text: int, head_dim: int, device: Any) -> Rope:
+    """Rotation of every position: none for the text, (row, column) for the image.
+
+    Each axis has head_dim / 4 frequencies 10000^(-2i / (head_dim / 2)).
+
+    Returns:
+        cos, sin: float32 [text + rows * cols, head_dim]
+    """
+    rows, cols = grid
+    half = head_dim // 2
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
+    row = torch.arange(rows, device=device).unsqueeze(-1) * frequency
+    col = torch.arange(cols, device=device).unsqueeze(-1) * frequency
+    angles = torch.cat(
+        [
+            row.unsqueeze(1).expand(rows, cols, -1),
+            col.unsqueeze(0).expand(rows, cols, -1),
+        ],
+        dim=-1,
+    )
+    angles = rearrange(angles, "h w d -> (h w) d").repeat(1, 2)
+    angles = F.pad(angles, (0, 0, text, 0))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, pe: Rope) -> Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of x [B, heads, L, head_dim], in float32."""
+    cos, sin = pe
+    left, right = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
