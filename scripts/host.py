@@ -1,0 +1,80 @@
+"""A ComfyUI server of our own: its base folder with the pack linked in, its start and its stop."""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .environment import ROOT, Host
+
+PACK = "ComfyUI-GLM-Image"
+START_TIMEOUT_S = 300
+
+
+def make_base(folder: Path) -> Path:
+    """A base folder for ComfyUI with this checkout as its only custom node pack."""
+    for name in ("custom_nodes", "input", "models/glm_image", "models/loras"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    link = folder / "custom_nodes" / PACK
+    link.unlink(missing_ok=True)
+    link.symlink_to(ROOT)
+    return folder
+
+
+@contextmanager
+def serve(host: Host, base: Path, *flags: str, port: int | None = None) -> Iterator[str]:
+    """Runs a server on `base` and yields its address; its log is `base/server.log`."""
+    port = port or _free_port()
+    log = base / "server.log"
+    command = [str(host.python), "main.py", "--base-directory", str(base), "--port", str(port)]
+    command += ["--database-url", f"sqlite:///{base}/comfyui.db", "--disable-auto-launch"]
+    command += [*_device_flags(), *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, cwd=host.path, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        address = f"127.0.0.1:{port}"
+        _wait_for(address, server, log)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://{address}/system_stats", timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            if server.poll() is not None:
+                break
+        time.sleep(0.2)
+    tail = "\n".join(log.read_text().splitlines()[-30:])
+    raise RuntimeError(f"ComfyUI did not start; the end of its log {log}:\n{tail}")
+
+
+def _device_flags() -> list[str]:
+    import torch  # here, so that making a base folder does not wait for it
+
+    if torch.accelerator.is_available():
+        return []
+    return ["--cpu", "--use-pytorch-cross-attention"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
