@@ -1,0 +1,243 @@
+"""The VAE: pixels to latents and back, with the names of diffusers' AutoencoderKL."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GLMImageError
+
+EPS = 1e-6  # of every GroupNorm; AutoencoderKL has no config for it
+
+# What this file does not build, and the value that says it is absent. diffusers' defaults differ,
+# so that a missing key is another network.
+FIXED = {
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "act_fn": "silu",
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The values of vae/config.json, by its names. Latents are normalised by mean and std."""
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise GLMImageError(
+                    f"The VAE's block_out_channels {channels} is no multiple of norm_num_groups "
+                    f"{self.norm_num_groups}; download its config.json again."
+                )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.latent_channels:
+                raise GLMImageError(
+                    f"The VAE's {name} has {len(getattr(self, name))} values and latent_channels "
+                    f"is {self.latent_channels}; download its config.json again."
+                )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent cell spans on each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """Read the checkpoint's config.
+
+        Raises:
+            GLMImageError: a value is missing, or the config describes another kind of VAE.
+        """
+        blocks = len(config.get("block_out_channels", ()))
+        fixed = {
+            **FIXED,
+            "down_block_types": ["DownEncoderBlock2D"] * blocks,
+            "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        }
+        for name, value in fixed.items():
+            if config.get(name) != value:
+                raise GLMImageError(
+                    f"The VAE's {name} is {config.get(name)!r} and not {value!r}; "
+                    "choose GLM-Image's VAE."
+                )
+        missing = [field.name for field in fields(cls) if config.get(field.name) is None]
+        if missing:
+            raise GLMImageError(f"The VAE's config lacks {', '.join(missing)}; download it again.")
+        values = {field.name: config[field.name] for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class AutoencoderKL(nn.Module):
+    """Latents here are the network's own: `latents_mean` and `latents_std` are not applied."""
+
+    def __init__(self, config: VAEConfig, *, device=None, dtype=None, operations=nn) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        self.config = config
+        self.encoder = Encoder(config, **kw)
+        self.decoder = Decoder(config, **kw)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in -1..1 -> the posterior's mode [B, C, H / downscale, W / downscale]."""
+        mean, _logvar = self.encoder(pixels).chunk(2, dim=1)
+        return mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> pixels [B, 3, h * downscale, w * downscale], about -1..1."""
+        return self.decoder(latents)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig, *, device, dtype, operations) -> None:
+        super().__init__()
+        conv = {"padding": 1, "device": device, "dtype": dtype}
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = operations.Conv2d(config.in_channels, widths[0], 3, **conv)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(
+                previous, width, config.layers_per_block, groups, last=i == len(widths) - 1, **kw
+            )
+            for i, (previous, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.mid_block = MidBlock(widths[-1], groups, **kw)
+        self.conv_norm_out = operations.GroupNorm(
+            groups, widths[-1], eps=EPS, device=device, dtype=dtype
+        )
+        self.conv_out = operations.Conv2d(widths[-1], 2 * config.latent_channels, 3, **conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig, *, device, dtype, operations) -> None:
+        super().__init__()
+        conv = {"padding": 1, "device": device, "dtype": dtype}
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = operations.Conv2d(config.latent_channels, widths[0], 3, **conv)
+        self.mid_block = MidBlock(widths[0], groups, **kw)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                previous,
+                width,
+                config.layers_per_block + 1,
+                groups,
+                last=i == len(widths) - 1,
+                **kw,
+            )
+            for i, (previous, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.conv_norm_out = operations.GroupNorm(
+            groups, widths[-1], eps=EPS, device=device, dtype=dtype
+        )
+        self.conv_out = operations.Conv2d(widths[-1], config.out_channels, 3, **conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class DownBlock(nn.Module):
+    def __init__(
+        self, channels: int, width: int, layers: int, groups: int, *, last: bool, **kw: Any
+    ) -> None:
+        super().__init__()
+        self.resnets = _resnets(channels, width, layers, groups, **kw)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, **kw)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(
+        self, channels: int, width: int, layers: int, groups: int, *, last: bool, **kw: Any
+    ) -> None:
+        super().__init__()
+        self.resnets = _resnets(channels, width, layers, groups, **kw)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width, **kw)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, width: int, groups: int, **kw: Any) -> None:
+        super().__init__()
+        self.resnets = _resnets(width, width, 2, groups, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.resnets:
+            x = layer(x)
+        return x
+
+
+def _resnets(channels: int, width: int, layers: int, groups: int, **kw: Any) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock(channels if i == 0 else width, width, groups, **kw) for i in range(layers)
+    )
+
+
+class ResnetBlock(nn.Module):
+    def __init__(
+        self, channels: int, width: int, groups: int, *, device, dtype, operations
+    ) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.norm1 = operations.GroupNorm(groups, channels, eps=EPS, **kw)
+        self.conv1 = operations.Conv2d(channels, width, 3, padding=1, **kw)
+        self.norm2 = operations.GroupNorm(groups, width, eps=EPS, **kw)
+        self.conv2 = operations.Conv2d(width, width, 3, padding=1, **kw)
+        self.conv_shortcut = (
+            operations.Conv2d(channels, width, 1, **kw) if channels != width else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """Halves the sides. The one row and column of padding are below and to the right."""
+
+    def __init__(self, width: int, *, device, dtype, operations) -> None:
+        super().__init__()
+        self.conv = operations.Conv2d(width, width, 3, stride=2, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides."""
+
+    def __init__(self, width: int, *, device, dtype, operations) -> None:
+        super().__init__()
+        self.conv = operations.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
