@@ -173,7 +173,7 @@ class Component:
             if key in found and found[key].shape != shape
         ]
         problems = [
-            f"{what} {len(items)} ({_first(items)})"
+            f"{what} {len(items)} ({first_few(items)})"
             for what, items in (
                 ("weights missing:", missing),
                 ("weights unexpected:", unexpected),
@@ -196,7 +196,7 @@ class Component:
             ignored_prefixes: keys to leave out.
             read_file: a host's own reader of one safetensors file.
         """
-        read = read_file or _map_file
+        read = read_file or map_file
         wanted = _without(self.tensors, ignored_prefixes)
         state: dict[str, Tensor] = {}
         for file in dict.fromkeys(info.file for info in wanted.values()):
@@ -236,7 +236,7 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
             f"{snapshot} has no folder '{kind.folder}', which holds the {kind.title}; "
             f"copy that folder from the hub's {HUB_NAME} into it."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _check_identity(config, kind, folder / "config.json")
     return Component(
         name=component,
@@ -245,7 +245,7 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
         tensors=_tie(_read_weights(folder, kind), kind),
         processor=_read_processor(snapshot, folder) if component == "ar" else None,
         scheduler=(
-            _read_json(snapshot / "scheduler" / "scheduler_config.json")
+            read_json(snapshot / "scheduler" / "scheduler_config.json")
             if component == "decoder"
             else None
         ),
@@ -254,7 +254,7 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
 
 def _read_processor(snapshot: Path, weights: Path) -> Processor:
     folder = snapshot / "processor"
-    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     generation = weights / "generation_config.json"
     template = folder / "chat_template.jinja"
     chat_template = tokenizer_config.get("chat_template")
@@ -263,13 +263,13 @@ def _read_processor(snapshot: Path, weights: Path) -> Processor:
     # The hub has preprocessor_config.json; newer libraries save processor_config.json instead.
     image = {}
     if (folder / "processor_config.json").is_file():
-        image = _read_json(folder / "processor_config.json").get("image_processor", {})
+        image = read_json(folder / "processor_config.json").get("image_processor", {})
     return Processor(
         tokenizer=_read_text(folder / "tokenizer.json"),
         tokenizer_config=tokenizer_config,
         chat_template=chat_template,
-        generation_config=_read_json(generation) if generation.is_file() else {},
-        image=_with_pixel_limits(image or _read_json(folder / "preprocessor_config.json")),
+        generation_config=read_json(generation) if generation.is_file() else {},
+        image=_with_pixel_limits(image or read_json(folder / "preprocessor_config.json")),
     )
 
 
@@ -298,7 +298,7 @@ def _read_weights(folder: Path, kind: ComponentKind) -> dict[str, TensorInfo]:
     if index.is_file():
         return _read_shards(index)
     if single.is_file():
-        return _read_header(single)[0]
+        return read_header(single)[0]
     raise GLMImageError(
         f"{folder} holds neither {single.name} nor {index.name}; "
         f"download the {kind.title}'s safetensors files into it."
@@ -306,7 +306,7 @@ def _read_weights(folder: Path, kind: ComponentKind) -> dict[str, TensorInfo]:
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise GLMImageError(f"{index} has no weight_map; download it again.")
     tensors: dict[str, TensorInfo] = {}
@@ -316,12 +316,12 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
             raise GLMImageError(f"{index} names a file outside its folder, {name}; get it again.")
         if not shard.is_file():
             raise GLMImageError(f"{shard} is missing, which {index.name} names; download it.")
-        stored = _read_header(shard)[0]
+        stored = read_header(shard)[0]
         twice = [key for key in stored if key in tensors]
         if twice:
             raise GLMImageError(
                 f"{shard} holds weights that {tensors[twice[0]].file.name} holds too "
-                f"({_first(twice)}); download both shards again."
+                f"({first_few(twice)}); download both shards again."
             )
         tensors.update(stored)
     misplaced = [
@@ -332,7 +332,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     if misplaced:
         raise GLMImageError(
             f"{index} and its shards disagree about {len(misplaced)} weights "
-            f"({_first(misplaced)}); download the index and the shards again."
+            f"({first_few(misplaced)}); download the index and the shards again."
         )
     return tensors
 
@@ -342,7 +342,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 
 def _open_single_file(file: Path, component: str) -> Component:
     kind = COMPONENTS[component]
-    tensors, metadata = _read_header(file)
+    tensors, metadata = read_header(file)
     if metadata.get("format") != FORMAT:
         raise GLMImageError(
             f"{file} is not a GLM-Image checkpoint: its metadata carries no GLM-Image config; "
@@ -354,7 +354,7 @@ def _open_single_file(file: Path, component: str) -> Component:
         raise GLMImageError(f"{file} holds the {title}, not the {kind.title}; choose another file.")
 
     def parse(key: str) -> dict[str, Any]:
-        return _parse_json(_metadata(metadata, key, file), f"The {key} in the metadata of {file}")
+        return parse_json(_metadata(metadata, key, file), f"The {key} in the metadata of {file}")
 
     config = parse("config")
     _check_identity(config, kind, file)
@@ -387,7 +387,7 @@ def _metadata(metadata: Mapping[str, str], key: str, file: Path) -> str:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a safetensors file, from its header and its size alone.
 
     The format: 8 bytes little-endian header length, JSON, then the tensors' bytes without gaps.
@@ -450,7 +450,7 @@ def _not_safetensors(file: Path, start: bytes) -> str:
     return f"{file} is not a safetensors file; download it again or choose another one."
 
 
-def _map_file(file: Path) -> dict[str, Tensor]:
+def map_file(file: Path) -> dict[str, Tensor]:
     """Tensors that share one private mapping of the file, which lives as long as any of them."""
     with safe_open(file, framework="pt") as mapped:
         return {key: mapped.get_tensor(key) for key in mapped.keys()}  # noqa: SIM118
@@ -465,11 +465,11 @@ def _read_text(file: Path) -> str:
         raise GLMImageError(f"{file} cannot be read ({error}); download it again.") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return _parse_json(_read_text(file), str(file))
+def read_json(file: Path) -> dict[str, Any]:
+    return parse_json(_read_text(file), str(file))
 
 
-def _parse_json(text: str, source: str) -> dict[str, Any]:
+def parse_json(text: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -504,7 +504,7 @@ def _without(tensors: Mapping[str, TensorInfo], prefixes: tuple[str, ...]) -> di
     return {key: info for key, info in tensors.items() if not key.startswith(prefixes)}
 
 
-def _first(items: Iterable[str], count: int = 3) -> str:
+def first_few(items: Iterable[str], count: int = 3) -> str:
     """The first few, with dots where there are more."""
     items = list(items)
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
