@@ -1,0 +1,250 @@
+"""Sampling: the reference's greedy tokens and probabilities, and draws that nothing else moves."""
+
+import time
+
+import pytest
+import reference
+import torch
+from ar_pair import PLACE, pair
+from glm_image.glm_core import ar_sampler
+from glm_image.glm_core.ar_sampler import (
+    Forced,
+    SamplingOptions,
+    draw_token,
+    filter_logits,
+    sample_tokens,
+)
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.grids import preview_grid
+from glm_image.glm_core.philox import gumbel, sample_keys
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+GREEDY = SamplingOptions(temperature=0)
+PROMPT = "a cat at the 'mat'"
+
+
+def reference_greedy(pipeline, prompt, grid):
+    inputs = pipeline.processor.apply_chat_template(
+        [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"target_h": 32 * grid[0], "target_w": 32 * grid[1]},
+    )
+    cells = int(inputs["image_grid_thw"].prod(-1).sum())
+    out = pipeline.vision_language_encoder.generate(
+        **inputs, max_new_tokens=cells + 1, do_sample=False
+    )
+    return out[0, inputs["input_ids"].shape[1] :][:cells]
+
+
+@pytest.mark.parametrize("shape", reference.SHAPES)
+@pytest.mark.parametrize("grid", [(6, 6), (3, 9), (10, 4)])
+def test_greedy_tokens_are_the_references_one_by_one(shape, grid):
+    both = pair(shape)
+    tokens, preview = both.tokens(PROMPT, grid, options=GREEDY)
+    assert tokens.shape == (1, *grid) and preview.shape == (1, *preview_grid(grid))
+    ours = torch.cat([preview.flatten(), tokens.flatten()])
+    theirs = reference_greedy(both.pipeline, PROMPT, grid)
+    assert len(theirs.unique()) > 8
+    assert ours.tolist() == theirs.tolist()
+
+
+OPTIONS = [
+    SamplingOptions(),
+    SamplingOptions(temperature=1.7, top_p=1.0),
+    SamplingOptions(temperature=1.0, top_p=1.0, top_k=5),
+    SamplingOptions(temperature=1.3, top_p=0.9, top_k=20),
+    SamplingOptions(temperature=1.0, top_p=0.0),
+    SamplingOptions(temperature=1.0, top_p=0.5, top_k=10_000),
+]
+
+
+def reference_filter(logits, options):
+    logits = TemperatureLogitsWarper(options.temperature)(None, logits)
+    if options.top_k:
+        logits = TopKLogitsWarper(options.top_k)(None, logits)
+    return TopPLogitsWarper(options.top_p)(None, logits)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_filters_are_the_references(options):
+    logits = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    logits[0, :10] = 20.0  # ties at the top, across the edge of top-k and top-p
+    ours, theirs = filter_logits(logits, options), reference_filter(logits, options)
+    assert torch.equal(ours.isinf(), theirs.isinf())
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_draws_follow_the_references_filtered_probabilities(options):
+    """Chi-square goodness of fit at one position of a real sequence, over 40,000 seeds."""
+    both = pair("wide")
+    seen = []
+    original = ar_sampler.draw_token
+
+    def keep(logits, noise, opts):
+        seen.append(logits)
+        return original(logits, noise, opts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ar_sampler, "draw_token", keep)
+        both.tokens(PROMPT, (1, 1), options=options)
+    logits = seen[100]
+    probabilities = reference_filter(logits, options).softmax(-1)[0]
+    draws = 40_000
+    noise = gumbel(sample_keys(99, draws, PLACE["device"]), 0, 3, torch.tensor([4]), 96)[:, 0]
+    counts = draw_token(logits.expand(draws, -1), noise, options).bincount(minlength=96)
+    assert counts[probabilities == 0].sum() == 0
+    expected = draws * probabilities.double()
+    large = expected >= 5
+    assert large.sum() >= 3
+    observed = torch.cat([counts[large], counts[~large].sum()[None]]).double()
+    expected = torch.cat([expected[large], expected[~large].sum()[None].clamp(min=1e-9)])
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(float(large.sum()))
+    p_value = torch.special.gammaincc(freedom / 2, (statistic / 2).float())
+    assert p_value > 1e-3
+
+
+def test_a_sample_of_a_batch_is_the_single_run_of_its_seed():
+    both, grid = pair("small"), (6, 4)
+    tokens, preview = both.tokens(PROMPT, grid, seed=2**64 - 2, batch=4)
+    for i, seed in enumerate((2**64 - 2, 2**64 - 1, 0, 1)):
+        single, single_preview = both.tokens(PROMPT, grid, seed=seed)
+        assert torch.equal(tokens[i : i + 1], single)
+        assert torch.equal(preview[i : i + 1], single_preview)
+    assert len({tuple(t.flatten().tolist()) for t in tokens}) == 4
+
+
+def recorded_noise(both, prompt, monkeypatch, **kwargs):
+    noise = []
+    original = draw_token
+
+    def keep(logits, cell_noise, options):
+        noise.append(cell_noise)
+        return original(logits, cell_noise, options)
+
+    monkeypatch.setattr(ar_sampler, "draw_token", keep)
+    both.tokens(prompt, (2, 3), seed=5, **kwargs)
+    return torch.stack(noise, dim=1)
+
+
+def test_the_noise_is_the_same_whatever_the_prompt_and_what_is_forced(monkeypatch):
+    both = pair("small")
+    free = recorded_noise(both, "x", monkeypatch)
+    assert torch.equal(free, recorded_noise(both, "a much longer prompt", monkeypatch))
+    rows, columns = preview_grid((2, 3))
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < 0.5
+    forced = Forced(torch.zeros(1, rows, columns, dtype=torch.int64), mask)
+    drawn = torch.cat([~mask.flatten(), torch.ones(6, dtype=torch.bool)])
+    assert torch.equal(free[:, drawn], recorded_noise(both, "x", monkeypatch, preview=forced))
+    assert len({tuple(n.tolist()) for n in free[0]}) == free.shape[1]  # no address twice
+
+
+def test_exactly_as_many_tokens_as_cells_and_none_beyond_the_codebook():
+    """Also where the model would rather end the image: its head is bent towards the end token."""
+    both = pair("small")
+    head = both.model.lm_head.weight
+    before = head.clone()
+    try:
+        head[both.model.config.codebook :] *= 50
+        tokens, preview = both.tokens(PROMPT, (5, 7), options=SamplingOptions(2.0, 1.0))
+    finally:
+        head.copy_(before)
+    assert tokens.shape == (1, 5, 7) and preview.shape == (1, 13, 18)
+    assert tokens.dtype == preview.dtype == torch.int64
+    assert tokens.max() < both.model.config.codebook and tokens.min() >= 0
+    assert len(tokens.unique()) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"temperature": -0.1}, "temperature is -0.1"), ({"top_p": 1.5}, "top_p is 1.5"),
+     ({"top_k": -1}, "top_k is -1")],
+)  # fmt: skip
+def test_options_out_of_range(options, said):
+    with pytest.raises(GLMImageError, match=said):
+        SamplingOptions(**options)
+
+
+def test_progress_counts_every_cell_and_ends_at_the_total():
+    reports = []
+    tokens, preview = pair("small").tokens(
+        PROMPT, (4, 4), progress=lambda done, total: reports.append((done, total))
+    )
+    total = tokens.numel() + preview.numel()
+    assert reports[-1] == (total, total) and {t for _, t in reports} == {total}
+    done = [d for d, _ in reports]
+    assert done == sorted(set(done)) and len(done) < total / 4
+
+
+def test_progress_and_interrupt_come_within_100_ms(monkeypatch):
+    """With steps of 5 ms, as long as the full model's on a fast GPU."""
+    both, marks = pair("small"), {"progress": [], "interrupt": []}
+    forward = type(both.model).forward
+
+    def slow(self, *args):
+        time.sleep(0.005)
+        return forward(self, *args)
+
+    monkeypatch.setattr(type(both.model), "forward", slow)
+    both.tokens(
+        PROMPT,
+        (4, 4),
+        progress=lambda done, total: marks["progress"].append(time.monotonic()),
+        check_interrupt=lambda: marks["interrupt"].append(time.monotonic()),
+    )
+    for times in marks.values():
+        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        assert sorted(gaps)[int(0.9 * len(gaps))] < 0.15
+    assert len(marks["interrupt"]) == 272
+    assert len(marks["progress"]) < 60
+
+
+def test_an_interrupt_stops_the_run_at_once():
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 20:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pair("small").tokens(PROMPT, (8, 8), check_interrupt=interrupt)
+    assert len(calls) == 20
+
+
+def test_weights_of_another_dtype_than_the_computation():
+    """The network computes in the dtype it is told, whatever a host's layers store."""
+    both = pair("small")
+    ids = both.ids(PROMPT, (2, 2))
+    model = type(both.model)(both.model.config, operations=CastingLayers)
+    model.load_state_dict(
+        {k: v.bfloat16() for k, v in both.model.state_dict().items()}, assign=True
+    )
+    place = {"device": PLACE["device"], "dtype": torch.float32}
+    tokens, _ = sample_tokens(model, ids, (2, 2), 0, 1, SamplingOptions(), **place)
+    rounded = type(both.model)(both.model.config)
+    rounded.load_state_dict({k: v.bfloat16().float() for k, v in both.model.state_dict().items()})
+    expected, _ = sample_tokens(rounded, ids, (2, 2), 0, 1, SamplingOptions(), **place)
+    assert torch.equal(tokens, expected)
+
+
+class CastingLayers:
+    """Layers that cast their weights to the input's dtype when they run, as a host's do."""
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    class RMSNorm(torch.nn.RMSNorm):
+        def forward(self, x):
+            weight = self.weight.to(x.dtype)
+            return torch.nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+    Embedding = torch.nn.Embedding

@@ -1,0 +1,65 @@
+"""Grids and positions against the reference's."""
+
+import pytest
+import reference
+import torch
+from glm_image.glm_core import grids
+from glm_image.glm_core.errors import GLMImageError
+from transformers import GlmImageProcessor
+
+
+def test_preview_grid_is_the_references_for_every_size():
+    for height in range(32, 2560, 96):
+        for width in range(32, 2560, 32):
+            expected = GlmImageProcessor._get_target_shape(None, height, width)
+            grid = grids.token_grid(height, width)
+            assert (*grid, *grids.preview_grid(grid)) == expected
+
+
+def test_known_previews():
+    assert grids.preview_grid((32, 32)) == (16, 16)
+    assert grids.preview_grid((36, 24)) == (19, 13)
+    assert grids.preview_grid((64, 64)) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [
+        (1000, 1024, "height 1000 is not a positive multiple of 32: use 992"),
+        (1024, 16, "width 16 is not a positive multiple of 32: use 32"),
+        (1024, 0, "width 0"),
+        (-32, 64, "height -32"),
+        (32, 32 * 257, "8224x32 pixels is too long"),
+        (32 * 257, 32, "256 times the shorter"),
+    ],
+)
+def test_sizes_that_have_no_grid(height, width, said):
+    with pytest.raises(GLMImageError, match=said):
+        grids.token_grid(height, width)
+
+
+def test_the_longest_aspect_still_has_a_preview():
+    assert grids.preview_grid(grids.token_grid(32, 32 * 256)) == (1, 256)
+
+
+def test_upsample_repeats_each_token_in_its_own_place():
+    tokens = torch.arange(6).view(1, 2, 3)
+    assert grids.upsample_tokens(tokens).tolist() == [
+        [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [3, 3, 4, 4, 5, 5]]
+    ]
+
+
+@pytest.mark.parametrize("grid", [(3, 2), (2, 5), (4, 4)])
+def test_positions_are_the_references(grid):
+    """Prompt, preview and large grid, as the reference lays them out for decoding."""
+    model = reference.reference_pipeline("small").vision_language_encoder.model
+    preview = grids.preview_grid(grid)
+    prompt = torch.full((1, 7), 70)
+    prompt_positions, _ = model.get_rope_index(prompt, torch.tensor([[1, *grid], [1, *preview]]))
+    assert torch.equal(grids.text_positions(7), prompt_positions[:, 0])
+    ours = torch.cat(
+        [grids.grid_positions(preview, 7), grids.grid_positions(grid, 7 + max(preview))], dim=1
+    )
+    end = 7 + max(preview) + max(grid)
+    ours = torch.cat([ours, grids.text_positions(1, end)], dim=1)
+    assert torch.equal(ours, model._cached_decode_position_ids[0])

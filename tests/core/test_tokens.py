@@ -1,0 +1,167 @@
+"""Token files: what is saved comes back, and what is no token file is named."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from glm_image.glm_core import tokens as token_files
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.tokens import Layout, SemanticTokens, load_tokens, save_tokens
+from safetensors.torch import load_file, save_file
+
+
+def example(batch=2):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (batch, 3, 2), generator=generator, dtype=torch.int32)
+    preview = torch.randint(0, 50, (batch, 19, 13), generator=generator, dtype=torch.int32)
+    locked = torch.rand(19, 13, generator=generator) < 0.5
+    info = {"seed": 2**64 - 1, "prompt": "雨"}
+    return SemanticTokens(ids, 50, 96, 64, info), Layout(preview, locked, 50, 96, 64)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tokens(path, *example())
+    return path
+
+
+def resave(path, tensors=(), **metadata):
+    """The same file with other tensors or metadata."""
+    with token_files.safe_open(path, framework="pt") as file:
+        old = file.metadata()
+    save_file(load_file(path) | dict(tensors), path, old | metadata)
+
+
+def test_round_trip(saved):
+    tokens, layout = example()
+    loaded, loaded_layout = load_tokens(saved)
+    assert torch.equal(loaded.tokens, tokens.tokens) and loaded.tokens.dtype == torch.int32
+    assert dataclasses.replace(loaded, tokens=tokens.tokens) == tokens
+    assert torch.equal(loaded_layout.preview, layout.preview)
+    assert torch.equal(loaded_layout.locked, layout.locked)
+    assert (loaded_layout.codebook, loaded_layout.height, loaded_layout.width) == (50, 96, 64)
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_the_file_is_what_the_contract_says(saved):
+    tensors = load_file(saved)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()} == {
+        "tokens": (torch.int32, (2, 3, 2)),
+        "preview": (torch.int32, (2, 19, 13)),
+        "locked": (torch.uint8, (19, 13)),
+    }
+    with token_files.safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "glm_image_tokens" and metadata["version"] == "1"
+    assert (metadata["width"], metadata["height"], metadata["codebook"]) == ("64", "96", "50")
+
+
+def test_tokens_without_a_layout(tmp_path):
+    save_tokens(tmp_path / "b.safetensors", example()[0])
+    assert load_tokens(tmp_path / "b.safetensors")[1] is None
+
+
+def test_a_preview_without_locks_is_unlocked(tmp_path, saved):
+    with token_files.safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    kept = {k: v for k, v in load_file(saved).items() if k != "locked"}
+    save_file(kept, saved, metadata)
+    assert not load_tokens(saved)[1].locked.any()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_tokens(saved, example(batch=1)[0])
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+
+
+BAD_TENSORS = {
+    "another grid": ({"tokens": torch.zeros(2, 2, 3, dtype=torch.int32)}, r"need torch.int32"),
+    "another dtype": ({"tokens": torch.zeros(2, 3, 2)}, "torch.float32"),
+    "no sample": ({"tokens": torch.zeros(0, 3, 2, dtype=torch.int32)}, r"\[0, 3, 2\]"),
+    "an id too high": ({"tokens": torch.full((1, 3, 2), 50, dtype=torch.int32)}, "the id 50"),
+    "an id too low": ({"tokens": torch.full((1, 3, 2), -1, dtype=torch.int32)}, "the id -1"),
+    "a preview too high": (
+        {"preview": torch.full((1, 19, 13), 99, dtype=torch.int32)},
+        "preview hold the id 99",
+    ),
+    "a preview of another size": (
+        {"preview": torch.zeros(1, 16, 16, dtype=torch.int32)},
+        r"\[batch, 19, 13\]",
+    ),
+    "locks of another size": ({"locked": torch.zeros(2, 2, dtype=torch.uint8)}, "locks"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors_that_do_not_fit(saved, case):
+    tensors, said = BAD_TENSORS[case]
+    resave(saved, tensors)
+    with pytest.raises(GLMImageError, match=said) as error:
+        load_tokens(saved)
+    assert "a.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"format": "other"}, "holds no semantic tokens"),
+        ({"version": "2"}, "version 2, but this pack reads version 1"),
+        ({"width": "wide"}, "broken metadata"),
+        ({"info": "{"}, "broken metadata"),
+        ({"width": "65"}, "width 65 is not"),
+    ],
+)
+def test_metadata_that_does_not_fit(saved, metadata, said):
+    resave(saved, **metadata)
+    with pytest.raises(GLMImageError, match=said):
+        load_tokens(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a tensor", b"\xff" * 64])
+def test_a_file_that_is_no_safetensors(saved, content):
+    saved.write_bytes(content)
+    with pytest.raises(GLMImageError, match="corrupt"):
+        load_tokens(saved)
+
+
+def test_a_truncated_file(saved):
+    saved.write_bytes(saved.read_bytes()[:-5])
+    with pytest.raises(GLMImageError, match="corrupt"):
+        load_tokens(saved)
+
+
+def test_a_file_too_large_is_not_read(saved):
+    os.truncate(saved, token_files.MAX_FILE_BYTES + 1)  # sparse
+    with pytest.raises(GLMImageError, match="64 MiB"):
+        load_tokens(saved)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(GLMImageError, match="no token file x.safetensors"):
+        load_tokens(tmp_path / "x.safetensors")
+
+
+def test_a_layout_of_other_images_is_not_saved(tmp_path):
+    tokens, layout = example()
+    with pytest.raises(GLMImageError, match="width is 64 and the layout's 96"):
+        save_tokens(
+            tmp_path / "c",
+            tokens,
+            dataclasses.replace(
+                layout,
+                height=96,
+                width=96,
+                preview=layout.preview[:, :16, :13].repeat(1, 1, 2)[:, :, :16],
+                locked=torch.zeros(16, 16, dtype=torch.bool),
+            ),
+        )
+    assert not os.listdir(tmp_path)
