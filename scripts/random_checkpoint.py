@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+
 from glm_core.ar_model import ARConfig, ARModel
 from glm_core.decoder import Decoder, DecoderConfig
 from glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
 from glm_core.vae import AutoencoderKL, VAEConfig
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
 
 CODEBOOK = 1024
 VISUAL = 1040  # visual ids: the codes, image start, image end, and some to spare as on the hub

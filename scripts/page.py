@@ -1,0 +1,118 @@
+"""ComfyUI's own web page in headless Chromium: opens graphs, exports them and runs them."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import sync_playwright
+
+from .client import Client, Prompt
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+}
+VIEWPORT = {"width": 1600, "height": 900}
+START_TIMEOUT_MS = 60_000
+
+
+class Page:
+    """The page of one server. Its errors are kept in `errors`."""
+
+    def __init__(self, page: BrowserPage, address: str) -> None:
+        self.browser_page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(START_TIMEOUT_MS)
+        page.goto(f"http://{address}/")
+        page.wait_for_function("window.app?.graph && window.app.vueAppReady")
+
+    def open_api(self, prompt: Prompt, name: str) -> None:
+        """Opens an API-form prompt, from which the page makes a graph."""
+        self._evaluate("([prompt, name]) => app.loadApiJson(prompt, name)", [prompt, name])
+
+    def open_file(self, text: str, name: str) -> None:
+        """Opens a workflow file as when it is dropped on the page."""
+        self._evaluate(
+            """async ([text, name]) =>
+                await app.handleFile(new File([text], name, {type: 'application/json'}))""",
+            [text, name],
+        )
+
+    def node_types(self) -> list[str]:
+        return self._evaluate("() => app.graph.nodes.map(node => node.type)")
+
+    def unknown_node_types(self) -> list[str]:
+        return self._evaluate(
+            """() => app.graph.nodes.map(node => node.type)
+                .filter(type => !(type in LiteGraph.registered_node_types))"""
+        )
+
+    def dialogs(self) -> list[str]:
+        """The text of every dialog that is open, such as the one about missing nodes."""
+        return self.browser_page.locator("[role=dialog]").all_inner_texts()
+
+    def alerts(self) -> list[str]:
+        """The text of the messages in the page's corner."""
+        return self.browser_page.locator(".p-toast-message").all_inner_texts()
+
+    def export_prompt(self) -> Prompt:
+        """The API form, as the page's own export makes it."""
+        return self._evaluate("async () => (await app.graphToPrompt()).output")
+
+    def serialize(self) -> dict:
+        return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
+
+    def run(self) -> None:
+        """Runs the open graph by the page's own key, Control and Enter."""
+        self.browser_page.keyboard.press("Control+Enter")
+
+    def wait_for_image(self, node_type: str, timeout_s: float) -> tuple[int, int]:
+        """Waits until the node of this type shows a loaded image; its (height, width)."""
+        shown = self.browser_page.wait_for_function(
+            """type => {
+                const image = app.graph.nodes.find(node => node.type === type)?.imgs?.[0]
+                return image?.naturalWidth && [image.naturalHeight, image.naturalWidth]
+            }""",
+            arg=node_type,
+            timeout=timeout_s * 1000,
+        )
+        return tuple(shown.json_value())
+
+    def picture(self, file: Path) -> None:
+        """Writes a JPEG of the whole graph, without the page's bars around it."""
+        self._evaluate(
+            """async () => {
+                await app.extensionManager.command.execute('Comfy.Canvas.FitView')
+                await new Promise(done => setTimeout(done, 1000))
+            }"""
+        )
+        self.browser_page.screenshot(path=file, type="jpeg", quality=80)
+
+    def _evaluate(self, script: str, argument=None):
+        return self.browser_page.evaluate(script, argument)
+
+
+@contextmanager
+def open_page(address: str) -> Iterator[Page]:
+    client = Client(address)
+    for name, value in SETTINGS.items():
+        client.post(f"/settings/{name}", value)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=FLAGS)
+        try:
+            yield Page(browser.new_page(viewport=VIEWPORT), address)
+        finally:
+            browser.close()

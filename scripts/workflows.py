@@ -1,0 +1,133 @@
+"""`make workflows`: draws the editor's graphs and their pictures from the API prompts.
+
+`workflows/api/NAME.json` is the source. The real page opens it, this module gives every stage a
+column and a frame, the page opens the result and exports it; only what exports the same prompt is
+written, as `workflows/NAME.json` and `workflows/NAME.jpg`.
+"""
+
+import json
+import tempfile
+import uuid
+from pathlib import Path
+
+from . import environment, host
+from .client import Prompt
+from .page import Page, open_page
+
+FOLDER = environment.ROOT / "workflows"
+
+STAGES = {
+    "Models": (
+        "GLMImageLoadAR",
+        "GLMImageLoadGlyphEncoder",
+        "GLMImageLoadDecoder",
+        "GLMImageLoadVAE",
+    ),
+    "Prompt": ("PrimitiveStringMultiline", "GLMImageGlyphEncode"),
+    "Semantic tokens": ("GLMImageSampleTokens", "GLMImageApplyTokens"),
+    "Diffusion decoder": ("GLMImageModelSampling", "GLMImageDecode", "KSampler"),
+    "Picture": ("VAEDecode", "SaveImage"),
+}
+SIZES = {"PrimitiveStringMultiline": (380, 180), "SaveImage": (420, 470)}
+WIDTH = 320
+GAP, PADDING, TITLE = 60, 20, 70
+NOTE_HEIGHT = 190
+
+NOTES = {
+    "text_to_image": """\
+# GLM-Image: text to image
+Put a snapshot of the model into `models/glm_image/GLM-Image` and choose it in the four loaders.
+
+1. **Sample Semantic Tokens** writes the picture's layout and content as tokens. Its seed changes \
+the picture.
+2. **Encode Glyphs** reads the words in quotes, so that they are spelled right.
+3. **Diffusion Decoder** paints the tokens. Its seed changes only the details, and only it runs \
+again.
+""",
+    "text_to_image_ksampler": """\
+# GLM-Image: text to image with KSampler
+The decoder is an ordinary MODEL. **Schedule for This Size** gives it the noise schedule of the \
+picture's size; after that any sampler, scheduler, LoRA or model node fits.
+
+Without that node the colours and the composition come out wrong at most sizes.
+""",
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        base = host.make_base(Path(folder))
+        with host.serve(environment.host(), base) as address, open_page(address) as page:
+            for file in sorted((FOLDER / "api").glob("*.json")):
+                write_workflow(page, file)
+
+
+def write_workflow(page: Page, file: Path) -> None:
+    prompt = json.loads(file.read_text())
+    page.open_api(prompt, file.stem)
+    graph = arrange(page.serialize(), prompt, file.stem)
+    page.open_file(json.dumps(graph), file.name)
+    if page.export_prompt() != prompt:
+        raise SystemExit(f"{file}: its graph exports another prompt; compare the node's inputs.")
+    (FOLDER / file.name).write_text(json.dumps(graph, indent=2) + "\n")
+    page.picture(FOLDER / f"{file.stem}.jpg")
+
+
+def arrange(graph: dict, prompt: Prompt, name: str) -> dict:
+    """Puts each stage into a column with a frame and the note above them."""
+    top = NOTE_HEIGHT + GAP + TITLE
+    nodes, groups, left = [], [], 0
+    for title, types in STAGES.items():
+        y, width = top, 0
+        column = [node for type_ in types for node in graph["nodes"] if node["type"] == type_]
+        for node in column:
+            node["size"] = _size(node)
+            node["pos"] = [left + PADDING, y]
+            width = max(width, node["size"][0])
+            y += node["size"][1] + GAP
+        for node in column:
+            node["size"][0] = width
+            if "randomize" in node.get("widgets_values", ()):
+                values = node["widgets_values"]
+                values[values.index("randomize")] = "fixed"
+        nodes += column
+        frame = [left, top - TITLE, width + 2 * PADDING, y - GAP + PADDING - top + TITLE]
+        groups.append({"id": len(groups) + 1, "title": title, "bounding": frame})
+        left += width + 2 * PADDING + GAP // 2
+    if left_out := {node["type"] for node in graph["nodes"]} - {node["type"] for node in nodes}:
+        raise SystemExit(f"{name}: give {', '.join(sorted(left_out))} a stage in STAGES.")
+    note = _note(graph["last_node_id"] + 1, NOTES[name])
+    return graph | {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"glm-image/{name}")),
+        "last_node_id": note["id"],
+        "nodes": [*sorted(nodes, key=lambda node: node["id"]), note],
+        "groups": groups,
+        "extra": {},
+    }
+
+
+def _size(node: dict) -> list[float]:
+    if node["type"] in SIZES:
+        return list(SIZES[node["type"]])
+    return [max(WIDTH, node["size"][0]), node["size"][1]]
+
+
+def _note(node_id: int, text: str) -> dict:
+    return {
+        "id": node_id,
+        "type": "MarkdownNote",
+        "pos": [0, 0],
+        "size": [760, NOTE_HEIGHT],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "About this graph",
+        "properties": {},
+        "widgets_values": [text],
+    }
+
+
+if __name__ == "__main__":
+    main()
