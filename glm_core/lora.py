@@ -150,5 +150,14 @@ def _alpha_of(module: str, config: Mapping[str, Any]) -> float:
                 "save the LoRA with plain module names there."
             )
         if module == end or (name == end and module.endswith(f".{end}")):
-            return float(alpha)
-    return float(config["lora_alpha"])
+            return _number(alpha)
+    return _number(config["lora_alpha"])
+
+
+def _number(alpha: Any) -> float:
+    try:
+        return float(alpha)
+    except (TypeError, ValueError):
+        raise GLMImageError(
+            f"The LoRA's lora_alpha {alpha!r} is no number; save the LoRA again."
+        ) from None

@@ -1,0 +1,199 @@
+"""LoRA files: every trainer's names find our weights, and alpha means what the trainer meant."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
+from reference import reference_pipeline
+from safetensors.torch import save_file
+
+RANK = 4
+TO_Q = "transformer_blocks.0.attn1.to_q"
+TO_OUT = "transformer_blocks.1.attn1.to_out.0"
+Q_PROJ = "model.language_model.layers.0.self_attn.q_proj"
+GATE_UP = "model.language_model.layers.1.mlp.gate_up_proj"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, list[str]]:
+    """The reference's own keys, which are also ours."""
+    pipeline = reference_pipeline("small")
+    return {
+        "decoder": list(pipeline.transformer.state_dict()),
+        "ar": list(pipeline.vision_language_encoder.state_dict()),
+    }
+
+
+def pair(module: str, down: str = "lora_A.weight", up: str = "lora_B.weight"):
+    return {f"{module}.{down}": torch.ones(RANK, 8), f"{module}.{up}": torch.ones(8, RANK)}
+
+
+def saved(file: Path, state: dict[str, torch.Tensor], config: dict | None = None) -> Path:
+    """As diffusers saves it: the adapter's config is JSON in the metadata."""
+    metadata = {"format": "pt"}
+    if config is not None:
+        metadata["lora_adapter_metadata"] = json.dumps(config)
+    save_file(state, file, metadata)
+    return file
+
+
+KOHYA = ("lora_down.weight", "lora_up.weight")
+NAMES = [
+    ("decoder", TO_Q, TO_Q, ()),  # diffusers, a model's save_lora_adapter
+    ("decoder", TO_OUT, f"transformer.{TO_OUT}", ()),  # diffusers, a pipeline's save_lora_weights
+    ("decoder", TO_OUT, f"diffusion_model.{TO_OUT}", ()),  # ComfyUI's trainer, ai-toolkit
+    ("decoder", TO_Q, f"base_model.model.{TO_Q}", ()),  # PEFT
+    ("decoder", TO_Q, f"transformer.{TO_Q}", KOHYA),
+    ("decoder", TO_OUT, "lora_unet_transformer_blocks_1_attn1_to_out_0", KOHYA),
+    ("decoder", TO_OUT, "lora_transformer_transformer_blocks_1_attn1_to_out_0", KOHYA),
+    ("decoder", TO_OUT, "lycoris_transformer_blocks_1_attn1_to_out_0", ("lokr_w1", "lokr_w2")),
+    ("ar", Q_PROJ, Q_PROJ, ()),
+    ("ar", GATE_UP, f"vision_language_encoder.{GATE_UP}", ()),
+    ("ar", Q_PROJ, f"base_model.model.{Q_PROJ}", ()),
+    ("ar", Q_PROJ, f"base_model.model.{Q_PROJ.removeprefix('model.')}", ()),  # PEFT, inner model
+    ("ar", "lm_head", "base_model.model.lm_head", ()),
+    ("ar", GATE_UP, "lora_te_model_language_model_layers_1_mlp_gate_up_proj", KOHYA),
+]
+
+
+@pytest.mark.parametrize(("component", "module", "name", "forms"), NAMES)
+@pytest.mark.parametrize("root", ["", "diffusion_model."])
+def test_every_spelling_finds_its_weight(weights, component, module, name, forms, root):
+    others = {"ar": "decoder", "decoder": "ar"}
+    names = lora_key_map((root + key for key in weights[component]), component, root)
+    assert names[name] == f"{root}{module}.weight"
+    assert unmatched_keys(pair(name, *forms), names) == []
+    wrong = lora_key_map(weights[others[component]], others[component])
+    assert unmatched_keys(pair(name, *forms), wrong) == list(pair(name, *forms))
+
+
+@pytest.mark.parametrize("component", ["decoder", "ar"])
+def test_no_name_means_two_weights(weights, component):
+    names = lora_key_map(weights[component], component)
+    modules = [key for key in weights[component] if key.endswith(".weight")]
+    assert set(names.values()) == set(modules)
+    assert len(names) == sum(len(lora_key_map([key], component)) for key in modules)
+
+
+def test_what_is_no_weight_of_the_root_has_no_name(weights):
+    keys = ["model_sampling.weight", "diffusion_model.proj_out.bias", "diffusion_model.a.weight"]
+    assert set(lora_key_map(keys, "decoder", "diffusion_model.").values()) == {keys[2]}
+
+
+def test_a_file_for_both_models_leaves_nothing(weights):
+    maps = [lora_key_map(weights[name], name) for name in ("decoder", "ar")]
+    lora = pair(f"transformer.{TO_Q}") | pair(f"vision_language_encoder.{Q_PROJ}")
+    assert unmatched_keys(lora, *maps) == []
+    assert unmatched_keys(lora, maps[0]) == list(pair(f"vision_language_encoder.{Q_PROJ}"))
+
+
+@pytest.mark.parametrize("form", ["lora_magnitude_vector", "lora_B.bias", "something"])
+def test_forms_that_no_host_reads_are_unmatched(weights, form):
+    names = lora_key_map(weights["decoder"], "decoder")
+    lora = pair(TO_Q) | {f"{TO_Q}.{form}": torch.ones(8)}
+    assert unmatched_keys(lora, names) == [f"{TO_Q}.{form}"]
+
+
+def test_a_foreign_lora_is_refused(weights, tmp_path):
+    names = lora_key_map(weights["decoder"], "decoder")
+    foreign = pair("transformer.single_transformer_blocks.0.attn.to_k")
+    with pytest.raises(GLMImageError, match="None of the 2 keys in .*flux"):
+        require_match(tmp_path / "flux.safetensors", foreign, names)
+    require_match(tmp_path / "mixed.safetensors", foreign | pair(TO_Q), names)
+
+
+# ---- alpha -------------------------------------------------------------------------------------
+
+
+def alphas(lora: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {k.removesuffix(".alpha"): v.item() for k, v in lora.items() if k.endswith(".alpha")}
+
+
+def test_without_metadata_there_is_no_alpha(tmp_path):
+    lora = read_lora(saved(tmp_path / "a.safetensors", pair(TO_Q)))
+    assert lora.keys() == pair(TO_Q).keys()
+
+
+def test_diffusers_pipeline_metadata(tmp_path):
+    config = {
+        "transformer.r": RANK, "transformer.lora_alpha": 10,
+        "transformer.alpha_pattern": {TO_Q: 3, "ff.net.2": 5},
+    }  # fmt: skip
+    modules = [TO_Q, TO_OUT, "transformer_blocks.0.ff.net.2", f"transformer_blocks.1.a{TO_Q}"]
+    state = {}
+    for module in modules:
+        state |= pair(f"transformer.{module}")
+    state |= pair(f"text_encoder.{Q_PROJ}")
+    lora = read_lora(saved(tmp_path / "a.safetensors", state, config))
+    expected = dict(zip(modules, (3.0, 10.0, 5.0, 10.0), strict=True))
+    assert alphas(lora) == {f"transformer.{k}": v for k, v in expected.items()}
+    assert lora.keys() > state.keys()
+
+
+def test_diffusers_model_metadata(tmp_path):
+    config = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {rf"^{TO_OUT}": 2, "^to_q": 9}}
+    file = saved(tmp_path / "a.safetensors", pair(TO_Q) | pair(TO_OUT), config)
+    assert alphas(read_lora(file)) == {TO_Q: 6.0, TO_OUT: 2.0}
+
+
+def test_peft_folder(tmp_path):
+    file = saved(tmp_path / "adapter_model.safetensors", pair(f"base_model.model.{Q_PROJ}"))
+    config = {"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    # rank-stabilised: alpha / sqrt(rank), which is (alpha * sqrt(rank)) / rank
+    alpha = alphas(read_lora(file))[f"base_model.model.{Q_PROJ}"]
+    assert alpha == pytest.approx(6 * math.sqrt(RANK))
+
+
+def test_peft_folder_without_its_config(tmp_path):
+    file = saved(tmp_path / "adapter_model.safetensors", pair(Q_PROJ))
+    with pytest.raises(GLMImageError, match="adapter_config.json is missing"):
+        read_lora(file)
+
+
+def test_alphas_in_the_file_win(tmp_path):
+    state = pair(TO_Q) | {f"{TO_Q}.alpha": torch.tensor(1.5)}
+    lora = read_lora(saved(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
+    assert alphas(lora) == {TO_Q: 1.5}
+
+
+@pytest.mark.parametrize("adapter", ["default", "my_style"])
+def test_adapter_names_are_dropped(tmp_path, adapter):
+    state = pair(TO_Q, f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
+    lora = read_lora(saved(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
+    assert lora.keys() == {f"{TO_Q}.alpha", *pair(TO_Q)}
+
+
+def test_regular_expressions_are_refused(tmp_path):
+    config = {"lora_alpha": 6, "alpha_pattern": {"(a+)+b": 1}}
+    with pytest.raises(GLMImageError, match="regular expression"):
+        read_lora(saved(tmp_path / "a.safetensors", pair(TO_Q), config))
+
+
+# ---- files that are no LoRA --------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(GLMImageError, match="does not exist"):
+        read_lora(tmp_path / "none.safetensors")
+
+
+def test_truncated_file(tmp_path):
+    file = saved(tmp_path / "a.safetensors", pair(TO_Q))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(GLMImageError, match="is truncated"):
+        read_lora(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [("{", "is not valid JSON"), ('{"lora_alpha": "much"}', "lora_alpha 'much' is no number")],
+)
+def test_broken_metadata(tmp_path, metadata, sentence):
+    save_file(pair(TO_Q), tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(GLMImageError, match=sentence):
+        read_lora(tmp_path / "a.safetensors")
