@@ -124,6 +124,7 @@ class Component:
         tensors: every weight by the name that the network gives it.
         processor: the AR model's, None for the others.
         scheduler: the decoder's scheduler config, None for the others.
+        vae: the config of the VAE whose latents the decoder was trained on, None for the others.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Component:
     tensors: dict[str, TensorInfo]
     processor: Processor | None = None
     scheduler: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -244,12 +246,16 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
         config=config,
         tensors=_tie(_read_weights(folder, kind), kind),
         processor=_read_processor(snapshot, folder) if component == "ar" else None,
-        scheduler=(
-            read_json(snapshot / "scheduler" / "scheduler_config.json")
-            if component == "decoder"
-            else None
-        ),
+        **(_read_companions(snapshot) if component == "decoder" else {}),
     )
+
+
+def _read_companions(snapshot: Path) -> dict[str, Any]:
+    """What the decoder needs of its neighbours: the schedule, and the statistics of its latents."""
+    return {
+        "scheduler": read_json(snapshot / "scheduler" / "scheduler_config.json"),
+        "vae": read_json(snapshot / COMPONENTS["vae"].folder / "config.json"),
+    }
 
 
 def _read_processor(snapshot: Path, weights: Path) -> Processor:
@@ -374,7 +380,7 @@ def _open_single_file(file: Path, component: str) -> Component:
             if component == "ar"
             else None
         ),
-        scheduler=parse("scheduler") if component == "decoder" else None,
+        **({key: parse(key) for key in ("scheduler", "vae")} if component == "decoder" else {}),
     )
 
 

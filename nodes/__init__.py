@@ -1,0 +1,36 @@
+"""The nodes, one file per stage."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_tokens import ApplyTokens
+from .decode import Decode, ModelSampling, Scheduler
+from .glyph import GlyphEncode
+from .host import paths
+from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
+from .lora import LoadLora
+from .semantic import SampleTokens
+from .token_files import LoadTokens, SaveTokens
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadAR,
+    LoadDecoder,
+    LoadGlyphEncoder,
+    LoadVAE,
+    LoadLora,
+    SampleTokens,
+    SaveTokens,
+    LoadTokens,
+    GlyphEncode,
+    ApplyTokens,
+    Scheduler,
+    ModelSampling,
+    Decode,
+]
+
+
+class GLMImageExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        paths.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

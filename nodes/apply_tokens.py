@@ -1,0 +1,91 @@
+"""Where the two encoders meet: semantic tokens join the glyph conditioning."""
+
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..glm_core.errors import GLMImageError
+from ..glm_core.tokens import SemanticTokens
+from .host import conditioning as cond
+from .types import CATEGORY, Tokens
+
+LATENT_CHANNELS = 16
+"""Of an empty LATENT; ComfyUI's samplers widen an empty one to what their MODEL takes."""
+
+
+class ApplyTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageApplyTokens",
+            display_name="GLM-Image Apply Tokens",
+            category=CATEGORY,
+            description="Puts semantic tokens into the conditioning and makes the empty latent "
+            "that fits them. The negative has the tokens' grid with nothing in it, as the model "
+            "was trained; without one, the empty text is used.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="From GLM-Image Glyph Encode."),
+                Tokens.Input("tokens", tooltip="From GLM-Image Sample Tokens or Load Tokens."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Glyph conditioning for the unconditional pass; leave it unconnected "
+                    "for the empty text, which the model was trained with.",
+                ),
+                io.Int.Input(
+                    "batch_index",
+                    default=-1,
+                    min=-1,
+                    max=4095,
+                    optional=True,
+                    tooltip="Take this one image of the tokens' batch, from 0, with the noise it "
+                    "has in the batch; -1 takes all.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(display_name="latent"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        positive: cond.Conditioning,
+        tokens: SemanticTokens,
+        negative: cond.Conditioning | None = None,
+        batch_index: int = -1,
+    ) -> io.NodeOutput:
+        cond.require_glyphs("positive", positive)
+        if negative is None:
+            negative = cond.empty_text(positive)
+        else:
+            cond.require_glyphs("negative", negative)
+        chosen = _choose(len(tokens.tokens), batch_index)
+        tokens = replace(tokens, tokens=tokens.tokens[chosen])
+        return io.NodeOutput(
+            cond.with_tokens(positive, tokens),
+            cond.without_prior(negative, tokens),
+            _empty_latent(tokens, chosen),
+        )
+
+
+def _choose(batch: int, index: int) -> list[int]:
+    if index >= batch:
+        raise GLMImageError(
+            f"batch_index is {index} and the tokens hold {batch} images; "
+            f"use 0 to {batch - 1}, or -1 for all."
+        )
+    return list(range(batch)) if index < 0 else [index]
+
+
+def _empty_latent(tokens: SemanticTokens, batch_index: list[int]) -> dict:
+    rows, cols = (side * cond.LATENTS_PER_TOKEN for side in tokens.tokens.shape[1:])
+    samples = torch.zeros(
+        (len(batch_index), LATENT_CHANNELS, rows, cols),
+        device=comfy.model_management.intermediate_device(),
+    )
+    return {"samples": samples, "batch_index": batch_index}

@@ -1,0 +1,112 @@
+"""What rides in a CONDITIONING: semantic tokens and the image's size beside the glyph states."""
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from ...glm_core.decoder import DROPPED, DecoderConfig
+from ...glm_core.errors import GLMImageError
+from ...glm_core.grids import PIXELS_PER_TOKEN
+from ...glm_core.schedule import VAE_SCALE
+from ...glm_core.tokens import SemanticTokens
+from .glyph import EMPTY
+
+Conditioning = list[list[Any]]
+
+TOKENS = "glm_tokens"
+SIZE = "glm_size"
+CODEBOOK = "glm_codebook"
+LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // VAE_SCALE
+
+
+def with_tokens(conditioning: Conditioning, tokens: SemanticTokens) -> Conditioning:
+    """For the conditional pass: every entry is given the tokens."""
+    return _with(conditioning, tokens, tokens.tokens)
+
+
+def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditioning:
+    """For the unconditional pass: the same grid, every cell of it dropped."""
+    return _with(conditioning, tokens, torch.full_like(tokens.tokens, DROPPED))
+
+
+def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Conditioning:
+    entries = {TOKENS: ids, SIZE: (tokens.height, tokens.width), CODEBOOK: tokens.codebook}
+    return [[states, {**values, **entries}] for states, values in conditioning]
+
+
+def empty_text(conditioning: Conditioning) -> Conditioning:
+    """The empty text's conditioning, which the glyph encoder leaves in every one it makes.
+
+    Raises:
+        GLMImageError: another CLIP made it.
+    """
+    require_glyphs("positive", conditioning)
+    return [[values[EMPTY], {}] for _, values in conditioning[:1]]
+
+
+def require_glyphs(name: str, conditioning: Conditioning) -> None:
+    if not conditioning or any(EMPTY not in values for _, values in conditioning):
+        raise GLMImageError(
+            f"The {name} conditioning was not made with GLM-Image's glyph encoder; "
+            "connect GLM-Image Glyph Encode."
+        )
+
+
+class Conditions(NamedTuple):
+    """What the decoder is given beside the latents."""
+
+    glyphs: Tensor  # [1, T, text_embed_dim]
+    token_map: Tensor  # int32 [N, 1, H, W], the latents' own resolution, so that areas crop it
+    size: tuple[int, int]  # (height, width) in pixels
+
+
+def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig) -> Conditions:
+    """Read and check one conditioning entry against the latents [N, C, H, W] to be sampled.
+
+    Raises:
+        GLMImageError: there are no tokens, or they are of another codebook, size or batch.
+    """
+    glyphs, tokens = entry["cross_attn"], entry.get(TOKENS)
+    if tokens is None:
+        raise GLMImageError(
+            "This conditioning carries no semantic tokens; "
+            "connect GLM-Image Apply Tokens before the sampler, for positive and negative."
+        )
+    if glyphs.shape[-1] != config.text_embed_dim:
+        raise GLMImageError(
+            f"The conditioning's states have {glyphs.shape[-1]} channels and the decoder takes "
+            f"{config.text_embed_dim}; encode with the glyph encoder of the decoder's checkpoint."
+        )
+    if entry[CODEBOOK] != config.prior_vq_quantizer_codebook_size:
+        raise GLMImageError(
+            f"The semantic tokens are of a codebook of {entry[CODEBOOK]} ids and the decoder knows "
+            f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
+            "decoder's checkpoint."
+        )
+    _check_latents(tokens, entry[SIZE], latents)
+    token_map = repeat(
+        tokens,
+        "b h w -> (n b) 1 (h p) (w q)",
+        n=latents[0] // tokens.shape[0],
+        p=LATENTS_PER_TOKEN,
+        q=LATENTS_PER_TOKEN,
+    )
+    device = entry["device"]
+    return Conditions(glyphs.to(device), token_map.to(device), entry[SIZE])
+
+
+def _check_latents(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
+    batch, rows, cols = tokens.shape
+    if tuple(latents[-2:]) != (rows * LATENTS_PER_TOKEN, cols * LATENTS_PER_TOKEN):
+        raise GLMImageError(
+            f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
+            f"the latent is one of {latents[-1] * VAE_SCALE} x {latents[-2] * VAE_SCALE} pixels; "
+            "use the LATENT of GLM-Image Apply Tokens, or tokens of the latent's size."
+        )
+    if latents[0] % batch:
+        raise GLMImageError(
+            f"The latent holds {latents[0]} images and the semantic tokens {batch}, of which it is "
+            "no multiple; set batch_index on GLM-Image Apply Tokens or change the latent's batch."
+        )

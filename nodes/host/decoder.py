@@ -1,0 +1,248 @@
+"""The diffusion decoder as a native MODEL: BaseModel, conditioning, memory, per-run reuse."""
+
+from typing import Any, ClassVar
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.supported_models_base
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...glm_core.checkpoint import Component
+from ...glm_core.decoder import Decoder, DecoderConfig, StepInvariants
+from ...glm_core.errors import GLMImageError
+from ...glm_core.schedule import ScheduleConfig
+from .conditioning import conditions
+from .weights import Precision, check_keys, load_weights, make_patcher, open_model, precision
+
+
+class HostDecoder(Decoder):
+    """The network behind ComfyUI's call, with the hooks and wrappers that other nodes use."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: Any, operations: Any):
+        super().__init__(
+            config, device=device, dtype=dtype, operations=operations, attention=optimized_attention
+        )
+        self.dtype = dtype
+        self.reuse = StepReuse()
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        tokens: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """x [B, C, H, W], timesteps [B] unshifted, context [B, T, D], tokens [B, 1, H, W]."""
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward, self, wrappers
+        ).execute(x, timesteps, context, control, options, tokens=tokens, size=size)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        control: Any,
+        transformer_options: dict,
+        tokens: Tensor,
+        size: tuple[int, int],
+    ) -> Tensor:
+        if control is not None:
+            raise GLMImageError(
+                "GLM-Image's decoder takes no ControlNet; remove the Apply ControlNet node."
+            )
+        p = self.config.patch_size
+        tokens = tokens[:, 0, ::p, ::p]
+        invariants = self.reuse.get(self, context, tokens, x)
+        return self.predict(x, timesteps, size, invariants, transformer_options)
+
+
+class StepReuse:
+    """Keeps `StepInvariants` from one step of a run to the next.
+
+    They are found again by value: the conditioning's states and the (cropped) token ids, which
+    are small beside one step. Weights do not change within a run, unless hooks change them; then
+    nothing is kept. `clear` is called when sampling ends.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor, torch.dtype, StepInvariants]] = []
+
+    def get(self, decoder: Decoder, glyphs: Tensor, tokens: Tensor, x: Tensor) -> StepInvariants:
+        if not self.enabled:
+            return decoder.prepare(glyphs, tokens, x.dtype)
+        for kept_glyphs, kept_tokens, dtype, invariants in self._kept:
+            if dtype == x.dtype and _same(kept_glyphs, glyphs) and _same(kept_tokens, tokens):
+                return invariants
+        invariants = decoder.prepare(glyphs, tokens, x.dtype)
+        self._kept.append((glyphs, tokens.clone(), x.dtype, invariants))
+        return invariants
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+class GLMImageModel(comfy.model_base.BaseModel):
+    """What a MODEL of this pack holds."""
+
+    def __init__(self, model_config: "ModelConfig", device: Any = None) -> None:
+        super().__init__(
+            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
+        )
+        self.schedule = model_config.schedule
+
+    def shift(self, size: tuple[int, int]) -> float:
+        """mu for an image of (height, width) pixels."""
+        return self.schedule.shift(*size, self.diffusion_model.config.patch_size)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Called by the sampler once a run for each conditioning, with its entries."""
+        found = conditions(kwargs, kwargs["noise"].shape, self.diffusion_model.config)
+        return {
+            # Regular, not CrossAttn, which would repeat the shorter of two texts to join them.
+            "c_crossattn": comfy.conds.CONDRegular(found.glyphs),
+            "tokens": comfy.conds.CONDNoiseShape(found.token_map),
+            "size": comfy.conds.CONDConstant(found.size),
+        }
+
+    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`t` is sigma. It goes on in a tuple, which the host does not cast, to `process_timestep`:
+        the model sampling's own `timestep()` is the shifted one, in units that patches change."""
+        patcher = self.current_patcher
+        self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
+        return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
+
+    def process_timestep(
+        self, timestep: Tensor, sigma: tuple[Tensor], size: tuple[int, int], **_: Any
+    ) -> Tensor:
+        return self.schedule.timestep(sigma[0], self.shift(size))
+
+    def memory_required(self, input_shape: list[int], cond_shapes: dict | None = None) -> float:
+        """Bytes that one step needs beside the weights.
+
+        Per token: the residual stream, its two normalised forms, query, key, value and their
+        float32 copies while they are rotated (4 + 8 hidden), or the feed-forward's inner layer
+        twice (8 hidden); the two do not live at the same time. Attention itself is linear in
+        memory with every kernel that the host chooses for bf16 and float32.
+        """
+        config = self.diffusion_model.config
+        batch, _, height, width = input_shape
+        tokens = batch * -(-height // config.patch_size) * -(-width // config.patch_size)
+        dtype = self.manual_cast_dtype or self.get_dtype()
+        return 16 * tokens * config.hidden_size * comfy.model_management.dtype_size(dtype)
+
+
+class LatentFormat(comfy.latent_formats.LatentFormat):
+    """(z - mean) / std by channel, with the numbers of the checkpoint's VAE config."""
+
+    latent_channels = 16
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        self.latent_channels = len(mean)
+        self.mean = torch.tensor(mean).view(1, -1, 1, 1)
+        self.std = torch.tensor(std).view(1, -1, 1, 1)
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        return (latent - self.mean.to(latent)) / self.std.to(latent)
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        return latent * self.std.to(latent) + self.mean.to(latent)
+
+
+class ModelConfig(comfy.supported_models_base.BASE):
+    """What `BaseModel` builds itself from."""
+
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        schedule: ScheduleConfig,
+        latents: LatentFormat,
+        kept: Precision,
+    ) -> None:
+        self.latent_format = lambda: latents  # BASE calls it, as it would a class
+        self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
+        super().__init__({"config": config, "dtype": kept.storage})
+        self.schedule = schedule
+        self.set_inference_dtype(
+            kept.storage, None if kept.compute == kept.storage else kept.compute
+        )
+        self.custom_operations = kept.operations
+
+
+def load_decoder(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+    """A MODEL; also the factory that current hosts rebuild it with on another device.
+
+    Raises:
+        GLMImageError: the component is missing or broken.
+    """
+    component = open_model("decoder", model_name)
+    config = DecoderConfig.from_dict(component.config)
+    check_keys(component, Decoder, config)
+
+    device = comfy.model_management.get_torch_device()
+    model = GLMImageModel(
+        ModelConfig(
+            config,
+            ScheduleConfig.from_dict(component.scheduler),
+            _latent_format(component, config),
+            precision(component, weight_dtype, device),
+        ),
+        device="meta",
+    )
+    load_weights(model.diffusion_model, component, weight_dtype)
+
+    offload = comfy.model_management.unet_offload_device()
+    model.device = offload
+    patcher = make_patcher(model, device, offload, disable_dynamic)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _forget_run)
+    patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype))
+    return patcher
+
+
+def _forget_run(patcher: Any) -> None:
+    patcher.model.diffusion_model.reuse.clear()
+
+
+def _latent_format(component: Component, config: DecoderConfig) -> LatentFormat:
+    latents = LatentFormat(component.vae["latents_mean"], component.vae["latents_std"])
+    if latents.latent_channels != config.in_channels:
+        raise GLMImageError(
+            f"The decoder in {component.path} takes {config.in_channels} latent channels and the "
+            f"VAE beside it makes {latents.latent_channels}; take both from one checkpoint."
+        )
+    return latents
+
+
+def require_decoder(patcher: Any) -> GLMImageModel:
+    """The GLM-Image model in a MODEL.
+
+    Raises:
+        GLMImageError: it is another one.
+    """
+    model = patcher.model
+    if not isinstance(model, GLMImageModel):
+        raise GLMImageError(
+            f"This MODEL is {type(model).__name__} and not GLM-Image's decoder; "
+            "connect GLM-Image Load Decoder."
+        )
+    return model

@@ -1,0 +1,125 @@
+"""The glyph encoder as a native CLIP: tokenize a prompt, encode the texts found in it."""
+
+from typing import Any, ClassVar
+
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...glm_core.errors import GLMImageError
+from ...glm_core.glyph import encode_texts, texts_to_render
+from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from .weights import Precision, check_keys, load_weights, open_model, precision
+
+TOKENS = "glm_glyph"
+EMPTY = "glm_glyph_empty"
+"""Conditioning key of the empty text's encoding, the default negative."""
+
+
+class GlyphTokenizer:
+    """In ComfyUI's protocol; the "tokens" are the texts to render, which are encoded as bytes."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None) -> None:
+        """Takes what ComfyUI gives every tokenizer and needs none of it: bytes have no files."""
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, texts: list[str] | None = None, **_: Any
+    ) -> dict[str, list[str]]:
+        """texts: what to render, instead of what is quoted in `text`."""
+        return {TOKENS: texts_to_render(text) if texts is None else texts}
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+class GlyphModel(nn.Module):
+    """In ComfyUI's protocol for what a CLIP holds."""
+
+    def __init__(self, network: GlyphEncoder, compute: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.transformer = network
+        self.dtypes = {compute}
+        self.compute = compute
+        self.load_device = device
+        self.reset_clip_options()
+
+    def reset_clip_options(self) -> None:
+        self.execution_device = self.load_device
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """Current hosts name the device of the patcher that asks; 0.3.75 has only one."""
+        self.execution_device = options.get("execution_device", self.execution_device)
+
+    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None, dict]:
+        """-> states [1, L, d_model], no pooled output, the empty text's states [1, 1, d_model]"""
+        if TOKENS not in tokens:
+            raise GLMImageError(
+                "These tokens are not of the GLM-Image glyph encoder; "
+                "tokenize and encode with one and the same CLIP."
+            )
+        states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
+        return states, None, {EMPTY: empty}
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        states = encode_texts(self._encode_ids, texts, self.execution_device)
+        return states.float().to(comfy.model_management.intermediate_device())
+
+    def _encode_ids(self, ids: Tensor) -> Tensor:
+        return self.transformer.encoder(self.transformer.shared(ids).to(self.compute))
+
+    def load_sd(self, sd: dict[str, Tensor]) -> Any:
+        return self.transformer.load_state_dict(sd, strict=False)
+
+
+def load_glyph_encoder(model_name: str) -> comfy.sd.CLIP:
+    """
+    Raises:
+        GLMImageError: the component is missing or broken.
+    """
+    return _load_clip(model_name)
+
+
+def load_glyph_patcher(model_name: str, disable_dynamic: bool = False):
+    """The CLIP's patcher; the factory that current hosts rebuild it with on another device."""
+    return _load_clip(model_name, disable_dynamic).patcher
+
+
+def _load_clip(model_name: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    component = open_model("glyph", model_name)
+    config = GlyphConfig.from_dict(component.config)
+    check_keys(component, GlyphEncoder, config)
+
+    device = comfy.model_management.text_encoder_device()
+    chosen = precision(component, "default", device)
+    target = _Target(
+        lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
+    )
+    options = {"disable_dynamic": True} if disable_dynamic else {}
+    clip = comfy.sd.CLIP(
+        target, parameters=sum(t.shape.numel() for t in component.tensors.values()),
+        model_options={"dtype": chosen.storage}, **options,
+    )  # fmt: skip
+    clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name,))
+    return clip
+
+
+def _load_network(component, config: GlyphConfig, chosen: Precision) -> GlyphEncoder:
+    network = GlyphEncoder(
+        config, device="meta", dtype=chosen.storage, operations=chosen.operations
+    )
+    return load_weights(network, component)
+
+
+class _Target:
+    """What `comfy.sd.CLIP` builds itself from."""
+
+    tokenizer = GlyphTokenizer
+    params: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip
+
+
+def is_glyph_encoder(clip: Any) -> bool:
+    return isinstance(getattr(clip, "cond_stage_model", None), GlyphModel)

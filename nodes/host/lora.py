@@ -1,0 +1,48 @@
+"""LoRAs on patchers: the file's names are glm_core's business, its tensors the host's."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+
+from ...glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
+
+log = logging.getLogger(__name__)
+
+
+def apply_lora(
+    path: Path, decoder: Any | None, ar: Any | None, strength_decoder: float, strength_ar: float
+) -> tuple[Any | None, Any | None]:
+    """Clones of the decoder's and the AR's patcher with the LoRA added.
+
+    Raises:
+        GLMImageError: the file is broken, or no key of it belongs to either model.
+    """
+    lora = read_lora(path)
+    targets = [
+        (patcher, lora_key_map(patcher.model.state_dict(), component, root), strength)
+        for patcher, component, root, strength in (
+            (decoder, "decoder", "diffusion_model.", strength_decoder),
+            (ar, "ar", "", strength_ar),
+        )
+        if patcher is not None
+    ]
+    key_maps = [key_map for _, key_map, _ in targets]
+    require_match(path, lora, *key_maps)
+    unmatched = unmatched_keys(lora, *key_maps)
+    if unmatched:
+        log.warning("%s: %d keys match no model: %s", path, len(unmatched), unmatched[:3])
+
+    patched = [_add(patcher, lora, key_map, strength) for patcher, key_map, strength in targets]
+    return (
+        patched.pop(0) if decoder is not None else None,
+        patched.pop(0) if ar is not None else None,
+    )
+
+
+def _add(patcher: Any, lora: dict, key_map: dict[str, str], strength: float) -> Any:
+    patches = comfy.lora.load_lora(dict(lora), key_map, log_missing=False)
+    clone = patcher.clone()
+    clone.add_patches(patches, strength)
+    return clone

@@ -1,0 +1,63 @@
+"""Where checkpoints lie: snapshot folders under models/glm_image, single files where they go."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...glm_core.checkpoint import COMPONENTS
+from ...glm_core.errors import GLMImageError
+
+SNAPSHOTS = "glm_image"
+FILE_FOLDERS = {
+    "ar": "text_encoders",
+    "decoder": "diffusion_models",
+    "glyph": "text_encoders",
+    "vae": "vae",
+}
+
+
+def register() -> None:
+    """Add models/glm_image to ComfyUI's folders, beside those of extra_model_paths.yaml."""
+    folder_paths.add_model_folder_path(
+        SNAPSHOTS, os.path.join(folder_paths.models_dir, SNAPSHOTS), is_default=True
+    )
+
+
+def model_names(component: str) -> list[str]:
+    """Snapshot folders that hold the component, then single safetensors files."""
+    folder = COMPONENTS[component].folder
+    snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
+    files = folder_paths.get_filename_list(FILE_FOLDERS[component])
+    return snapshots + [name for name in files if name.endswith(".safetensors")]
+
+
+def find_model(component: str, name: str) -> Path:
+    """The snapshot folder or the file that a loader's `model_name` means.
+
+    Raises:
+        GLMImageError: there is none of that name; says where to put one.
+    """
+    kind = COMPONENTS[component]
+    for root in folder_paths.get_folder_paths(SNAPSHOTS):
+        snapshot = Path(root) / name
+        if name in _children(Path(root)) and snapshot.is_dir():
+            return snapshot
+    file = folder_paths.get_full_path(FILE_FOLDERS[component], name) if name else None
+    if file is not None:
+        return Path(file)
+    names = model_names(component)
+    known = f"installed are: {', '.join(names)}" if names else "none is installed"
+    raise GLMImageError(
+        f"No {kind.title} is called '{name}' ({known}); put a snapshot of zai-org/GLM-Image into "
+        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{FILE_FOLDERS[component]}/."
+    )
+
+
+def _children(root: Path) -> set[str]:
+    return set(os.listdir(root)) if root.is_dir() else set()
+
+
+def _snapshot_parts(folder: str) -> list[Path]:
+    roots = [Path(root) for root in folder_paths.get_folder_paths(SNAPSHOTS)]
+    return [part for root in roots if root.is_dir() for part in root.glob(f"*/{folder}")]

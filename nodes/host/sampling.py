@@ -1,0 +1,71 @@
+"""Denoising with ComfyUI's samplers: the checkpoint's schedule, and the one-node decode."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from torch import Tensor
+
+from ...glm_core.schedule import VAE_SCALE
+from .decoder import GLMImageModel, require_decoder
+
+
+class ResolutionShift(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """sigma = mu s / (1 + (mu - 1) s), ComfyUI's discrete flow with mu as its shift."""
+
+
+def latent_size(latent: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    height, width = latent["samples"].shape[-2:]
+    return height * VAE_SCALE, width * VAE_SCALE
+
+
+def sigmas(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Tensor:
+    """The checkpoint's noise levels for the latent's size: float32 [steps + 1]."""
+    network = require_decoder(model)
+    return network.schedule.sigmas(steps, network.shift(latent_size(latent)), denoise)
+
+
+def with_resolution_shift(model: Any, latent: dict[str, Any]) -> Any:
+    """A clone whose own sigmas, which KSampler's schedulers read, are the latent size's."""
+    network: GLMImageModel = require_decoder(model)
+    sampling = ResolutionShift(network.model_config)
+    sampling.set_parameters(shift=network.shift(latent_size(latent)))
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+def decode(
+    model: Any,
+    positive: list,
+    negative: list,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    cfg: float,
+    denoise: float,
+) -> dict[str, Any]:
+    """Euler with CFG over the checkpoint's schedule, as SamplerCustomAdvanced would run it."""
+    levels = sigmas(model, latent, steps, denoise)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    denoised = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        comfy.samplers.sampler_object("euler"),
+        levels,
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, max(len(levels) - 1, 0)),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**latent, "samples": denoised.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,70 @@
+"""A native VAE object around GLM-Image's autoencoder."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from ...glm_core.errors import GLMImageError
+from ...glm_core.schedule import VAE_SCALE
+from ...glm_core.vae import AutoencoderKL, VAEConfig
+from .weights import Precision, check_keys, load_weights, make_patcher, open_model
+
+WORKING_DTYPES = [torch.bfloat16, torch.float32]
+
+
+def load_vae(model_name: str) -> comfy.sd.VAE:
+    """
+    Raises:
+        GLMImageError: the component is missing or broken, or not of ComfyUI's latent size.
+    """
+    patcher = load_vae_patcher(model_name)
+    network = patcher.model
+    with _without_warnings():  # an empty VAE has all that its methods need, and warns of no network
+        vae = comfy.sd.VAE(sd={})
+    vae.first_stage_model = network
+    vae.latent_channels = network.config.latent_channels
+    vae.working_dtypes = WORKING_DTYPES
+    vae.device = patcher.load_device
+    vae.vae_dtype = next(network.parameters()).dtype
+    vae.output_device = comfy.model_management.intermediate_device()
+    vae.patcher = patcher
+    vae.model_size()
+    return vae
+
+
+def load_vae_patcher(model_name: str, disable_dynamic: bool = False):
+    """The VAE's patcher; the factory that current hosts rebuild it with on another device."""
+    component = open_model("vae", model_name)
+    config = VAEConfig.from_dict(component.config)
+    if config.downscale != VAE_SCALE:
+        raise GLMImageError(
+            f"The VAE in {component.path} makes one latent of {config.downscale} x "
+            f"{config.downscale} pixels and GLM-Image's of {VAE_SCALE} x {VAE_SCALE}; "
+            "choose GLM-Image's VAE."
+        )
+    check_keys(component, AutoencoderKL, config)
+
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    operations = Precision(dtype, dtype).operations
+    network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
+    load_weights(network, component).to(dtype)
+
+    offload = comfy.model_management.vae_offload_device()
+    patcher = make_patcher(network, device, offload, disable_dynamic)
+    patcher.cached_patcher_init = (load_vae_patcher, (model_name,))
+    return patcher
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

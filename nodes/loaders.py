@@ -1,0 +1,139 @@
+"""Loaders: each component of a checkpoint is its own node, model and patcher."""
+
+from comfy_api.latest import io
+
+from ..glm_core.errors import GLMImageError
+from .host.ar import load_ar
+from .host.decoder import load_decoder
+from .host.glyph import load_glyph_encoder
+from .host.paths import find_model, model_names
+from .host.vae import load_vae
+from .host.weights import WEIGHT_DTYPES
+from .types import AR, CATEGORY
+
+
+def _model_name(component: str, what: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "model_name",
+        options=model_names(component),
+        tooltip=f"The {what}: a snapshot folder in models/glm_image, or a single file.",
+    )
+
+
+def _weight_dtype() -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        tooltip="How the weights are kept. default: as the file has them. fp8 halves the memory of "
+        "the layers' matrices and is computed in bf16 or fp32. fp16 is not offered: it overflows.",
+    )
+
+
+def check_model_name(component: str, model_name: str | None) -> bool | str:
+    """For `validate_inputs`: True, or the sentence that says what is wrong."""
+    try:
+        find_model(component, model_name or "")
+    except GLMImageError as error:
+        return str(error)
+    return True
+
+
+def check_weight_dtype(weight_dtype: str | None) -> bool | str:
+    if weight_dtype is None or weight_dtype in WEIGHT_DTYPES:
+        return True
+    return f"weight_dtype is '{weight_dtype}'; choose one of {', '.join(WEIGHT_DTYPES)}."
+
+
+class LoadAR(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadAR",
+            display_name="GLM-Image Load AR Model",
+            category=f"{CATEGORY}/loaders",
+            description="Loads the autoregressive model, which writes an image's semantic tokens "
+            "from a prompt. It is memory-mapped here and moved to the GPU when a sampler needs it.",
+            inputs=[_model_name("ar", "AR model"), _weight_dtype()],
+            outputs=[AR.Output(display_name="ar")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, model_name: str | None = None, weight_dtype: str | None = None
+    ) -> bool | str:
+        valid = check_weight_dtype(weight_dtype)
+        return check_model_name("ar", model_name) if valid is True else valid
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(load_ar(model_name, weight_dtype))
+
+
+class LoadDecoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadDecoder",
+            display_name="GLM-Image Load Decoder",
+            category=f"{CATEGORY}/loaders",
+            description="Loads the diffusion decoder as a native MODEL: KSampler and the custom "
+            "samplers, LoRA loaders, torch.compile and caching nodes work on it.",
+            inputs=[_model_name("decoder", "diffusion decoder"), _weight_dtype()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, model_name: str | None = None, weight_dtype: str | None = None
+    ) -> bool | str:
+        valid = check_weight_dtype(weight_dtype)
+        return check_model_name("decoder", model_name) if valid is True else valid
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(load_decoder(model_name, weight_dtype))
+
+
+class LoadGlyphEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadGlyphEncoder",
+            display_name="GLM-Image Load Glyph Encoder",
+            category=f"{CATEGORY}/loaders",
+            description="Loads the Glyph-ByT5 encoder as a native CLIP. It reads the text to be "
+            "rendered byte by byte; GLM-Image Glyph Encode and CLIP Text Encode work on it.",
+            inputs=[_model_name("glyph", "glyph encoder")],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("glyph", model_name)
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_glyph_encoder(model_name))
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadVAE",
+            display_name="GLM-Image Load VAE",
+            category=f"{CATEGORY}/loaders",
+            description="Loads GLM-Image's autoencoder as a native VAE: VAE Decode, VAE Encode and "
+            "their tiled forms work on it.",
+            inputs=[_model_name("vae", "VAE")],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("vae", model_name)
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_vae(model_name))

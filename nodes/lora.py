@@ -1,0 +1,91 @@
+"""LoRAs of the decoder and of the AR model, from one file or from two."""
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..glm_core.errors import GLMImageError
+from .host.ar import HostAR
+from .host.decoder import require_decoder
+from .host.lora import apply_lora
+from .types import AR, CATEGORY
+
+
+def _find(lora_name: str) -> Path:
+    path = folder_paths.get_full_path("loras", lora_name)
+    if path is None:
+        raise GLMImageError(f"No LoRA is called '{lora_name}'; put the file into models/loras.")
+    return Path(path)
+
+
+class LoadLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadLora",
+            display_name="GLM-Image Load LoRA",
+            category=f"{CATEGORY}/loaders",
+            description="Adds a LoRA to the decoder, to the AR model, or to both, each with its "
+            "own strength. Reads the names of diffusers, PEFT, kohya and ComfyUI.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file in models/loras.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Strength on the decoder; 0 leaves it as it is, negative inverts.",
+                ),
+                io.Float.Input(
+                    "strength_ar",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Strength on the AR model; 0 leaves it as it is, negative inverts.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="The decoder to adapt."),
+                AR.Input("ar", optional=True, tooltip="The AR model to adapt."),
+            ],
+            outputs=[io.Model.Output(), AR.Output(display_name="ar")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        try:
+            _find(lora_name or "")
+        except GLMImageError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        lora_name: str,
+        strength_model: float,
+        strength_ar: float,
+        model: Any = None,
+        ar: HostAR | None = None,
+    ) -> io.NodeOutput:
+        if model is None and ar is None:
+            raise GLMImageError("Nothing to adapt: connect model, ar or both to Load LoRA.")
+        if model is not None:
+            require_decoder(model)
+        decoder, ar_patcher = apply_lora(
+            _find(lora_name), model, ar and ar.patcher, strength_model, strength_ar
+        )
+        return io.NodeOutput(
+            _or_blocked(decoder, "model"), _or_blocked(ar and ar.with_patcher(ar_patcher), "ar")
+        )
+
+
+def _or_blocked(output: Any | None, name: str) -> Any:
+    return output or ExecutionBlocker(f"Load LoRA has no {name} output: connect its {name} input.")

@@ -1,0 +1,120 @@
+"""Semantic tokens as files: shareable like a seed, and usable without the AR model."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..glm_core.errors import GLMImageError
+from ..glm_core.tokens import Layout as LayoutData
+from ..glm_core.tokens import SemanticTokens, load_tokens, save_tokens
+from .types import CATEGORY, Layout, Tokens
+
+SUFFIX = ".safetensors"
+
+
+class SaveTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageSaveTokens",
+            display_name="GLM-Image Save Tokens",
+            category=CATEGORY,
+            description="Saves semantic tokens, and the layout they grew from, into the output "
+            "folder. The file is a few kilobytes and holds how it was made.",
+            inputs=[
+                Tokens.Input("tokens", tooltip="What to save; a batch goes into one file."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="glm_image/tokens",
+                    tooltip="Start of the file's name; may have folders and %date% parts.",
+                ),
+                Layout.Input("layout", optional=True, tooltip="Saved with its locks."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, tokens: SemanticTokens, filename_prefix: str, layout: LayoutData | None = None
+    ) -> io.NodeOutput:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_{SUFFIX}"
+        save_tokens(Path(folder) / file, tokens, layout)
+        saved = {"filename": file, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(ui={"tokens": [saved]})
+
+
+class LoadTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadTokens",
+            display_name="GLM-Image Load Tokens",
+            category=CATEGORY,
+            description="Loads semantic tokens and their layout from the input folder, or from the "
+            "output folder as 'name [output]'.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_token_files(),
+                    tooltip="A file saved by GLM-Image Save Tokens.",
+                )
+            ],
+            outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        try:
+            _find(file or "")
+        except GLMImageError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return hashlib.sha256(_find(file).read_bytes()).hexdigest()
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        tokens, layout = load_tokens(_find(file))
+        none = f"{file} holds no layout; save one with the tokens to load it from here."
+        return io.NodeOutput(tokens, layout or ExecutionBlocker(none))
+
+
+def _token_files() -> list[str]:
+    folders = (
+        (folder_paths.get_input_directory(), ""),
+        (folder_paths.get_output_directory(), " [output]"),
+    )
+    return [
+        f"{path.relative_to(folder).as_posix()}{mark}"
+        for folder, mark in folders
+        for path in sorted(Path(folder).rglob(f"*{SUFFIX}"))
+    ]
+
+
+def _find(name: str) -> Path:
+    """The file in the input folder, or in the one that `name [output]` names.
+
+    Raises:
+        GLMImageError: it lies elsewhere or does not exist.
+    """
+    plain, folder = folder_paths.annotated_filepath(name)
+    root = os.path.realpath(folder or folder_paths.get_input_directory())
+    path = os.path.realpath(os.path.join(root, plain))
+    if os.path.commonpath([root, path]) != root:
+        raise GLMImageError(f"'{name}' lies outside the input folder; copy the file into it.")
+    if not os.path.isfile(path):
+        raise GLMImageError(
+            f"There is no token file '{name}'; put it into the input folder, "
+            "or write 'name [output]' for one in the output folder."
+        )
+    return Path(path)

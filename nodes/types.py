@@ -1,0 +1,9 @@
+"""Wire types for what ComfyUI has no word for."""
+
+from comfy_api.latest import io
+
+AR = io.Custom("GLM_AR")
+Tokens = io.Custom("GLM_TOKENS")
+Layout = io.Custom("GLM_LAYOUT")
+
+CATEGORY = "GLM-Image"
