@@ -42,27 +42,21 @@ def glyph_ids(texts: list[str]) -> list[list[int]]:
     return [lead + byte_ids(text) for text in texts]
 
 
-def encode_ids(
-    encoder: Callable[[Tensor], Tensor],
-    ids: list[list[int]],
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Encode each list of ids on its own, so that nothing is padded, and join the results.
-
-    Args:
-        encoder: [1, L] ids -> [1, L, d_model].
-        device: where the encoder wants its ids.
-
-    Returns:
-        [1, sum of the lengths, d_model]
-    """
-    return torch.cat([encoder(torch.tensor([one], device=device)) for one in ids], dim=1)
-
-
 def encode_texts(
     encoder: Callable[[Tensor], Tensor],
     texts: list[str],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The decoder's glyph embedding of the texts: [1, L, d_model]; see `encode_ids`."""
-    return encode_ids(encoder, glyph_ids(texts), device)
+    """The decoder's glyph embedding: each text encoded on its own, so that nothing is padded.
+
+    Args:
+        encoder: [1, L] ids -> [1, L, d_model].
+        texts: what `texts_to_render` found.
+        device: where the encoder wants its ids.
+
+    Returns:
+        [1, sum of the lengths, d_model]
+    """
+    return torch.cat(
+        [encoder(torch.tensor([ids], device=device)) for ids in glyph_ids(texts)], dim=1
+    )

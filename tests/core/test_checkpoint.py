@@ -64,6 +64,7 @@ def single_file(snapshot: Path, component: str, file: Path, **changes: str | Non
         }
     if opened.scheduler:
         metadata["scheduler"] = json.dumps(opened.scheduler)
+        metadata["vae"] = json.dumps(opened.vae)
     metadata |= changes
     state = {key: value.clone() for key, value in opened.state_dict().items()}
     save_file(state, file, {key: value for key, value in metadata.items() if value is not None})
@@ -239,7 +240,8 @@ def test_image_config_without_limits(snapshot):
 def test_broken_config(snapshot, text):
     (snapshot / "transformer" / "config.json").write_text(text)
     sentence = refused(snapshot, "decoder")
-    assert "transformer/config.json is not" in sentence and "JSON" in sentence
+    assert "transformer/config.json is not" in sentence
+    assert "JSON" in sentence
 
 
 def test_config_that_is_no_text(snapshot):
