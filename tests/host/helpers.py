@@ -1,0 +1,76 @@
+"""The text-to-image graph, called node by node."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import torch
+from glm_image.glm_core.grids import upsample_tokens
+from torch import Tensor
+
+
+@dataclass
+class Stages:
+    """What each node of the graph gave."""
+
+    ar: Any
+    model: Any
+    clip: Any
+    vae: Any
+    tokens: Any
+    layout: Any
+    positive: list
+    negative: list
+    empty: dict
+    latent: dict
+    image: Tensor
+    seed: int
+
+    @property
+    def decoder_ids(self) -> Tensor:
+        """int64 [B, N] at one per 16 px, as the reference pipeline takes them."""
+        return upsample_tokens(self.tokens.tokens).flatten(1).long()
+
+    @property
+    def noise(self) -> Tensor:
+        empty = self.empty
+        return comfy.sample.prepare_noise(empty["samples"], self.seed, empty["batch_index"])
+
+
+def stages(
+    nodes: dict,
+    shape: str,
+    prompt: str,
+    size: tuple[int, int],
+    *,
+    steps: int = 2,
+    cfg: float = 1.5,
+    batch: int = 1,
+    seed: int = 7,
+) -> Stages:
+    def run(node: str, *args: Any) -> tuple:
+        return nodes[node].execute(*args).result
+
+    height, width = size
+    (ar,) = run("GLMImageLoadAR", shape, "default")
+    (model,) = run("GLMImageLoadDecoder", shape, "default")
+    (clip,) = run("GLMImageLoadGlyphEncoder", shape)
+    (vae,) = run("GLMImageLoadVAE", shape)
+    tokens, layout = run(
+        "GLMImageSampleTokens", ar, prompt, width, height, seed, 0.9, 0.75, 0, batch
+    )
+    glyphs, _ = run("GLMImageGlyphEncode", clip, prompt)
+    positive, negative, empty = run("GLMImageApplyTokens", glyphs, tokens)
+    (latent,) = run("GLMImageDecode", model, positive, negative, empty, seed, steps, cfg, 1.0)
+    image = vae.decode(latent["samples"])
+    return Stages(
+        ar, model, clip, vae, tokens, layout, positive, negative, empty, latent, image, seed
+    )
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

@@ -1,0 +1,38 @@
+"""A whole image through the nodes against the reference pipeline, from the same noise."""
+
+import pytest
+import torch
+from helpers import relative_error, stages
+from reference import SHAPES
+
+PROMPT = "a sign that says 'OPEN 24h' beside \"no\" door"
+SIZE = (96, 160)  # height, width
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cfg", [1.5, 1.0])
+def test_latents_and_pixels_equal_the_reference(nodes, pipelines, shape: str, cfg: float) -> None:
+    run = stages(nodes, shape, PROMPT, SIZE, steps=4, cfg=cfg)
+    pipeline = pipelines[shape]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        prompt=PROMPT,
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=4,
+        guidance_scale=cfg,
+        prior_token_ids=run.decoder_ids,
+        latents=run.noise,
+        output_type="latent",
+    ).images
+    normalised = run.model.model.process_latent_in(run.latent["samples"])
+    assert relative_error(normalised, expected) < 1e-4
+
+    vae = pipeline.vae
+    mean, std = (
+        torch.tensor(getattr(vae.config, name)).view(1, -1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    pixels = vae.decode(expected * std + mean).sample
+    pixels = ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
+    assert (run.image - pixels).abs().max() < 1 / 255
