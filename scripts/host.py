@@ -42,6 +42,7 @@ def serve(host: Host, base: Path, *flags: str, port: int | None = None) -> Itera
     try:
         address = f"127.0.0.1:{port}"
         _wait_for(address, server, log)
+        _require_pack(log)
         yield address
     finally:
         server.terminate()
@@ -64,6 +65,13 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
         time.sleep(0.2)
     tail = "\n".join(log.read_text().splitlines()[-30:])
     raise RuntimeError(f"ComfyUI did not start; the end of its log {log}:\n{tail}")
+
+
+def _require_pack(log: Path) -> None:
+    lines = log.read_text().splitlines()
+    if any("IMPORT FAILED" in line and line.endswith(PACK) for line in lines):
+        about = "\n".join(line for line in lines if PACK in line)
+        raise RuntimeError(f"ComfyUI could not import the pack; all of its log is {log}:\n{about}")
 
 
 def _device_flags() -> list[str]:
