@@ -39,7 +39,7 @@ class SamplingOptions:
             raise GLMImageError(f"top_k is {self.top_k}: use 0 (off) or more.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forced:
     """Cells of a grid that are given instead of drawn.
 

@@ -63,8 +63,12 @@ class PromptTokenizer:
         Raises:
             GLMImageError: the prompt is empty.
         """
-        scaffold = [self._grid_ids(grid), self._grid_ids(preview_grid(grid))]
-        return [*self._prompt_ids(prompt), *sum(scaffold, []), self._ids["bos_token"]]
+        return [
+            *self._prompt_ids(prompt),
+            *self._grid_ids(grid),
+            *self._grid_ids(preview_grid(grid)),
+            self._ids["bos_token"],
+        ]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The chat template's turn of a user who says `prompt`."""
@@ -75,10 +79,9 @@ class PromptTokenizer:
         before, after = self._render(prompt.replace(core, _PROMPT, 1)).split(_PROMPT)
         *head, last = self._control_pattern.split(before)
         first, *tail = self._control_pattern.split(after)
-        ids = [self._piece_ids(piece) for piece in head]
-        ids.append(self._text_ids(last + core + first))
-        ids += [self._piece_ids(piece) for piece in tail]
-        return sum(ids, [])
+        ids = [i for piece in head for i in self._piece_ids(piece)]
+        ids += self._text_ids(last + core + first)
+        return ids + [i for piece in tail for i in self._piece_ids(piece)]
 
     def _render(self, prompt: str) -> str:
         if self._template is None:

@@ -24,7 +24,7 @@ VERSION = 1
 MAX_FILE_BYTES = 64 * 2**20  # a 2048x2048 image takes 17 KiB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SemanticTokens:
     """The large grids of a batch of images.
 
@@ -45,7 +45,7 @@ class SemanticTokens:
         _check("tokens", self.tokens, grid, self.codebook, self.height, self.width)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The previews of a batch of images, and the cells of them that are locked.
 
@@ -135,8 +135,8 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
         )
     try:
         size_and_codes = {name: int(metadata[name]) for name in ("codebook", "height", "width")}
-        info = json.loads(metadata.get("info", "{}"))
-    except (KeyError, ValueError) as error:
+        info = dict(json.loads(metadata.get("info", "{}")))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise GLMImageError(f"{path.name} has broken metadata: {error}.") from error
     try:
         tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codes)

@@ -62,7 +62,8 @@ def test_what_is_wholly_forced_needs_no_network(blocks):
     preview = torch.randint(0, 64, (2, *preview_grid(grid)))
     large = torch.randint(0, 64, (2, *grid))
     tokens, kept = both.tokens(PROMPT, grid, batch=2, preview=wholly(preview), large=wholly(large))
-    assert torch.equal(tokens, large) and torch.equal(kept, preview)
+    assert torch.equal(tokens, large)
+    assert torch.equal(kept, preview)
     assert blocks == []
 
 
@@ -109,7 +110,8 @@ def test_locking_some_of_a_runs_own_cells_changes_nothing(blocks):
         preview=Forced(preview, preview_mask),
         large=Forced(tokens, large_mask),
     )
-    assert torch.equal(again, tokens) and torch.equal(kept, preview)
+    assert torch.equal(again, tokens)
+    assert torch.equal(kept, preview)
     free = int((~preview_mask).sum() + (~large_mask).sum())
     assert len(blocks) == free + (0 if not preview_mask[0, 0] else 1)
 
@@ -133,7 +135,8 @@ def test_one_layout_serves_a_whole_batch():
     repeated, _ = both.tokens(
         PROMPT, grid, seed=3, batch=3, preview=wholly(preview.repeat(3, 1, 1))
     )
-    assert torch.equal(kept, preview.repeat(3, 1, 1)) and torch.equal(shared, repeated)
+    assert torch.equal(kept, preview.repeat(3, 1, 1))
+    assert torch.equal(shared, repeated)
     assert len({tuple(t.flatten().tolist()) for t in shared}) == 3
 
 
@@ -141,22 +144,23 @@ def test_a_region_is_redrawn_given_all_cells_before_it():
     both, grid, options = pair("small"), (8, 8), SamplingOptions(temperature=1.5, top_p=1.0)
     tokens, preview = both.tokens(PROMPT, grid, seed=1)
     redraw = torch.zeros(grid, dtype=torch.bool)
-    redraw[3:6, 2:7] = True
+    redraw[3:6] = True
 
     def redraw_region(context):
         forced = {"preview": wholly(preview), "large": Forced(context, ~redraw)}
         return both.tokens(PROMPT, grid, seed=2, options=options, **forced)
 
     again, kept = redraw_region(tokens)
-    assert torch.equal(again[:, ~redraw], tokens[:, ~redraw]) and torch.equal(kept, preview)
+    assert torch.equal(again[:, ~redraw], tokens[:, ~redraw])
+    assert torch.equal(kept, preview)
     changed = (again != tokens)[0]
     assert changed.sum() >= redraw.sum() // 2
-    # A cell before the region is context: another one there, and the region comes out otherwise.
+    # Cells before the region are its context: with others there, it comes out otherwise.
     other = tokens.clone()
-    other[:, 0] = (other[:, 0] + 7) % 64
+    other[:, :3] = (other[:, :3] + 7) % 64
     third, _ = redraw_region(other)
     assert not torch.equal(third[:, redraw], again[:, redraw])
-    # A cell after it is not.
+    # Cells after it are not.
     after = tokens.clone()
     after[:, 6:] = (after[:, 6:] + 7) % 64
     fourth, _ = redraw_region(after)
@@ -173,7 +177,7 @@ def test_nothing_forced_is_a_free_run():
 
 
 def test_forced_cells_of_another_grid():
-    with pytest.raises(GLMImageError, match="grid of 19x13 .* this image has 16x16"):
+    with pytest.raises(GLMImageError, match=r"grid of 19x13 .* this image has 16x16"):
         pair("small").tokens(PROMPT, (4, 4), preview=wholly(torch.zeros(1, 19, 13)))
 
 

@@ -1,5 +1,6 @@
 """Sampling: the reference's greedy tokens and probabilities, and draws that nothing else moves."""
 
+import itertools
 import time
 
 import pytest
@@ -43,7 +44,8 @@ def reference_greedy(pipeline, prompt, grid):
 def test_greedy_tokens_are_the_references_one_by_one(shape, grid):
     both = pair(shape)
     tokens, preview = both.tokens(PROMPT, grid, options=GREEDY)
-    assert tokens.shape == (1, *grid) and preview.shape == (1, *preview_grid(grid))
+    assert tokens.shape == (1, *grid)
+    assert preview.shape == (1, *preview_grid(grid))
     ours = torch.cat([preview.flatten(), tokens.flatten()])
     theirs = reference_greedy(both.pipeline, PROMPT, grid)
     assert len(theirs.unique()) > 8
@@ -152,9 +154,11 @@ def test_exactly_as_many_tokens_as_cells_and_none_beyond_the_codebook():
         tokens, preview = both.tokens(PROMPT, (5, 7), options=SamplingOptions(2.0, 1.0))
     finally:
         head.copy_(before)
-    assert tokens.shape == (1, 5, 7) and preview.shape == (1, 13, 18)
+    assert tokens.shape == (1, 5, 7)
+    assert preview.shape == (1, 13, 18)
     assert tokens.dtype == preview.dtype == torch.int64
-    assert tokens.max() < both.model.config.codebook and tokens.min() >= 0
+    assert tokens.max() < both.model.config.codebook
+    assert tokens.min() >= 0
     assert len(tokens.unique()) > 10
 
 
@@ -174,9 +178,11 @@ def test_progress_counts_every_cell_and_ends_at_the_total():
         PROMPT, (4, 4), progress=lambda done, total: reports.append((done, total))
     )
     total = tokens.numel() + preview.numel()
-    assert reports[-1] == (total, total) and {t for _, t in reports} == {total}
+    assert reports[-1] == (total, total)
+    assert {t for _, t in reports} == {total}
     done = [d for d, _ in reports]
-    assert done == sorted(set(done)) and len(done) < total / 4
+    assert done == sorted(set(done))
+    assert len(done) < total / 4
 
 
 def test_progress_and_interrupt_come_within_100_ms(monkeypatch):
@@ -196,14 +202,14 @@ def test_progress_and_interrupt_come_within_100_ms(monkeypatch):
         check_interrupt=lambda: marks["interrupt"].append(time.monotonic()),
     )
     for times in marks.values():
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
         assert sorted(gaps)[int(0.9 * len(gaps))] < 0.15
     assert len(marks["interrupt"]) == 272
     assert len(marks["progress"]) < 60
 
 
 def test_an_interrupt_stops_the_run_at_once():
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     calls = []
@@ -211,9 +217,9 @@ def test_an_interrupt_stops_the_run_at_once():
     def interrupt():
         calls.append(1)
         if len(calls) == 20:
-            raise Stop
+            raise StoppedError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         pair("small").tokens(PROMPT, (8, 8), check_interrupt=interrupt)
     assert len(calls) == 20
 
