@@ -50,12 +50,20 @@ def prepare_model(model: str | None) -> str:
         return snapshot.name
     if model:
         return model
-    folder = MODELS / RANDOM_MODEL
-    if not (folder / "model_index.json").is_file():
-        print(f"making a small random checkpoint in {folder.relative_to(environment.ROOT)}")
-        command = [sys.executable, "-m", "scripts.random_checkpoint", str(folder)]
-        subprocess.run(command, check=True, cwd=environment.ROOT)
+    make_random_model(MODELS / RANDOM_MODEL)
     return RANDOM_MODEL
+
+
+def make_random_model(folder: Path) -> None:
+    """Writes the random checkpoint, unless the same script has done so before."""
+    script = (environment.ROOT / "scripts" / "random_checkpoint.py").read_text()
+    made_by = folder / "made_by.py"
+    if made_by.is_file() and made_by.read_text() == script:
+        return
+    print(f"making a small random checkpoint in {folder.relative_to(environment.ROOT)}")
+    command = [sys.executable, "-m", "scripts.random_checkpoint", str(folder)]
+    subprocess.run(command, check=True, cwd=environment.ROOT)
+    made_by.write_text(script)
 
 
 def override(prompt: Prompt, wanted: os._Environ | dict[str, str], model: str) -> None:
@@ -84,6 +92,8 @@ class StagePrinter:
         self.since = 0.0
 
     def __call__(self, event: Event) -> None:
+        if event["type"] in ("execution_error", "execution_interrupted"):
+            self.running = None
         if event["type"] != "executing":
             return
         now = time.perf_counter()

@@ -36,9 +36,9 @@ CHAT_TEMPLATE = (
 # prior make neighbouring tokens alike and visible; the rest is small so that the prior shows.
 GAINS = {
     "lm_head.weight": 4.0,
-    "prior_projector.linear_2.weight": 4.0,
-    "proj_out.weight": 2.0,
-    "decoder.conv_out.weight": 0.5,
+    "prior_projector.net.2.weight": 12.0,
+    "proj_out.weight": 3.0,
+    "decoder.conv_out.weight": 1.0,
 }
 
 
