@@ -1,0 +1,64 @@
+"""Prompts for the server: the pack's own API workflows, made small, and changes to them."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from glm_image.scripts.client import Prompt
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
+MODEL = "GLM-Image"
+_fresh = itertools.count(1000)
+
+
+def workflow(name: str = "text_to_image", *, steps: int = 2, **inputs) -> Prompt:
+    """A stored workflow at 96x64 (width x height) and few steps, with `inputs` set throughout."""
+    prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return changed(prompt, **{"width": 96, "height": 64, "steps": steps, **inputs})
+
+
+def fresh(name: str = "text_to_image", **inputs) -> Prompt:
+    """A workflow with seeds that no prompt of this session had, so that every stage runs."""
+    return workflow(name, seed=next(_fresh), **inputs)
+
+
+def changed(prompt: Prompt, **inputs) -> Prompt:
+    """Sets every input of these names that is no link; raises where no node has such an input."""
+    for name, value in inputs.items():
+        nodes = [node for node in prompt.values() if name in node["inputs"]]
+        typed = [node for node in nodes if not isinstance(node["inputs"][name], list)]
+        if not typed:
+            raise KeyError(name)
+        for node in typed:
+            node["inputs"][name] = value
+    return prompt
+
+
+def the(prompt: Prompt, class_type: str) -> str:
+    """The id of the only node of a type."""
+    (node_id,) = (key for key, node in prompt.items() if node["class_type"] == class_type)
+    return node_id
+
+
+def add(prompt: Prompt, class_type: str, **inputs) -> str:
+    """Adds a node and gives its id."""
+    node_id = str(max(map(int, prompt)) + 1)
+    prompt[node_id] = {"class_type": class_type, "inputs": inputs}
+    return node_id
+
+
+def relink(prompt: Prompt, old: tuple[str, int], new: tuple[str, int]) -> None:
+    """Whatever took its input from `old` takes it from `new`, but the node of `new` itself."""
+    for node_id, node in prompt.items():
+        for name, value in node["inputs"].items():
+            if value == list(old) and node_id != new[0]:
+                node["inputs"][name] = list(new)
+
+
+def upstream(prompt: Prompt, node_id: str) -> Iterator[str]:
+    """A node and all that it depends on."""
+    yield node_id
+    for value in prompt[node_id]["inputs"].values():
+        if isinstance(value, list):
+            yield from upstream(prompt, value[0])

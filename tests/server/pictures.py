@@ -1,0 +1,15 @@
+"""Pictures as a client gets them."""
+
+import io
+
+import numpy as np
+from glm_image.scripts.client import Client, Prompt, Run
+from graphs import the
+from PIL import Image
+
+
+def first_image(client: Client, run: Run, prompt: Prompt) -> np.ndarray:
+    """What a run's SaveImage shows first: [height, width, 3], 0 to 255."""
+    image = Image.open(io.BytesIO(client.images(run, the(prompt, "SaveImage"))[0]))
+    assert image.format == "PNG"
+    return np.asarray(image).astype(int)

@@ -1,0 +1,85 @@
+"""The names that other people's graphs depend on, as the server tells them."""
+
+import pytest
+from glm_image.scripts.client import Client
+
+# id: inputs in order ([optional] in brackets), output types
+CONTRACT = {
+    "GLMImageLoadAR": ("model_name weight_dtype [device_plan]", "GLM_AR"),
+    "GLMImageLoadDecoder": ("model_name weight_dtype [device_plan]", "MODEL"),
+    "GLMImageLoadGlyphEncoder": ("model_name [device_plan]", "CLIP"),
+    "GLMImageLoadVAE": ("model_name [device_plan]", "VAE"),
+    "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
+    "GLMImageSampleTokens": (
+        "ar prompt width height seed temperature top_p top_k batch_size"
+        " [layout] [references] [tokens] [mask]",
+        "GLM_TOKENS GLM_LAYOUT",
+    ),
+    "GLMImageSaveTokens": ("tokens filename_prefix [layout]", ""),
+    "GLMImageLoadTokens": ("file", "GLM_TOKENS GLM_LAYOUT"),
+    "GLMImageGlyphEncode": ("clip prompt [texts]", "CONDITIONING STRING"),
+    "GLMImageApplyTokens": (
+        "positive tokens [negative] [reference_cache] [batch_index]",
+        "CONDITIONING CONDITIONING LATENT",
+    ),
+    "GLMImageScheduler": ("model latent steps denoise", "SIGMAS"),
+    "GLMImageModelSampling": ("model latent", "MODEL"),
+    "GLMImageDecode": ("model positive negative latent seed steps cfg denoise", "LATENT"),
+}
+DEFAULTS = {
+    "GLMImageLoadAR": {"weight_dtype": "default"},
+    "GLMImageLoadDecoder": {"weight_dtype": "default"},
+    "GLMImageLoadLora": {"strength_model": 1.0, "strength_ar": 1.0},
+    "GLMImageSampleTokens": {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1},
+    "GLMImageApplyTokens": {"batch_index": -1},
+    "GLMImageScheduler": {"steps": 50, "denoise": 1.0},
+    "GLMImageDecode": {"steps": 50, "cfg": 1.5, "denoise": 1.0},
+}
+# Inputs of the contract that come with later stages: none may be declared before it does something.
+LATER = {"device_plan", "layout", "references", "tokens", "mask", "reference_cache"}
+
+
+@pytest.fixture(scope="module")
+def nodes(client: Client) -> dict[str, dict]:
+    ours = {key: info for key, info in client.object_info().items() if key.startswith("GLMImage")}
+    assert ours.keys() == CONTRACT.keys()
+    return ours
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_inputs_and_outputs(nodes, node_id):
+    wanted, outputs = CONTRACT[node_id]
+    info = nodes[node_id]
+    required = [name for name in wanted.split() if not name.startswith("[")]
+    optional = [name.strip("[]") for name in wanted.split() if name.startswith("[")]
+    assert info["input_order"].get("required", []) == required
+    declared = info["input_order"].get("optional", [])
+    assert [name for name in optional if name in declared] == declared[: len(optional)]
+    assert set(optional) - set(declared) <= LATER
+    assert info["output"] == outputs.split()
+
+
+@pytest.mark.parametrize("node_id", DEFAULTS)
+def test_defaults(nodes, node_id):
+    inputs = nodes[node_id]["input"]
+    options = {**inputs.get("required", {}), **inputs.get("optional", {})}
+    found = {name: options[name][1]["default"] for name in DEFAULTS[node_id]}
+    assert found == DEFAULTS[node_id]
+
+
+def test_every_node_and_input_says_what_it_is_for(nodes):
+    for info in nodes.values():
+        assert info["description"].endswith(".")
+        for inputs in info["input"].values():
+            for name, (_, options) in inputs.items():
+                assert options.get("tooltip"), (info["name"], name)
+
+
+def test_seeds_cover_64_bits_and_sizes_step_by_32(nodes):
+    sampler = nodes["GLMImageSampleTokens"]["input"]["required"]
+    assert sampler["seed"][1]["max"] == 2**64 - 1
+    assert sampler["width"][1]["step"] == sampler["height"][1]["step"] == 32
+
+
+def test_output_node(nodes):
+    assert [key for key, info in nodes.items() if info["output_node"]] == ["GLMImageSaveTokens"]
