@@ -1,1 +1,1 @@
-"""Tools of the project: its environments, a ComfyUI server for demo and tests, and what feeds them."""
+"""Tools: the project's environments, a ComfyUI server for demo and tests, and what feeds them."""
