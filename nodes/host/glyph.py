@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import torch
 from torch import Tensor, nn
@@ -95,11 +96,14 @@ def _load_clip(model_name: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     target = _Target(
         lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
     )
-    options = {"disable_dynamic": True} if disable_dynamic else {}
+    # Hosts with dynamic patchers take the choice; 0.3.75 has none of either.
+    dynamic = hasattr(comfy.model_patcher, "CoreModelPatcher")
     clip = comfy.sd.CLIP(
-        target, parameters=sum(t.shape.numel() for t in component.tensors.values()),
-        model_options={"dtype": chosen.storage}, **options,
-    )  # fmt: skip
+        target,
+        parameters=sum(info.shape.numel() for info in component.tensors.values()),
+        model_options={"dtype": chosen.storage},
+        **({"disable_dynamic": disable_dynamic} if dynamic else {}),
+    )
     clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name,))
     return clip
 

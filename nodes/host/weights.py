@@ -1,5 +1,6 @@
 """From a component on disk to a network in a ModelPatcher, each weight held once."""
 
+import re
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -17,6 +18,8 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "fp32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
+
+LAYER_MATRIX = re.compile(r"(?:layers|blocks)\.\d+\.(?!norm)")
 
 
 class Precision(NamedTuple):
@@ -75,8 +78,9 @@ def load_weights(
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp8 is for the matrices of the layers alone: embeddings, heads and norms do not bear it."""
-    if dtype == torch.float8_e4m3fn and (value.ndim < 2 or ".norm" in key or "layers." not in key):
+    """fp8 is for the layers' own matrices: embeddings, heads, projectors and what modulates or
+    normalises do not bear it."""
+    if dtype == torch.float8_e4m3fn and (value.ndim < 2 or not LAYER_MATRIX.search(key)):
         return value
     return value.to(dtype)
 

@@ -1,4 +1,4 @@
-"""ComfyUI's own modules in this process, on the CPU, with random reference models in its folders."""
+"""ComfyUI's own modules in this process, on the CPU, with random reference models to load."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from reference import SHAPES, reference_snapshot
 
 sys.path.insert(0, str(environment.host().path))
 
-from comfy.cli_args import args  # noqa: E402
+from comfy.cli_args import args
 
 args.cpu = True  # before anything asks for a device
 

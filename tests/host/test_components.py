@@ -1,0 +1,226 @@
+"""Loaders: native VAE and CLIP objects, weight dtypes, LoRAs, and rebuilding on another device."""
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from glm_image.glm_core.ar_sampler import SamplingOptions
+from glm_image.glm_core.errors import GLMImageError
+from helpers import relative_error, same, stages
+from safetensors.torch import save_file
+
+from nodes import CLIPTextEncode
+
+PROMPT = "a door with 'PULL' on it"
+SIZE = (64, 96)
+DECODER_LAYER = "transformer_blocks.0.ff.net.2"
+AR_LAYER = "model.language_model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    return stages(nodes, "small", PROMPT, SIZE)
+
+
+def load(nodes, kind: str, *args):
+    return nodes[f"GLMImageLoad{kind}"].execute(*args).result[0]
+
+
+# ---- VAE ----------------------------------------------------------------------------------------
+
+
+def test_vae_encodes_the_posteriors_mode(pipelines, run) -> None:
+    pixels = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
+    expected = pipelines["small"].vae.encode(pixels.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+    assert relative_error(run.vae.encode(pixels), expected) < 1e-4
+
+
+def test_vae_decodes_in_tiles(run) -> None:
+    latent = torch.randn(1, 16, 48, 48, generator=torch.Generator().manual_seed(0))
+    whole = run.vae.decode(latent)
+    tiled = run.vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
+    assert tiled.shape == whole.shape == (1, 384, 384, 3)
+    assert relative_error(tiled, whole) < 0.05  # norms see a tile, not the image
+
+
+def test_vae_falls_back_to_tiles_when_memory_is_short(run, monkeypatch) -> None:
+    network = run.vae.first_stage_model
+    decode, sizes = network.decode, []
+
+    def short_of_memory(latents):
+        sizes.append(tuple(latents.shape[-2:]))
+        if latents.shape[-1] * latents.shape[-2] > 64 * 64:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(network, "decode", short_of_memory)
+    assert run.vae.decode(torch.randn(1, 16, 80, 80)).shape == (1, 640, 640, 3)
+    assert sizes[0] == (80, 80)
+    assert len(sizes) > 1
+
+
+# ---- CLIP ---------------------------------------------------------------------------------------
+
+
+def test_clip_text_encode_is_glyph_encode_without_overrides(nodes, run) -> None:
+    ((states, values),) = CLIPTextEncode().encode(run.clip, PROMPT)[0]
+    glyphs, found = nodes["GLMImageGlyphEncode"].execute(run.clip, PROMPT).result
+    assert found == "PULL"
+    assert same(states, glyphs[0][0])
+    assert same(values["glm_glyph_empty"], glyphs[0][1]["glm_glyph_empty"])
+
+
+def test_listed_texts_replace_the_quoted_ones(nodes, pipelines, run) -> None:
+    encode = nodes["GLMImageGlyphEncode"].execute
+    glyphs, found = encode(run.clip, "it's a dog's life", "SIT\n\n STAY \n").result
+    assert found == "SIT\nSTAY"
+    expected = pipelines["small"]._get_glyph_embeds("'SIT' 'STAY'")
+    assert relative_error(glyphs[0][0], expected) < 1e-5
+    assert encode(run.clip, "it's a dog's life").result[1] == "s a dog"
+
+
+def test_another_clip_is_refused(nodes) -> None:
+    with pytest.raises(GLMImageError, match="not GLM-Image's glyph encoder"):
+        nodes["GLMImageGlyphEncode"].execute(object(), PROMPT)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weight_dtype", "limit"), [("bf16", 0.03), ("fp8_e4m3fn", 0.2)])
+def test_narrow_weights_come_close_to_float32(nodes, run, weight_dtype: str, limit: float) -> None:
+    model = load(nodes, "Decoder", "small", weight_dtype)
+    decode = nodes["GLMImageDecode"].execute
+    (latent,) = decode(model, run.positive, run.negative, run.empty, 7, 2, 1.5, 1.0).result
+    assert 0 < relative_error(latent["samples"], run.latent["samples"]) < limit
+
+    ar = load(nodes, "AR", "small", weight_dtype)
+    dtypes = {key: value.dtype for key, value in ar.patcher.model.state_dict().items()}
+    narrow = {"bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}[weight_dtype]
+    assert dtypes[f"{AR_LAYER}.weight"] == narrow
+    assert (dtypes["lm_head.weight"] == narrow) == (weight_dtype == "bf16")
+    assert ar.patcher.model_size() < 0.8 * run.ar.patcher.model_size()
+    tokens, _ = ar.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+    assert tokens.tokens.shape == run.tokens.tokens.shape
+
+
+def test_weights_are_views_of_the_file(nodes) -> None:
+    """What is mapped is shared with the page cache; a copy would be anonymous memory."""
+    model = load(nodes, "Decoder", "small", "default")
+    weight = model.model.diffusion_model.proj_out.weight
+    with open("/proc/self/maps") as maps:
+        mapped = [line for line in maps if "small/transformer" in line]
+    ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in mapped]
+    assert any(start <= weight.data_ptr() < end for start, end in ranges)
+
+
+def test_a_model_is_loaded_by_comfyuis_memory_management(nodes, run) -> None:
+    comfy.model_management.unload_all_models()
+    run.ar.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert any(model.is_clone(run.ar.patcher) for model in loaded)
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_file(loras, nodes, run):
+    """A rank-2 LoRA for one layer of the decoder and one of the AR, in diffusers' names."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for root, network, layer in (
+        ("transformer", run.model.model.diffusion_model, DECODER_LAYER),
+        ("vision_language_encoder", run.ar.patcher.model, AR_LAYER),
+    ):
+        rows, columns = network.get_submodule(layer).weight.shape
+        for name, shape in (("lora_A", (2, columns)), ("lora_B", (rows, 2))):
+            tensors[f"{root}.{layer}.{name}.weight"] = torch.randn(shape, generator=generator)
+    save_file(tensors, loras / "both.safetensors")
+    return tensors
+
+
+def merged(lora: dict, root: str, layer: str) -> torch.Tensor:
+    return lora[f"{root}.{layer}.lora_B.weight"] @ lora[f"{root}.{layer}.lora_A.weight"]
+
+
+def patched_weight(patcher, key: str) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+    return comfy.utils.get_attr(patcher.model, key).clone()
+
+
+def test_lora_adds_its_product_to_the_decoder_and_the_ar(nodes, run, lora_file) -> None:
+    model, ar = (
+        nodes["GLMImageLoadLora"].execute("both.safetensors", 0.5, 2.0, run.model, run.ar).result
+    )
+    decoder = ("transformer", DECODER_LAYER)
+    text = ("vision_language_encoder", AR_LAYER)
+    for patcher, original, prefix, (root, layer), strength in (
+        (model, run.model, "diffusion_model.", decoder, 0.5),
+        (ar.patcher, run.ar.patcher, "", text, 2.0),
+    ):
+        key = f"{prefix}{layer}.weight"
+        plain = patched_weight(original, key)
+        expected = plain + strength * merged(lora_file, root, layer)
+        torch.testing.assert_close(patched_weight(patcher, key), expected)
+        torch.testing.assert_close(patched_weight(original, key), plain)
+
+
+def test_native_loader_takes_diffusion_model_keys(nodes, run, lora_file, loras) -> None:
+    native = {
+        key.replace("transformer.", "diffusion_model.", 1): value
+        for key, value in lora_file.items()
+        if key.startswith("transformer.")
+    }
+    model, _ = comfy.sd.load_lora_for_models(run.model, None, native, 1.0, 0.0)
+    key = f"diffusion_model.{DECODER_LAYER}.weight"
+    expected = patched_weight(run.model, key) + merged(lora_file, "transformer", DECODER_LAYER)
+    torch.testing.assert_close(patched_weight(model, key), expected)
+
+
+def test_lora_that_matches_nothing_is_refused(nodes, run, loras) -> None:
+    save_file({"unet.alien.lora_A.weight": torch.zeros(2, 2)}, loras / "alien.safetensors")
+    with pytest.raises(GLMImageError, match="None of the 1 keys"):
+        nodes["GLMImageLoadLora"].execute("alien.safetensors", 1.0, 1.0, run.model, run.ar)
+
+
+# ---- rebuilding ---------------------------------------------------------------------------------
+
+
+def patchers(run) -> dict:
+    return {
+        "ar": run.ar.patcher,
+        "decoder": run.model,
+        "glyph": run.clip.patcher,
+        "vae": run.vae.patcher,
+    }
+
+
+@pytest.mark.parametrize("component", ["ar", "decoder", "glyph", "vae"])
+def test_every_patcher_can_be_rebuilt_from_its_factory(run, component: str) -> None:
+    comfy.model_management.unload_all_models()  # takes off what another test has patched on
+    patcher = patchers(run)[component]
+    factory, arguments = patcher.cached_patcher_init
+    rebuilt = factory(*arguments, disable_dynamic=True)
+    assert type(rebuilt) is ModelPatcher
+    assert rebuilt.model is not patcher.model
+    ours, theirs = patcher.model.state_dict(), rebuilt.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(same(ours[key], theirs[key]) for key in ours)
+
+
+if hasattr(ModelPatcher, "deepclone_multigpu"):  # not in ComfyUI 0.3.75
+
+    def test_a_deep_clone_computes_the_same(nodes, run) -> None:
+        clone = run.model.deepclone_multigpu(new_load_device=torch.device("cpu"))
+        assert clone.model is not run.model.model
+        decode = nodes["GLMImageDecode"].execute
+        (latent,) = decode(clone, run.positive, run.negative, run.empty, 7, 2, 1.5, 1.0).result
+        assert same(latent["samples"], run.latent["samples"])
+
+
+def test_model_names_are_folders_with_the_component_and_files(nodes, pipelines) -> None:
+    names = nodes["GLMImageLoadDecoder"].define_schema().inputs[0].options
+    assert [name for name in names if "." not in name] == sorted(pipelines)
