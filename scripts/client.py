@@ -56,7 +56,7 @@ class Client:
             run = Run(self._queue(prompt))
             return self._follow(socket, run, on_event)
         finally:
-            socket.close()
+            socket.shutdown()  # close() would wait for the server's farewell
 
     def _follow(self, socket: websocket.WebSocket, run: Run, on_event) -> Run:
         running, since, error = None, time.perf_counter(), None

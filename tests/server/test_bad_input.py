@@ -72,7 +72,7 @@ def test_no_model_installed(base, client, picture):
     prompt = changed(fresh(), model_name="GLM-Image")
     with (
         _moved_away(base / "models" / "glm_image"),
-        pytest.raises(PromptError, match=r"none is installed.*models/glm_image"),
+        pytest.raises(PromptError, match=r"No AR model is called.*models/glm_image"),
     ):
         client.run(prompt)
     assert picture(fresh()).std() > 1
