@@ -39,7 +39,6 @@ class ApplyTokens(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=4095,
-                    optional=True,
                     tooltip="Take this one image of the tokens' batch, from 0, with the noise it "
                     "has in the batch; -1 takes all.",
                 ),
@@ -56,8 +55,8 @@ class ApplyTokens(io.ComfyNode):
         cls,
         positive: cond.Conditioning,
         tokens: SemanticTokens,
+        batch_index: int,
         negative: cond.Conditioning | None = None,
-        batch_index: int = -1,
     ) -> io.NodeOutput:
         cond.require_glyphs("positive", positive)
         if negative is None:

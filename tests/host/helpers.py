@@ -60,7 +60,7 @@ def stages(
         "GLMImageSampleTokens", ar, prompt, width, height, seed, 0.9, 0.75, 0, batch
     )
     glyphs, _ = run("GLMImageGlyphEncode", clip, prompt)
-    positive, negative, empty = run("GLMImageApplyTokens", glyphs, tokens)
+    positive, negative, empty = run("GLMImageApplyTokens", glyphs, tokens, -1)
     (latent,) = run("GLMImageDecode", model, positive, negative, empty, seed, steps, cfg, 1.0)
     image = vae.decode(latent["samples"])
     return Stages(

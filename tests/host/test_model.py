@@ -201,7 +201,7 @@ def test_image_of_a_batch_keeps_its_noise_and_pixels(nodes) -> None:
     batch = stages(nodes, "small", PROMPT, SIZE, batch=3)
     tokens = batch.tokens
     glyphs = [[states, values] for states, values in batch.positive]
-    positive, negative, empty = nodes["GLMImageApplyTokens"].execute(glyphs, tokens, None, 2).result
+    positive, negative, empty = nodes["GLMImageApplyTokens"].execute(glyphs, tokens, 2).result
     assert empty["batch_index"] == [2]
     alone = decode(nodes, batch, positive=positive, negative=negative, latent=empty, steps=2)
     together = batch.latent["samples"]
