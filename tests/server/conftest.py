@@ -33,7 +33,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def client(base: Path) -> Iterator[Client]:
-    with host.serve(environment.host(), base) as address:
+    with host.serve(environment.host(), base, threads=1) as address:
         yield Client(address, timeout_s=120)
 
 

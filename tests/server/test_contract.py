@@ -70,8 +70,8 @@ def test_defaults(nodes, node_id):
 def test_every_node_and_input_says_what_it_is_for(nodes):
     for info in nodes.values():
         assert info["description"].endswith(".")
-        for inputs in info["input"].values():
-            for name, (_, options) in inputs.items():
+        for kind in ("required", "optional"):
+            for name, (_, options) in info["input"].get(kind, {}).items():
                 assert options.get("tooltip"), (info["name"], name)
 
 

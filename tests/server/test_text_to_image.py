@@ -66,12 +66,13 @@ def test_progress_counts_the_tokens(client):
     assert counts[-1] == preview + 3 * 4
 
 
-def test_a_batch_is_the_single_pictures_of_its_seeds(client, picture):
+def test_the_first_of_a_batch_is_the_single_picture(client, picture):
     prompt = fresh(batch_size=2)
     run = client.run(prompt)
     assert len(client.images(run, the(prompt, "SaveImage"))) == 2
-    single = changed(prompt, batch_size=1)
-    np.testing.assert_array_equal(picture(single), first_image(client, run, prompt))
+    both = first_image(client, run, prompt)
+    # Other sums in other order: a value on the edge between two of the 256 levels may tip over.
+    np.testing.assert_allclose(picture(changed(prompt, batch_size=1)), both, atol=1)
 
 
 def test_sampler_custom_advanced_gives_the_same_picture(picture):

@@ -117,7 +117,7 @@ def _rewrite(file: Path, change) -> None:
         (_no_safetensors, "spoiled"),
         (_newer, "version"),
         (_too_large, "MiB"),
-        (_foreign, "token file"),
+        (_foreign, "no semantic tokens"),
         (_illegal_ids, "64"),
     ],
 )
