@@ -19,7 +19,7 @@ CONTRACT = {
     "GLMImageLoadTokens": ("file", "GLM_TOKENS GLM_LAYOUT"),
     "GLMImageGlyphEncode": ("clip prompt [texts]", "CONDITIONING STRING"),
     "GLMImageApplyTokens": (
-        "positive tokens [negative] [reference_cache] [batch_index]",
+        "positive tokens [negative] [reference_cache] batch_index",
         "CONDITIONING CONDITIONING LATENT",
     ),
     "GLMImageScheduler": ("model latent steps denoise", "SIGMAS"),
