@@ -4,9 +4,10 @@ Keys equal those of diffusers' `GlmImageTransformer2DModel`, from which the form
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,13 @@ DROPPED = -1
 """The token id of a cell without a prior: its embedding is zero, as in the unconditional pass."""
 
 Rope = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+class ReferenceKeysValues(Protocol):
+    """What every block may attend to besides: for block i, the pairs of `Attention.forward`."""
+
+    def __getitem__(self, block: int) -> Sequence[KeysValues]: ...
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         size: tuple[int, int],
         transformer_options: dict | None = None,
+        references: ReferenceKeysValues | None = None,
     ) -> Tensor:
         """One prediction.
 
@@ -124,12 +133,38 @@ class Decoder(nn.Module):
                 cells have no prior.
             size: (height, width) in pixels of the whole image.
             transformer_options: ComfyUI's block patches and attention override.
+            references: what the image tokens attend to besides, see `reference_keys_values`.
 
         Returns:
             [B, C_out, H, W]
         """
         invariants = self.prepare(glyphs, tokens, x.dtype)
-        return self.predict(x, timestep, size, invariants, transformer_options)
+        return self.predict(x, timestep, size, invariants, transformer_options, references)
+
+    def reference_keys_values(
+        self, latent: Tensor, tokens: Tensor, size: tuple[int, int]
+    ) -> Iterator[KeysValues]:
+        """Keys (rotated) and values of a reference image, block by block.
+
+        The reference is run once, at timestep 0, without text, with its own tokens and size: they
+        depend on it and on the weights alone.
+
+        Args:
+            latent: [1, C, H, W], normalised, in the dtype to compute in.
+            tokens: ids [1, H / p, W / p].
+            size: (height, width) of the reference in pixels.
+
+        Yields:
+            key, value: [1, heads, N, head_dim], of each block in turn.
+        """
+        no_text = latent.new_zeros(1, 0, self.config.text_embed_dim)
+        txt, prior, rope = self.prepare(no_text, tokens, latent.dtype)
+        img = self._embed(latent) + prior
+        vec = self.time_condition_embed(latent.new_zeros(1), size, img.dtype)
+        for block in self.transformer_blocks:
+            kept: list[KeysValues] = []
+            img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
+            yield kept.pop()
 
     def prepare(self, glyphs: Tensor, tokens: Tensor, dtype: torch.dtype) -> StepInvariants:
         """The part of `forward` that is the same at every step."""
@@ -147,6 +182,7 @@ class Decoder(nn.Module):
         size: tuple[int, int],
         invariants: StepInvariants,
         transformer_options: dict | None = None,
+        references: ReferenceKeysValues | None = None,
     ) -> Tensor:
         """The part of `forward` that depends on the step."""
         p = self.config.patch_size
@@ -155,16 +191,26 @@ class Decoder(nn.Module):
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
         txt, prior, rope = invariants
 
-        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        img = self.image_projector(patches) + prior
+        img = self._embed(x) + prior
         vec = self.time_condition_embed(timestep, size, img.dtype)
-        img = self._run_blocks(img, txt, vec, rope, transformer_options or {})
+        img = self._run_blocks(img, txt, vec, rope, transformer_options or {}, references)
         out = self.proj_out(self.norm_out(img, vec))
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
         return out[..., :height, :width]
 
+    def _embed(self, x: Tensor) -> Tensor:
+        """Latents on the patch grid [B, C, H, W] -> [B, N, hidden]"""
+        p = self.config.patch_size
+        return self.image_projector(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+
     def _run_blocks(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Rope, transformer_options: dict
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Rope,
+        transformer_options: dict,
+        references: ReferenceKeysValues | None,
     ) -> Tensor:
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
         after_block = transformer_options.get("patches", {}).get("double_block", [])
@@ -179,10 +225,13 @@ class Decoder(nn.Module):
                 "pe": pe,
                 "transformer_options": transformer_options,
             }
+            run = block.from_args
+            if references is not None:
+                run = partial(run, references=references[i])
             if ("double_block", i) in replace:
-                out = replace[("double_block", i)](args, {"original_block": block.from_args})
+                out = replace[("double_block", i)](args, {"original_block": run})
             else:
-                out = block.from_args(args)
+                out = run(args)
             img, txt = out["img"], out["txt"]
             for patch in after_block:
                 out = patch({**args, "img": img, "txt": txt, "block_index": i})
@@ -210,13 +259,22 @@ class Block(nn.Module):
         self.ff = FeedForward(hidden, 4 * hidden, hidden, gelu_tanh, **kw)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Rope, transformer_options: dict
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Rope,
+        transformer_options: dict,
+        references: Sequence[KeysValues] = (),
+        keep: Callable[[KeysValues], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             img, txt: [B, N, hidden], [B, T, hidden].
             vec: time and size embedding [B, time_embed_dim].
             pe: cos, sin of text and image positions [T + N, head_dim].
+            references: see `Attention.forward`.
+            keep: is given this block's own keys and values.
 
         Returns:
             img, txt
@@ -228,17 +286,19 @@ class Block(nn.Module):
         joint = torch.cat(
             [modulated_norm(txt, scale_txt, shift_txt), modulated_norm(img, scale, shift)], dim=1
         )
-        attended = self.attn1(joint, pe, transformer_options)
+        attended = self.attn1(joint, pe, transformer_options, references, keep)
         txt = txt + gate_txt * attended[:, : txt.shape[1]]
         img = img + gate * attended[:, txt.shape[1] :]
         img = img + ff_gate * self.ff(modulated_norm(img, ff_scale, ff_shift))
         txt = txt + ff_gate_txt * self.ff(modulated_norm(txt, ff_scale_txt, ff_shift_txt))
         return img, txt
 
-    def from_args(self, args: dict[str, Any]) -> dict[str, Tensor]:
+    def from_args(
+        self, args: dict[str, Any], references: Sequence[KeysValues] = ()
+    ) -> dict[str, Tensor]:
         """`forward` in the form of ComfyUI's `patches_replace`."""
         names = ("img", "txt", "vec", "pe", "transformer_options")
-        img, txt = self(*(args[name] for name in names))
+        img, txt = self(*(args[name] for name in names), references)
         return {"img": img, "txt": txt}
 
 
@@ -265,16 +325,54 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = linear["to_q"], linear["to_k"], linear["to_v"]
         self.to_out = nn.ModuleList([linear["to_out"]])
 
-    def forward(self, x: Tensor, pe: Rope, transformer_options: dict) -> Tensor:
-        """x: [B, T + N, hidden] -> the same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        pe: Rope,
+        transformer_options: dict,
+        references: Sequence[KeysValues] = (),
+        keep: Callable[[KeysValues], None] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            x: [B, T + N, hidden].
+            references: none; one [1, heads, R, head_dim] pair for all samples; or several, of any
+                lengths, of which sample i attends to number i modulo their count.
+
+        Returns:
+            the shape of x
+        """
         q, k, v = (
             rearrange(project(x), "b l (h d) -> b h l d", h=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         q, k = (rotate(F.layer_norm(y, y.shape[-1:], eps=EPS), pe) for y in (q, k))
-        out = self.attention(
-            q, k, v, self.heads, skip_reshape=True, transformer_options=transformer_options
-        )
+        if keep is not None:
+            keep((k, v))
+        sets = max(len(references), 1)
+
+        def attend(i: int) -> Tensor:
+            """The samples that share reference set i."""
+            keys, values = k[i::sets], v[i::sets]
+            if references:
+                keys, values = (
+                    torch.cat([cached.expand(own.shape[0], -1, -1, -1), own], dim=2)
+                    for cached, own in zip(references[i], (keys, values), strict=True)
+                )
+            return self.attention(
+                q[i::sets],
+                keys,
+                values,
+                self.heads,
+                skip_reshape=True,
+                transformer_options=transformer_options,
+            )
+
+        if sets == 1:
+            return self.to_out[0](attend(0))
+        out = torch.empty_like(x)
+        for i in range(sets):
+            out[i::sets] = attend(i)
         return self.to_out[0](out)
 
 

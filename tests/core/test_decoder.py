@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from glm_image.glm_core.decoder import DROPPED, Decoder, DecoderConfig
 from glm_image.glm_core.errors import GLMImageError
 from reference import GlmImageTransformer2DModel
@@ -13,22 +12,43 @@ from reference import GlmImageTransformer2DModel
 HUB = Path(__file__).parents[1] / "configs" / "hub"
 
 SHAPES = {
-    "small": dict(
-        patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16,
-        num_attention_heads=2, text_embed_dim=24, time_embed_dim=16, condition_dim=8,
-        prior_vq_quantizer_codebook_size=64,
-    ),
-    "other channels": dict(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=32,
-        num_attention_heads=3, text_embed_dim=20, time_embed_dim=12, condition_dim=6,
-        prior_vq_quantizer_codebook_size=33,
-    ),
-    "patch of 1": dict(
-        patch_size=1, in_channels=8, out_channels=8, num_layers=3, attention_head_dim=8,
-        num_attention_heads=4, text_embed_dim=16, time_embed_dim=20, condition_dim=10,
-        prior_vq_quantizer_codebook_size=128,
-    ),
-}  # fmt: skip
+    "small": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "text_embed_dim": 24,
+        "time_embed_dim": 16,
+        "condition_dim": 8,
+        "prior_vq_quantizer_codebook_size": 64,
+    },
+    "other channels": {
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 3,
+        "text_embed_dim": 20,
+        "time_embed_dim": 12,
+        "condition_dim": 6,
+        "prior_vq_quantizer_codebook_size": 33,
+    },
+    "patch of 1": {
+        "patch_size": 1,
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "text_embed_dim": 16,
+        "time_embed_dim": 20,
+        "condition_dim": 10,
+        "prior_vq_quantizer_codebook_size": 128,
+    },
+}
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -50,15 +70,15 @@ def pair(shape: str) -> tuple[Decoder, GlmImageTransformer2DModel]:
 def inputs(config: DecoderConfig, rows: int, cols: int, batch: int = 2, text: int = 5) -> dict:
     generator = torch.Generator().manual_seed(1)
     p = config.patch_size
-    return dict(
-        x=torch.randn(batch, config.in_channels, rows * p, cols * p, generator=generator),
-        timestep=torch.tensor([980.0, 17.0])[:batch],
-        glyphs=torch.randn(batch, text, config.text_embed_dim, generator=generator),
-        tokens=torch.randint(
+    return {
+        "x": torch.randn(batch, config.in_channels, rows * p, cols * p, generator=generator),
+        "timestep": torch.tensor([980.0, 17.0])[:batch],
+        "glyphs": torch.randn(batch, text, config.text_embed_dim, generator=generator),
+        "tokens": torch.randint(
             config.prior_vq_quantizer_codebook_size, (batch, rows, cols), generator=generator
         ),
-        size=(rows * p * 8, cols * p * 8),
-    )
+        "size": (rows * p * 8, cols * p * 8),
+    }
 
 
 def reference_prediction(reference, args: dict, drop: bool) -> torch.Tensor:

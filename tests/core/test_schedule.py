@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.schedule import ScheduleConfig
 from reference import FlowMatchEulerDiscreteScheduler
@@ -26,7 +25,7 @@ def reference_schedule(steps: int, shift: float) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize(
-    "size, expected", list(zip(SIZES, (1.75, 3.25, 6.25, 0.75 * 13.5**0.5 + 0.25), strict=True))
+    ("size", "expected"), list(zip(SIZES, (1.75, 3.25, 6.25, 0.75 * 13.5**0.5 + 0.25), strict=True))
 )
 def test_shift(size: tuple[int, int], expected: float) -> None:
     assert ScheduleConfig.from_dict(CONFIG).shift(*size) == pytest.approx(expected)
