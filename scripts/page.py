@@ -22,9 +22,10 @@ FLAGS = [
 ]
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
-    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn at every zoom
 }
-VIEWPORT = {"width": 1600, "height": 900}
+VIEWPORT = {"width": 1920, "height": 1080}
 START_TIMEOUT_MS = 60_000
 
 
@@ -93,13 +94,22 @@ class Page:
 
     def picture(self, file: Path) -> None:
         """Writes a JPEG of the whole graph, without the page's bars around it."""
-        self._evaluate(
+        left, top, right, bottom = self._evaluate(
             """async () => {
                 await app.extensionManager.command.execute('Comfy.Canvas.FitView')
                 await new Promise(done => setTimeout(done, 1000))
+                const boxes = app.graph.groups.map(group => group.boundingRect)
+                    .concat(app.graph.nodes.map(node => node.boundingRect))
+                const {scale, offset} = app.canvas.ds
+                const sides = boxes.map(([x, y, width, height]) => [x, y, x + width, y + height])
+                return [0, 1, 2, 3].map(side => {
+                    const values = sides.map(box => (box[side] + offset[side % 2]) * scale)
+                    return side < 2 ? Math.min(...values) - 10 : Math.max(...values) + 10
+                })
             }"""
         )
-        self.browser_page.screenshot(path=file, type="jpeg", quality=80)
+        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+        self.browser_page.screenshot(path=file, type="jpeg", quality=85, clip=clip)
 
     def _evaluate(self, script: str, argument=None):
         return self.browser_page.evaluate(script, argument)

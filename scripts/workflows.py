@@ -38,18 +38,16 @@ NOTES = {
 # GLM-Image: text to image
 Put a snapshot of the model into `models/glm_image/GLM-Image` and choose it in the four loaders.
 
-1. **Sample Semantic Tokens** writes the picture's layout and content as tokens. Its seed changes \
-the picture.
-2. **Encode Glyphs** reads the words in quotes, so that they are spelled right.
-3. **Diffusion Decoder** paints the tokens. Its seed changes only the details, and only it runs \
-again.
+1. **Sample Tokens** writes the picture's layout and content as tokens; its seed changes both.
+2. **Glyph Encode** reads the words in quotes, so that they are spelled right.
+3. **Decode** paints the tokens. Its seed changes only the details, and only it runs again.
 """,
     "text_to_image_ksampler": """\
 # GLM-Image: text to image with KSampler
-The decoder is an ordinary MODEL. **Schedule for This Size** gives it the noise schedule of the \
-picture's size; after that any sampler, scheduler, LoRA or model node fits.
+The decoder is an ordinary MODEL, so any sampler, scheduler, LoRA or model node fits.
 
-Without that node the colours and the composition come out wrong at most sizes.
+**Model Sampling** gives it the noise levels of the picture's size; without it they are those \
+of 1024 x 1024.
 """,
 }
 
@@ -92,7 +90,8 @@ def arrange(graph: dict, prompt: Prompt, name: str) -> dict:
                 values[values.index("randomize")] = "fixed"
         nodes += column
         frame = [left, top - TITLE, width + 2 * PADDING, y - GAP + PADDING - top + TITLE]
-        groups.append({"id": len(groups) + 1, "title": title, "bounding": frame})
+        group = {"id": len(groups) + 1, "title": title, "bounding": frame}
+        groups.append(group | {"color": "#3f789e", "font_size": 24, "flags": {}})
         left += width + 2 * PADDING + GAP // 2
     if left_out := {node["type"] for node in graph["nodes"]} - {node["type"] for node in nodes}:
         raise SystemExit(f"{name}: give {', '.join(sorted(left_out))} a stage in STAGES.")

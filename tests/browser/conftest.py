@@ -1,0 +1,27 @@
+"""One real server, and its page in headless Chromium."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from glm_image.scripts import environment, host
+from glm_image.scripts.page import Page, open_page
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A server whose one model is named as in the stored workflows."""
+    base: Path = host.make_base(tmp_path_factory.mktemp("comfyui"))
+    model = base / "models" / "glm_image" / "GLM-Image"
+    command = [sys.executable, "-m", "scripts.random_checkpoint", str(model)]
+    subprocess.run(command, check=True, cwd=environment.ROOT)
+    with host.serve(environment.host(), base) as address:
+        yield address
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    with open_page(address) as page:
+        yield page

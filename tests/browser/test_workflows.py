@@ -1,0 +1,59 @@
+"""Every workflow of the pack in ComfyUI's own page: found, opened, exported, run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from glm_image.scripts.client import Client
+from glm_image.scripts.host import PACK
+from PIL import Image
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+TIMEOUT_S = 180
+
+
+def test_each_graph_has_an_api_form_and_a_picture():
+    assert NAMES
+    assert NAMES == sorted(file.stem for file in (WORKFLOWS / "api").glob("*.json"))
+    assert NAMES == sorted(file.stem for file in WORKFLOWS.glob("*.jpg"))
+    for name in NAMES:
+        assert Image.open(WORKFLOWS / f"{name}.jpg").format == "JPEG"
+
+
+def test_the_template_browser_is_offered_them(address):
+    client = Client(address)
+    assert sorted(json.loads(client.get("/workflow_templates"))[PACK]) == NAMES
+    for name in NAMES:
+        for suffix in ("json", "jpg"):
+            served = client.get(f"/api/workflow_templates/{PACK}/{name}.{suffix}")
+            assert served == (WORKFLOWS / f"{name}.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_exports_and_runs(page, name):
+    stored = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
+    assert page.unknown_node_types() == []
+    assert {node["class_type"] for node in stored.values()} <= set(page.node_types())
+    assert page.dialogs() == []
+    assert page.alerts() == []
+    assert page.export_prompt() == stored
+
+    page.run()
+    (size,) = {
+        (node["inputs"]["height"], node["inputs"]["width"])
+        for node in stored.values()
+        if "width" in node["inputs"]
+    }
+    assert page.wait_for_image("SaveImage", TIMEOUT_S) == size
+    assert page.alerts() == []
+    assert page.errors == []
+
+
+def test_an_unknown_node_would_be_noticed(page):
+    graph = json.loads((WORKFLOWS / f"{NAMES[0]}.json").read_text())
+    graph["nodes"][0]["type"] = "GLMImageNoSuchNode"
+    page.open_file(json.dumps(graph), "unknown.json")
+    assert page.unknown_node_types() == ["GLMImageNoSuchNode"]
+    assert page.dialogs() != []
