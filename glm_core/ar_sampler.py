@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .ar_model import ARModel, KVCache, rope_table
 from .errors import GLMImageError
-from .grids import Grid, grid_positions, preview_grid, text_positions
+from .grids import Grid, grid_positions, preview_grid
 from .philox import gumbel, sample_keys
+from .prompt import Prompt
 
 REPORT_SECONDS = 0.1
 _PREVIEW, _LARGE = 0, 1
@@ -53,7 +54,7 @@ class Forced:
 
 def sample_tokens(
     model: ARModel,
-    prompt_ids: list[int],
+    prompt: Prompt,
     grid: Grid,
     seed: int,
     batch_size: int,
@@ -69,7 +70,7 @@ def sample_tokens(
     """Write a large grid and the preview before it.
 
     Args:
-        prompt_ids: see `PromptTokenizer.text_to_image`.
+        prompt: see `PromptTokenizer.text_to_image`.
         grid: (rows, columns) of the large grid.
         seed: of sample 0; sample i draws with (seed + i) mod 2^64.
         device, dtype: where and in what to compute.
@@ -83,13 +84,13 @@ def sample_tokens(
     """
     plan = [_Plan(_PREVIEW, preview_grid(grid), preview), _Plan(_LARGE, grid, large)]
     draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
-    preview_tokens, tokens = _write(model, prompt_ids, plan, draw)
+    preview_tokens, tokens = _write(model, prompt, plan, draw)
     return tokens, preview_tokens
 
 
 def sample_layout(
     model: ARModel,
-    prompt_ids: list[int],
+    prompt: Prompt,
     grid: Grid,
     seed: int,
     batch_size: int,
@@ -104,7 +105,30 @@ def sample_layout(
     """The preview stage of `sample_tokens` alone: int64 [B, ph, pw], on `device`."""
     plan = [_Plan(_PREVIEW, preview_grid(grid), preview)]
     draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
-    return _write(model, prompt_ids, plan, draw)[0]
+    return _write(model, prompt, plan, draw)[0]
+
+
+def sample_from_references(
+    model: ARModel,
+    prompt: Prompt,
+    grid: Grid,
+    seed: int,
+    batch_size: int,
+    options: SamplingOptions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    large: Forced | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check_interrupt: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The large grid after a prompt with references, which has no preview: int64 [B, h, w].
+
+    Args are those of `sample_tokens`, with a prompt of `PromptTokenizer.image_to_image`.
+    """
+    plan = [_Plan(_LARGE, grid, large)]
+    draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
+    return _write(model, prompt, plan, draw)[0]
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -176,13 +200,13 @@ class _Draw:
     check_interrupt: Callable[[], None]
 
 
-def _write(model: ARModel, prompt_ids: list[int], plan: list[_Plan], draw: _Draw) -> list[Tensor]:
+def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], draw: _Draw) -> list[Tensor]:
     """Fill the grids of a plan in order, each cell given the prompt and all cells before it.
 
     Returns:
         int64 [B, rows, columns] for each grid.
     """
-    sequence = _Sequence(model, prompt_ids, plan, draw)
+    sequence = _Sequence(model, prompt, plan, draw)
     keys = sample_keys(draw.seed, draw.batch_size, draw.device)
     rows = [(p, row, p.free_columns(row)) for p in plan for row in range(p.grid[0])]
     report = _Report(sum(len(columns) for _, _, columns in rows), draw.progress)
@@ -209,15 +233,12 @@ def _write(model: ARModel, prompt_ids: list[int], plan: list[_Plan], draw: _Draw
 class _Sequence:
     """The prompt and the cells after it, read by the model no further than a draw asks for."""
 
-    def __init__(
-        self, model: ARModel, prompt_ids: list[int], plan: list[_Plan], draw: _Draw
-    ) -> None:
+    def __init__(self, model: ARModel, prompt: Prompt, plan: list[_Plan], draw: _Draw) -> None:
         self.tokens = torch.cat([p.tokens(draw.batch_size) for p in plan], dim=1).to(draw.device)
         self._model = model
         self._dtype = draw.dtype
-        self._prompt = torch.tensor([prompt_ids], device=draw.device)
-        positions = [text_positions(len(prompt_ids))]
-        base = len(prompt_ids)
+        self._prompt = prompt.ids[None].to(draw.device)
+        positions, base = [prompt.positions], prompt.end
         for p in plan:
             positions.append(grid_positions(p.grid, base))
             base += max(p.grid)

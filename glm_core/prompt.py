@@ -1,4 +1,4 @@
-"""From a prompt to the AR model's ids: the scaffold of control tokens, and text that stays text.
+"""From a prompt to the AR model's input: the scaffold of control tokens, and text that stays text.
 
 Format: `GlmImageProcessor` of transformers. Unlike there, whatever a user types is tokenised
 without the control and visual tokens, so that `<sop>` in a prompt is five characters.
@@ -6,16 +6,41 @@ without the control and visual tokens, so that `<sop>` in a prompt is five chara
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from einops import rearrange
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from .errors import GLMImageError
-from .grids import Grid, preview_grid
+from .grids import Grid, grid_positions, preview_grid, text_positions
 
 _PROMPT = "\ue000prompt\ue000"  # stands for the prompt in the template; private-use characters
 _SCAFFOLD = ("bos_token", "eos_token", "image_token", "grid_bos_token", "grid_eos_token")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the AR model reads before it writes.
+
+    ids: int64 [L].
+    positions: int64 [3, L], on the axes (t, h, w).
+    """
+
+    ids: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def end(self) -> int:
+        """The position at which the first grid after the prompt starts."""
+        return int(self.positions[0, -1]) + 1
 
 
 class PromptTokenizer:
@@ -55,47 +80,70 @@ class PromptTokenizer:
         self._template = chat_template
         self._renderer = PreTrainedTokenizerFast(tokenizer_object=full)
 
-    def text_to_image(self, prompt: str, grid: Grid) -> list[int]:
-        """Ids of `{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
+    def text_to_image(self, prompt: str, grid: Grid) -> Prompt:
+        """`{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
 
         The next ids are the preview's (h, w) in raster order, then the large grid's.
 
         Raises:
             GLMImageError: the prompt is empty.
         """
-        return [
-            *self._prompt_ids(prompt),
-            *self._grid_ids(grid),
-            *self._grid_ids(preview_grid(grid)),
-            self._ids["bos_token"],
-        ]
+        grids = self._grid_ids(grid) + self._grid_ids(preview_grid(grid))
+        return _joined([*self._turn(prompt, []), grids, [self._ids["bos_token"]]])
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        """The chat template's turn of a user who says `prompt`."""
+    def image_to_image(self, prompt: str, grid: Grid, references: Sequence[Tensor]) -> Prompt:
+        """`<start>codes<end>` per reference, then `{prompt}<sop>H W<eop><start>`.
+
+        The next ids are the large grid's (H, W): there is no preview.
+
+        Args:
+            references: each one's semantic tokens, int [h, w].
+
+        Raises:
+            GLMImageError: the prompt is empty, or there are no references.
+        """
+        if not references:
+            raise GLMImageError("There are no reference images: encode one, or connect none.")
+        turn = self._turn(prompt, references)
+        return _joined([*turn, self._grid_ids(grid), [self._ids["bos_token"]]])
+
+    def _turn(self, prompt: str, references: Sequence[Tensor]) -> list[list[int] | Tensor]:
+        """The chat template's turn of a user who shows `references` and says `prompt`.
+
+        Returns:
+            Ids of text, and in their places the references.
+        """
         core = prompt.strip()
         if not core:
             raise GLMImageError("The prompt is empty: write what the image should show.")
         # Space around the prompt is left to the template, which may trim it.
-        before, after = self._render(prompt.replace(core, _PROMPT, 1)).split(_PROMPT)
+        rendered = self._render(prompt.replace(core, _PROMPT, 1), len(references))
+        before, after = rendered.split(_PROMPT)
         *head, last = self._control_pattern.split(before)
         first, *tail = self._control_pattern.split(after)
-        ids = [i for piece in head for i in self._piece_ids(piece)]
-        ids += self._text_ids(last + core + first)
-        return ids + [i for piece in tail for i in self._piece_ids(piece)]
+        shown = iter(references)
+        return [
+            *(self._piece(piece, shown) for piece in head),
+            self._text_ids(last + core + first),
+            *(self._piece(piece, shown) for piece in tail),
+        ]
 
-    def _render(self, prompt: str) -> str:
+    def _render(self, prompt: str, references: int) -> str:
+        image = self._names["image_token"]
         if self._template is None:
-            return prompt
+            one = self._names["bos_token"] + image + self._names["eos_token"]
+            return references * one + prompt
+        shown = [{"type": "image"}] * references
         rendered: str = self._renderer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": prompt}]}],
+            [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}],
             chat_template=self._template,
             tokenize=False,
             **self._names,
         )
-        if rendered.count(_PROMPT) != 1:
+        if rendered.count(_PROMPT) != 1 or rendered.count(image) != references:
             raise GLMImageError(
-                "The AR model's chat template does not carry the prompt exactly once: "
-                "take chat_template.jinja from the original checkpoint."
+                "The AR model's chat template does not carry the prompt and every reference image "
+                "exactly once: take chat_template.jinja from the original checkpoint."
             )
         return rendered
 
@@ -103,13 +151,30 @@ class PromptTokenizer:
         size = self._text_ids(f"{grid[0]} {grid[1]}")
         return [self._ids["grid_bos_token"], *size, self._ids["grid_eos_token"]]
 
-    def _piece_ids(self, piece: str) -> list[int]:
-        """Ids of a piece of the template: one control token, or text between two."""
+    def _piece(self, piece: str, references: Iterator[Tensor]) -> list[int] | Tensor:
+        """A piece of the template: the next reference, a control token, or text between two."""
+        if piece == self._names["image_token"]:
+            return next(references)
         return [self._control[piece]] if piece in self._control else self._text_ids(piece)
 
     def _text_ids(self, text: str) -> list[int]:
         ids: list[int] = self._text.encode(text).ids
         return ids
+
+
+def _joined(pieces: list[list[int] | Tensor]) -> Prompt:
+    """Text on a ramp of positions, which each reference's grid interrupts."""
+    ids, positions, base = [], [], 0
+    for piece in pieces:
+        if isinstance(piece, Tensor):
+            ids.append(rearrange(piece, "h w -> (h w)").to("cpu", torch.int64))
+            positions.append(grid_positions(tuple(piece.shape), base))
+            base += max(piece.shape)
+        else:
+            ids.append(torch.tensor(piece, dtype=torch.int64))
+            positions.append(text_positions(len(piece), base))
+            base += len(piece)
+    return Prompt(torch.cat(ids), torch.cat(positions, dim=1))
 
 
 def _load(tokenizer_json: str) -> Tokenizer:

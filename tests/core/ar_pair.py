@@ -1,16 +1,17 @@
 """The AR stage of the pack and of the reference, on the same random weights."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import reference
 import torch
 from glm_image.glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
 from glm_image.glm_core.ar_sampler import SamplingOptions, sample_layout, sample_tokens
-from glm_image.glm_core.prompt import PromptTokenizer
+from glm_image.glm_core.checkpoint import open_component
+from glm_image.glm_core.prompt import Prompt, PromptTokenizer
+from glm_image.glm_core.reference_image import ImageConfig
+from glm_image.glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
 from torch import Tensor
 
 PLACE = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -20,43 +21,51 @@ PLACE = {"device": torch.device("cpu"), "dtype": torch.float32}
 class Pair:
     model: ARModel
     tokenizer: PromptTokenizer
+    vision: VisionEncoder
+    images: ImageConfig
     pipeline: reference.GlmImagePipeline
 
     @property
     def reference(self) -> reference.GlmImageForConditionalGeneration:
         return self.pipeline.vision_language_encoder
 
-    def ids(self, prompt: str, grid: tuple[int, int]) -> list[int]:
-        return self.tokenizer.text_to_image(prompt, grid)
+    def prompt(self, text: str, grid: tuple[int, int]) -> Prompt:
+        return self.tokenizer.text_to_image(text, grid)
 
     def tokens(
         self, prompt: str, grid: tuple[int, int], seed: int = 0, batch: int = 1, **kwargs
     ) -> tuple[Tensor, Tensor]:
         options = kwargs.pop("options", SamplingOptions())
-        ids = self.ids(prompt, grid)
-        return sample_tokens(self.model, ids, grid, seed, batch, options, **PLACE, **kwargs)
+        read = self.prompt(prompt, grid)
+        return sample_tokens(self.model, read, grid, seed, batch, options, **PLACE, **kwargs)
 
     def layout(
         self, prompt: str, grid: tuple[int, int], seed: int = 0, batch: int = 1, **kwargs
     ) -> Tensor:
         options = kwargs.pop("options", SamplingOptions())
-        ids = self.ids(prompt, grid)
-        return sample_layout(self.model, ids, grid, seed, batch, options, **PLACE, **kwargs)
+        read = self.prompt(prompt, grid)
+        return sample_layout(self.model, read, grid, seed, batch, options, **PLACE, **kwargs)
 
 
 @cache
 def pair(shape_name: str) -> Pair:
-    pipeline = reference.reference_pipeline(shape_name)
-    network = pipeline.vision_language_encoder
-    model = ARModel(ARConfig.from_dict(network.config.to_dict()), device="meta")
-    weights = network.state_dict()
-    text = {name: w for name, w in weights.items() if not name.startswith(VISION_PREFIXES)}
-    model.load_state_dict(text, assign=True)
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.processor.save_pretrained(folder)
-        tokenizer = PromptTokenizer(
-            (Path(folder) / "tokenizer.json").read_text(),
-            json.loads((Path(folder) / "tokenizer_config.json").read_text()),
-            (Path(folder) / "chat_template.jinja").read_text(),
-        )
-    return Pair(model, tokenizer, pipeline)
+        pipeline = reference.reference_snapshot(folder, shape_name)
+        component = open_component(folder, "ar")
+    processor = component.processor
+    return Pair(
+        _network(ARModel, ARConfig, pipeline, VISION_PREFIXES),
+        PromptTokenizer(processor.tokenizer, processor.tokenizer_config, processor.chat_template),
+        _network(VisionEncoder, VisionConfig, pipeline, OTHER_PREFIXES),
+        ImageConfig.from_dict(processor.image),
+        pipeline,
+    )
+
+
+def _network(kind, config, pipeline, ignored_prefixes):
+    reference_network = pipeline.vision_language_encoder
+    network = kind(config.from_dict(reference_network.config.to_dict()), device="meta")
+    weights = reference_network.state_dict()
+    kept = {name: w for name, w in weights.items() if not name.startswith(ignored_prefixes)}
+    network.load_state_dict(kept, assign=True)
+    return network

@@ -46,7 +46,7 @@ def test_a_runs_own_layout_locked_gives_the_same_large_grid(size, batch):
 
 def test_a_wholly_locked_layout_costs_no_step(blocks):
     both, grid = pair("small"), token_grid(1024, 1024)
-    prompt = len(both.ids(PROMPT, grid))
+    prompt = len(both.prompt(PROMPT, grid))
     preview = torch.randint(0, 64, (1, 16, 16))
     reports = []
     both.tokens(PROMPT, grid, preview=wholly(preview), progress=lambda *r: reports.append(r))

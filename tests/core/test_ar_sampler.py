@@ -227,16 +227,16 @@ def test_an_interrupt_stops_the_run_at_once():
 def test_weights_of_another_dtype_than_the_computation():
     """The network computes in the dtype it is told, whatever a host's layers store."""
     both = pair("small")
-    ids = both.ids(PROMPT, (2, 2))
+    prompt = both.prompt(PROMPT, (2, 2))
     model = type(both.model)(both.model.config, operations=CastingLayers)
     model.load_state_dict(
         {k: v.bfloat16() for k, v in both.model.state_dict().items()}, assign=True
     )
     place = {"device": PLACE["device"], "dtype": torch.float32}
-    tokens, _ = sample_tokens(model, ids, (2, 2), 0, 1, SamplingOptions(), **place)
+    tokens, _ = sample_tokens(model, prompt, (2, 2), 0, 1, SamplingOptions(), **place)
     rounded = type(both.model)(both.model.config)
     rounded.load_state_dict({k: v.bfloat16().float() for k, v in both.model.state_dict().items()})
-    expected, _ = sample_tokens(rounded, ids, (2, 2), 0, 1, SamplingOptions(), **place)
+    expected, _ = sample_tokens(rounded, prompt, (2, 2), 0, 1, SamplingOptions(), **place)
     assert torch.equal(tokens, expected)
 
 
