@@ -23,6 +23,7 @@ FLAGS = [
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
     "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MaximumFps": 5,  # drawn by the CPU, which the server needs
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn at every zoom
 }
 VIEWPORT = {"width": 1920, "height": 1080}
@@ -75,6 +76,15 @@ class Page:
 
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
+
+    def set_inputs(self, **values: int) -> None:
+        """Types values into every input of these names."""
+        self._evaluate(
+            """values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
+                if (widget.name in values) widget.value = values[widget.name]
+            }))""",
+            values,
+        )
 
     def run(self) -> None:
         """Runs the open graph by the page's own key, Control and Enter."""

@@ -17,7 +17,7 @@ def address(tmp_path_factory) -> Iterator[str]:
     model = base / "models" / "glm_image" / "GLM-Image"
     command = [sys.executable, "-m", "scripts.random_checkpoint", str(model)]
     subprocess.run(command, check=True, cwd=environment.ROOT)
-    with host.serve(environment.host(), base) as address:
+    with host.serve(environment.host(), base, threads=1) as address:
         yield address
 
 
