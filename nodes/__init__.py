@@ -8,6 +8,7 @@ from .glyph import GlyphEncode
 from .host import paths
 from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
+from .references import EncodeReference, EncodeTokens, MakeReferenceCache
 from .semantic import SampleTokens
 from .token_files import LoadTokens, SaveTokens
 
@@ -20,7 +21,10 @@ NODES: list[type[io.ComfyNode]] = [
     SampleTokens,
     SaveTokens,
     LoadTokens,
+    EncodeTokens,
     GlyphEncode,
+    EncodeReference,
+    MakeReferenceCache,
     ApplyTokens,
     Scheduler,
     ModelSampling,

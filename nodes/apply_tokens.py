@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from ..glm_core.errors import GLMImageError
 from ..glm_core.tokens import SemanticTokens
 from .host import conditioning as cond
-from .types import CATEGORY, Tokens
+from .host.reference_cache import HostReferenceCache
+from .types import CATEGORY, ReferenceCache, Tokens
 
 LATENT_CHANNELS = 16
 """Of an empty LATENT; ComfyUI's samplers widen an empty one to what their MODEL takes."""
@@ -34,6 +35,11 @@ class ApplyTokens(io.ComfyNode):
                     tooltip="Glyph conditioning for the unconditional pass; leave it unconnected "
                     "for the empty text, which the model was trained with.",
                 ),
+                ReferenceCache.Input(
+                    "reference_cache",
+                    optional=True,
+                    tooltip="From GLM-Image Reference Cache: the positive pass attends to it.",
+                ),
                 io.Int.Input(
                     "batch_index",
                     default=-1,
@@ -57,16 +63,20 @@ class ApplyTokens(io.ComfyNode):
         tokens: SemanticTokens,
         batch_index: int,
         negative: cond.Conditioning | None = None,
+        reference_cache: HostReferenceCache | None = None,
     ) -> io.NodeOutput:
         cond.require_glyphs("positive", positive)
         if negative is None:
             negative = cond.empty_text(positive)
         else:
             cond.require_glyphs("negative", negative)
-        chosen = _choose(len(tokens.tokens), batch_index)
+        batch = len(tokens.tokens)
+        chosen = _choose(batch, batch_index)
+        if reference_cache is not None:
+            reference_cache = reference_cache.for_samples(batch, chosen)
         tokens = replace(tokens, tokens=tokens.tokens[chosen])
         return io.NodeOutput(
-            cond.with_tokens(positive, tokens),
+            cond.with_tokens(positive, tokens, reference_cache),
             cond.without_prior(negative, tokens),
             _empty_latent(tokens, chosen),
         )

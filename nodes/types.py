@@ -5,5 +5,7 @@ from comfy_api.latest import io
 AR = io.Custom("GLM_AR")
 Tokens = io.Custom("GLM_TOKENS")
 Layout = io.Custom("GLM_LAYOUT")
+References = io.Custom("GLM_REFERENCES")
+ReferenceCache = io.Custom("GLM_REFERENCE_CACHE")
 
 CATEGORY = "GLM-Image"

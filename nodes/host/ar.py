@@ -12,20 +12,24 @@ from ...glm_core.grids import preview_grid, token_grid
 from ...glm_core.prompt import PromptTokenizer
 from ...glm_core.tokens import Layout, SemanticTokens
 from .progress import check_interrupt, progress_bar
+from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 
 
 class HostAR:
     """GLM_AR. Like a CLIP, it owns a patcher, and LoRAs go onto a clone of it."""
 
-    def __init__(self, patcher: Any, tokenizer: PromptTokenizer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, patcher: Any, tokenizer: PromptTokenizer, dtype: torch.dtype, vision: HostVision
+    ) -> None:
         self.patcher = patcher
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.vision = vision
 
     def with_patcher(self, patcher: Any) -> "HostAR":
         """The same model under another patcher, such as a clone that carries a LoRA."""
-        return HostAR(patcher, self.tokenizer, self.dtype)
+        return HostAR(patcher, self.tokenizer, self.dtype, self.vision)
 
     @property
     def config(self) -> ARConfig:
@@ -98,7 +102,8 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
     )
     patcher = load_ar_patcher(model_name, weight_dtype)
     dtype = precision(component, weight_dtype, patcher.load_device).compute
-    return HostAR(patcher, tokenizer, dtype)
+    vision = HostVision(component, model_name, weight_dtype)
+    return HostAR(patcher, tokenizer, dtype, vision)
 
 
 def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):

@@ -12,18 +12,31 @@ from ...glm_core.grids import PIXELS_PER_TOKEN
 from ...glm_core.schedule import VAE_SCALE
 from ...glm_core.tokens import SemanticTokens
 from .glyph import EMPTY
+from .reference_cache import HostReferenceCache
 
 Conditioning = list[list[Any]]
 
 TOKENS = "glm_tokens"
 SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
+REFERENCES = "glm_references"
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // VAE_SCALE
 
 
-def with_tokens(conditioning: Conditioning, tokens: SemanticTokens) -> Conditioning:
-    """For the conditional pass: every entry is given the tokens."""
-    return _with(conditioning, tokens, tokens.tokens)
+def with_tokens(
+    conditioning: Conditioning,
+    tokens: SemanticTokens,
+    references: HostReferenceCache | None = None,
+) -> Conditioning:
+    """For the conditional pass: every entry is given the tokens, and the references to attend to.
+
+    The cache's patcher is listed for the host, which loads it beside the decoder.
+    """
+    given = _with(conditioning, tokens, tokens.tokens)
+    if references is None:
+        return given
+    entries = {REFERENCES: references, "additional_models": [references.patcher]}
+    return [[states, {**values, **entries}] for states, values in given]
 
 
 def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditioning:

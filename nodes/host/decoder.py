@@ -13,10 +13,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...glm_core.checkpoint import Component
-from ...glm_core.decoder import Decoder, DecoderConfig, StepInvariants
+from ...glm_core.decoder import Decoder, DecoderConfig, ReferenceKeysValues, StepInvariants
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import ScheduleConfig
-from .conditioning import conditions
+from .conditioning import REFERENCES, conditions
+from .reference_cache import CacheReader, ReferencesCondition
 from .weights import Precision, check_keys, load_weights, make_patcher, open_model, precision
 
 
@@ -39,6 +40,7 @@ class HostDecoder(Decoder):
         transformer_options: dict | None = None,
         tokens: Tensor | None = None,
         size: tuple[int, int] | None = None,
+        references: ReferenceKeysValues | None = None,
         **_: Any,
     ) -> Tensor:
         """x [B, C, H, W], timesteps [B] unshifted, context [B, T, D], tokens [B, 1, H, W]."""
@@ -48,7 +50,9 @@ class HostDecoder(Decoder):
         )
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._forward, self, wrappers
-        ).execute(x, timesteps, context, control, options, tokens=tokens, size=size)
+        ).execute(
+            x, timesteps, context, control, options, tokens=tokens, size=size, references=references
+        )
 
     def _forward(
         self,
@@ -59,6 +63,7 @@ class HostDecoder(Decoder):
         transformer_options: dict,
         tokens: Tensor,
         size: tuple[int, int],
+        references: ReferenceKeysValues | None,
     ) -> Tensor:
         if control is not None:
             raise GLMImageError(
@@ -67,7 +72,7 @@ class HostDecoder(Decoder):
         p = self.config.patch_size
         tokens = tokens[:, 0, ::p, ::p]
         invariants = self.reuse.get(self, context, tokens, x)
-        return self.predict(x, timesteps, size, invariants, transformer_options)
+        return self.predict(x, timesteps, size, invariants, transformer_options, references)
 
 
 class StepReuse:
@@ -108,6 +113,7 @@ class GLMImageModel(comfy.model_base.BaseModel):
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
         self.schedule = model_config.schedule
+        self.readers: list[CacheReader] = []
 
     def shift(self, size: tuple[int, int]) -> float:
         """mu for an image of (height, width) pixels."""
@@ -116,12 +122,30 @@ class GLMImageModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Called by the sampler once a run for each conditioning, with its entries."""
         found = conditions(kwargs, kwargs["noise"].shape, self.diffusion_model.config)
-        return {
+        conds = {
             # Regular, not CrossAttn, which would repeat the shorter of two texts to join them.
             "c_crossattn": comfy.conds.CONDRegular(found.glyphs),
             "tokens": comfy.conds.CONDNoiseShape(found.token_map),
             "size": comfy.conds.CONDConstant(found.size),
         }
+        cache = kwargs.get(REFERENCES)
+        if cache is not None:
+            cache.check_decoder(self.current_patcher)
+            conds["references"] = ReferencesCondition(cache.reader)
+            self.readers.append(cache.reader)
+        return conds
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        """What `memory_required` is given before a run, when there are no conditions yet."""
+        cache = kwargs.get(REFERENCES)
+        return {} if cache is None else {"references": ReferencesCondition(cache.reader).size()}
+
+    def end_run(self) -> None:
+        """Free what a run has kept."""
+        self.diffusion_model.reuse.clear()
+        for reader in self.readers:
+            reader.end_run()
+        self.readers.clear()
 
     def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`t` is sigma. It goes on in a tuple, which the host does not cast, to `process_timestep`:
@@ -141,13 +165,17 @@ class GLMImageModel(comfy.model_base.BaseModel):
         Per token: the residual stream, its two normalised forms, query, key, value and their
         float32 copies while they are rotated (4 + 8 hidden), or the feed-forward's inner layer
         twice (8 hidden); the two do not live at the same time. Attention itself is linear in
-        memory with every kernel that the host chooses for bf16 and float32.
+        memory with every kernel that the host chooses for bf16 and float32. A reference token
+        adds its key and value, joined to the image's own (2 hidden).
         """
         config = self.diffusion_model.config
         batch, _, height, width = input_shape
         tokens = batch * -(-height // config.patch_size) * -(-width // config.patch_size)
         dtype = self.manual_cast_dtype or self.get_dtype()
-        return 16 * tokens * config.hidden_size * comfy.model_management.dtype_size(dtype)
+        shapes = (cond_shapes or {}).get("references", [])
+        references = batch * max((length for _, length in shapes), default=0)
+        numbers = (16 * tokens + 2 * references) * config.hidden_size
+        return numbers * comfy.model_management.dtype_size(dtype)
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
@@ -214,13 +242,13 @@ def load_decoder(model_name: str, weight_dtype: str = "default", disable_dynamic
     offload = comfy.model_management.unet_offload_device()
     model.device = offload
     patcher = make_patcher(model, device, offload, disable_dynamic)
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _forget_run)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
     patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype))
     return patcher
 
 
-def _forget_run(patcher: Any) -> None:
-    patcher.model.diffusion_model.reuse.clear()
+def _end_run(patcher: Any) -> None:
+    patcher.model.end_run()
 
 
 def _latent_format(component: Component, config: DecoderConfig) -> LatentFormat:

@@ -14,3 +14,10 @@ def check_interrupt() -> None:
 def progress_bar(total: int) -> Callable[[int, int], None]:
     """`progress(done, total)` of the node that is running."""
     return comfy.utils.ProgressBar(total).update_absolute
+
+
+def show_text(node_id: str, text: str) -> None:
+    """A line under the widgets of a node, while it runs and after."""
+    from server import PromptServer  # there only where a server runs
+
+    PromptServer.instance.send_progress_text(text, node_id)

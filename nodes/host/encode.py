@@ -1,0 +1,75 @@
+"""Images into what the two stages read: references, or tokens and a layout."""
+
+from typing import Any
+
+import comfy.utils
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...glm_core.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
+from ...glm_core.reference_image import Size, bring_to_size, opaque, reference_size
+from ...glm_core.references import Reference, References
+from ...glm_core.tokens import Layout, SemanticTokens
+from .ar import HostAR
+
+THUMBNAIL_SIDE = 128
+
+
+def encode_references(
+    ar: HostAR, vae: Any, images: Tensor, chain: References | None, per_sample: bool
+) -> tuple[References, Size]:
+    """Add images [B, H, W, 3 or 4] to a chain of references, which may be empty.
+
+    Returns:
+        the longer chain, and the (height, width) that the images were brought to
+    """
+    images = opaque(images)
+    size = reference_size(*images.shape[1:3], ar.vision.image_config)
+    images = bring_to_size(images, size)
+    tokens, latents = ar.vision.encode(images), vae.encode(images)
+    added = [
+        Reference(tokens[i], latents[i : i + 1].float().cpu(), _thumbnail(images[i]), size)
+        for i in range(len(images))
+    ]
+    if chain is None:
+        chain = References(((),), ar.config.codebook)
+    return chain.followed_by(added, per_sample), size
+
+
+def encode_tokens(
+    ar: HostAR, images: Tensor, height: int, width: int
+) -> tuple[SemanticTokens, Layout]:
+    """The tokens and the preview that images [B, H, W, 3 or 4] would have been painted from.
+
+    The images are cropped about their centre to the asked aspect. The preview is read off a small
+    copy, one token a cell, as the model's own previews are small copies of their images.
+    """
+    grid = token_grid(height, width)
+    preview = preview_grid(grid)
+    images = _crop_to_aspect(opaque(images), height / width)
+    tokens = ar.vision.encode(bring_to_size(images, (height, width)))
+    small = tuple(side * PIXELS_PER_TOKEN for side in preview)
+    preview_tokens = ar.vision.encode(bring_to_size(images, small))
+    size = {"codebook": ar.config.codebook, "height": height, "width": width}
+    return (
+        SemanticTokens(tokens, info={"made_from": "image"}, **size),
+        Layout(preview_tokens, torch.zeros(preview, dtype=torch.bool), **size),
+    )
+
+
+def _crop_to_aspect(images: Tensor, aspect: float) -> Tensor:
+    """The largest centred part of [B, H, W, C] whose height is `aspect` times its width."""
+    height, width = images.shape[1:3]
+    kept = min(height, max(1, round(width * aspect))), min(width, max(1, round(height / aspect)))
+    top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
+    return images[:, top : top + kept[0], left : left + kept[1]]
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """[H, W, 3] -> [h, w, 3], the longer side THUMBNAIL_SIDE."""
+    scale = THUMBNAIL_SIDE / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    pixels = rearrange(image, "h w c -> 1 c h w")
+    small = comfy.utils.common_upscale(pixels, width, height, "area", "disabled")
+    return rearrange(small, "1 c h w -> h w c").cpu()

@@ -1,0 +1,240 @@
+"""The reference cache on a graph: computed once, then loaded and evicted like a model."""
+
+from collections.abc import Sequence
+from copy import copy, deepcopy
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...glm_core.decoder import KeysValues
+from ...glm_core.errors import GLMImageError
+from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
+from ...glm_core.references import References
+from .progress import check_interrupt, progress_bar
+from .weights import make_patcher
+
+GIB = 2**30
+STORES = ("auto", "gpu", "cpu")
+PRECISIONS = ("model", "fp8")
+
+
+class CacheReader:
+    """What rides in the conditioning: for block i, the keys and values on the decoder's device.
+
+    It has no dtype, so no host casts it, and it compares by identity. A host that splits work over
+    devices calls `to` at every step, so each device's reader is made once.
+    """
+
+    def __init__(
+        self,
+        cache: ReferenceCache,
+        device: torch.device,
+        streamed: bool,
+        sets: slice = slice(None),
+    ) -> None:
+        self.cache = cache
+        self.device = device
+        self.streamed = streamed
+        self.sets = sets
+        self._ahead: tuple[int, Any, list[tuple[Tensor, ...]]] | None = None
+        self._readers = {device: self}
+
+    def to(self, device: torch.device, *_: Any, **__: Any) -> "CacheReader":
+        if device not in self._readers:
+            cache = self.cache if self.streamed else deepcopy(self.cache).to(device)
+            self._readers[device] = CacheReader(cache, device, self.streamed, self.sets)
+        return self._readers[device]
+
+    def __getitem__(self, block: int) -> Sequence[KeysValues]:
+        sets = self.cache.blocks[block].sets[self.sets]
+        parts = self._take(block) if self.streamed else [pair.parts() for pair in sets]
+        return [pair.restore(part) for pair, part in zip(sets, parts, strict=True)]
+
+    def _take(self, block: int) -> list[tuple[Tensor, ...]]:
+        """A block's part, fetched while the block before it computed; the next one is begun."""
+        if self._ahead is None or self._ahead[0] != block:
+            self._ahead = self._fetch(block)
+        _, stream, parts = self._ahead
+        comfy.model_management.sync_stream(self.device, stream)
+        self._ahead = self._fetch((block + 1) % len(self.cache.blocks))
+        return parts
+
+    def _fetch(self, block: int) -> tuple[int, Any, list[tuple[Tensor, ...]]]:
+        stream = comfy.model_management.get_offload_stream(self.device)
+        parts = [
+            tuple(
+                comfy.model_management.cast_to(
+                    part, None, self.device, non_blocking=True, stream=stream
+                )
+                for part in pair.parts()
+            )
+            for pair in self.cache.blocks[block].sets[self.sets]
+        ]
+        return block, stream, parts
+
+    def end_run(self) -> None:
+        """Let go of what was fetched ahead."""
+        for reader in self._readers.values():
+            reader._ahead = None
+
+
+class HostReferenceCache:
+    """GLM_REFERENCE_CACHE: a cache in a patcher, its reader, and what it was made with."""
+
+    def __init__(self, cache: ReferenceCache, decoder: Any, streamed: bool) -> None:
+        self.patcher = _cache_patcher(cache, decoder, streamed)
+        self.reader = CacheReader(cache, decoder.load_device, streamed)
+        self._patches = {key: list(entries) for key, entries in decoder.patches.items()}
+        self._made_with = _identity(decoder)
+
+    def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
+        """This cache as the chosen samples of a batch see it: sample i attends to set i modulo
+        the number of sets.
+
+        Raises:
+            GLMImageError: the batch is no multiple of the sets.
+        """
+        sets = len(self.reader.cache.blocks[0].sets)
+        if batch % sets:
+            raise GLMImageError(
+                f"The reference cache holds references for {sets} samples, one set each, and the "
+                f"tokens hold {batch} images, which is no multiple; sample the tokens with the "
+                "same references."
+            )
+        if sets == 1 or len(chosen) == batch:
+            return self
+        view, index = copy(self), chosen[0] % sets
+        one = slice(index, index + 1)
+        view.reader = CacheReader(self.reader.cache, self.reader.device, self.reader.streamed, one)
+        return view
+
+    def check_decoder(self, decoder: Any) -> None:
+        """
+        Raises:
+            GLMImageError: its weights or LoRAs are not those that the cache was made with.
+        """
+        if _identity(decoder) != self._made_with:
+            raise GLMImageError(
+                "The reference cache was made with another decoder or with other LoRAs than the "
+                "MODEL that is sampling; connect that MODEL to GLM-Image Reference Cache."
+            )
+
+
+class ReferencesCondition(comfy.conds.CONDConstant):
+    """A reader as a condition; by its size the memory estimate counts the reference tokens."""
+
+    def size(self) -> list[int]:
+        return [1, self.cond.cache.tokens]
+
+
+def compute_cache(
+    decoder: Any, references: References, store: str, precision: str
+) -> HostReferenceCache:
+    """Run the decoder, with its LoRAs, over the references.
+
+    Args:
+        decoder: a MODEL of this pack.
+        store: gpu, cpu (streamed block by block), or auto: gpu where there is room.
+        precision: model, or fp8 for half the memory.
+
+    Raises:
+        GLMImageError: neither place has room, or the references are of another codebook.
+    """
+    model = decoder.model
+    network = model.diffusion_model
+    codebook = network.config.prior_vq_quantizer_codebook_size
+    if references.codebook != codebook:
+        raise GLMImageError(
+            f"The references are of a codebook of {references.codebook} ids and the decoder knows "
+            f"{codebook}; encode them with the AR model of the decoder's checkpoint."
+        )
+    dtype = model.manual_cast_dtype or model.get_dtype()
+    fp8 = precision == "fp8"
+    nbytes = cache_bytes(references, network.config, FP8 if fp8 else dtype)
+    host = comfy.model_management.unet_offload_device()
+    _require_room(nbytes, host, fp8)
+
+    largest = max((image for s in references.sets for image in s), key=lambda i: i.tokens.numel())
+    working = model.memory_required(list(largest.latent.shape))
+    comfy.model_management.load_models_gpu([decoder], memory_required=working)
+    images = len({image for images in references.sets for image in images})
+    cache = make_cache(
+        network,
+        references,
+        model.process_latent_in,
+        device=decoder.load_device,
+        dtype=dtype,
+        store=host,
+        fp8=fp8,
+        progress=progress_bar(images * network.config.num_layers),
+        check_interrupt=check_interrupt,
+    )
+    if store == "auto":
+        free = comfy.model_management.get_free_memory(decoder.load_device)
+        store = "gpu" if nbytes + working < free else "cpu"
+    elif store == "gpu":
+        _require_total(nbytes, decoder.load_device)
+    return HostReferenceCache(cache, decoder, streamed=store == "cpu")
+
+
+def _identity(decoder: Any) -> tuple:
+    """The checkpoint, and every weight patch by its object; the cache keeps those objects alive."""
+    patches = {
+        key: [
+            (strength, id(patch), weight_strength)
+            for strength, patch, weight_strength, *_ in entries
+        ]
+        for key, entries in decoder.patches.items()
+    }
+    return decoder.cached_patcher_init[1], patches
+
+
+def _cache_patcher(cache: ReferenceCache, decoder: Any, streamed: bool) -> Any:
+    host = comfy.model_management.unet_offload_device()
+    device = decoder.load_device
+    if streamed:
+        if comfy.model_management.device_supports_non_blocking(device):
+            for parameter in cache.parameters():
+                parameter.data = parameter.data.pin_memory()
+        device = host
+    return load_cache_patcher(cache, device, host)
+
+
+def load_cache_patcher(
+    cache: ReferenceCache, device: torch.device, host: torch.device, disable_dynamic: bool = False
+) -> Any:
+    """The cache's patcher; the factory with which current hosts rebuild it makes a copy.
+
+    Never a dynamic one, which streams a layer's weights into that layer's own forward.
+    """
+    patcher = make_patcher(cache, device, host, disable_dynamic=True)
+    patcher.cached_patcher_init = (_copy_patcher, (cache, device, host))
+    return patcher
+
+
+def _copy_patcher(
+    cache: ReferenceCache, *where: torch.device, disable_dynamic: bool = False
+) -> Any:
+    return load_cache_patcher(deepcopy(cache), *where, disable_dynamic)
+
+
+def _require_room(nbytes: int, device: torch.device, fp8: bool) -> None:
+    free = comfy.model_management.get_free_memory(device)
+    if nbytes > free:
+        raise GLMImageError(
+            f"The references' keys and values need {nbytes / GIB:.1f} GiB and {free / GIB:.1f} GiB "
+            f"of {device} memory are free; use fewer or smaller references"
+            f"{'' if fp8 else ', or precision fp8'}."
+        )
+
+
+def _require_total(nbytes: int, device: torch.device) -> None:
+    total = comfy.model_management.get_total_memory(device)
+    if nbytes > total:
+        raise GLMImageError(
+            f"The references' keys and values need {nbytes / GIB:.1f} GiB and {device} has "
+            f"{total / GIB:.1f} GiB; set store to cpu or auto."
+        )

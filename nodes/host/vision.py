@@ -1,0 +1,69 @@
+"""The AR model's eyes: the vision tower and quantiser in a patcher of their own, loaded on use."""
+
+from functools import cached_property
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...glm_core.checkpoint import Component
+from ...glm_core.reference_image import ImageConfig, vision_pixels
+from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from .weights import check_keys, load_weights, make_patcher, open_model, precision
+
+
+class HostVision:
+    """Turns images into semantic tokens; text to image never loads it."""
+
+    def __init__(self, component: Component, model_name: str, weight_dtype: str) -> None:
+        self.image_config = ImageConfig.from_dict(component.processor.image)
+        self.model_name = model_name
+        self.weight_dtype = weight_dtype
+        device = comfy.model_management.text_encoder_device()
+        self.dtype = precision(component, weight_dtype, device).compute
+
+    @cached_property
+    def patcher(self) -> Any:
+        return load_vision_patcher(self.model_name, self.weight_dtype)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """float [B, H, W, 3] between 0 and 1, sides multiples of 32 -> int32 [B, H / 32, W / 32]"""
+        device = self.patcher.load_device
+        pixels = vision_pixels(images, self.image_config)
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=self.memory_required(pixels.shape)
+        )
+        tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
+        return torch.cat(tokens).to("cpu", torch.int32)
+
+    def memory_required(self, pixels: torch.Size) -> int:
+        """Bytes beside the weights for one image [B, C, H, W]: its widest layer, and the codes'
+        scores in float32."""
+        config = self.patcher.model.config
+        cells = pixels[-2] * pixels[-1] // config.patch_size**2
+        layer = 4 * config.hidden_size + 2 * config.intermediate_size
+        return cells * (layer * comfy.model_management.dtype_size(self.dtype) + 4 * config.codebook)
+
+
+def load_vision_patcher(
+    model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False
+) -> Any:
+    """The vision encoder's patcher; the factory that current hosts rebuild it with.
+
+    Raises:
+        GLMImageError: the component is missing or broken.
+    """
+    component = open_model("ar", model_name)
+    config = VisionConfig.from_dict(component.config)
+    check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
+
+    device = comfy.model_management.text_encoder_device()
+    kept = precision(component, weight_dtype, device)
+    network = VisionEncoder(config, device="meta", dtype=kept.storage, operations=kept.operations)
+    load_weights(network, component, weight_dtype, OTHER_PREFIXES)
+
+    offload = comfy.model_management.text_encoder_offload_device()
+    patcher = make_patcher(network, device, offload, disable_dynamic)
+    patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype))
+    return patcher

@@ -1,0 +1,207 @@
+"""Image to image through the nodes' own code: parity, exactness, per-sample sets, refusals."""
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.references import References
+from helpers import relative_error, same, stages
+from reference import SHAPES
+from torch import Tensor
+
+PROMPT = "make it say 'SHUT'"
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    return stages(nodes, "small", PROMPT, SIZE)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    """Two pictures of different aspect, on sizes that both sides take as they are."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(1, height // 32, width // 32, 3, generator=generator)
+        .repeat_interleave(32, 1)
+        .repeat_interleave(32, 2)
+        for height, width in ((512, 512), (512, 640))
+    ]
+
+
+def encode(run, images: list[Tensor], per_sample: bool = False) -> References:
+    from glm_image.nodes.host.encode import encode_references
+
+    chain = None
+    for image in images:
+        chain, _ = encode_references(run.ar, run.vae, image, chain, per_sample)
+    return chain
+
+
+def decode(nodes, run, cache, *, model=None, steps=2, cfg=1.5, seed=7, tokens=None, index=-1):
+    positive, negative, empty = (
+        nodes["GLMImageApplyTokens"]
+        .execute(run.positive, tokens or run.tokens, index, None, cache)
+        .result
+    )
+    out = nodes["GLMImageDecode"].execute(
+        model or run.model, positive, negative, empty, seed, steps, cfg, 1.0
+    )
+    return out.result[0]["samples"]
+
+
+def cached(nodes, run, references, store="auto", precision="model", model=None):
+    make = nodes["GLMImageReferenceCache"].execute
+    return make(model or run.model, references, store, precision).result[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_latents_equal_the_reference(nodes, pipelines, images, shape: str, count: int) -> None:
+    run = stages(nodes, shape, PROMPT, SIZE, steps=1)
+    references = encode(run, images[:count])
+    cache = cached(nodes, run, references)
+    ours = run.model.model.process_latent_in(decode(nodes, run, cache, steps=3))
+
+    pipeline = pipelines[shape]
+    pipeline.set_progress_bar_config(disable=True)
+    (chain,) = references.sets
+    upsampled = [image.tokens.repeat_interleave(2, 0).repeat_interleave(2, 1) for image in chain]
+    expected = pipeline(
+        prompt=PROMPT,
+        image=[(image[0].numpy()) for image in images[:count]],
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=3,
+        guidance_scale=1.5,
+        prior_token_ids=run.decoder_ids,
+        prior_token_image_ids=[torch.cat([tokens.flatten() for tokens in upsampled]).long()],
+        source_image_grid_thw=[torch.tensor([[1, *tokens.shape] for tokens in upsampled])],
+        latents=run.noise,
+        output_type="latent",
+    ).images
+    assert relative_error(ours, expected) < 1e-4
+
+
+def test_references_change_the_picture_and_the_unconditional_pass_does_not_see_them(
+    nodes, run, images
+) -> None:
+    cache = cached(nodes, run, encode(run, images[:1]))
+    assert relative_error(decode(nodes, run, cache), decode(nodes, run, None)) > 1e-3
+    # With guidance g, out = u + g (c - u): u follows from two guidances and must not move.
+    unconditional = [
+        2 * decode(nodes, run, c, steps=1, cfg=1.0) - decode(nodes, run, c, steps=1, cfg=2.0)
+        for c in (cache, None)
+    ]
+    assert relative_error(*unconditional) < 1e-4
+
+
+def test_streamed_from_host_memory_is_the_same(nodes, run, images) -> None:
+    references = encode(run, images)
+    resident = cached(nodes, run, references, "gpu")
+    streamed = cached(nodes, run, references, "cpu")
+    assert not resident.reader.streamed
+    assert streamed.reader.streamed
+    assert same(decode(nodes, run, resident), decode(nodes, run, streamed))
+    assert streamed.reader._ahead is None  # nothing is left behind when sampling ends
+
+
+def test_fp8_is_close_and_half_as_large(nodes, run, images) -> None:
+    references = encode(run, images)
+    full, half = (cached(nodes, run, references, "auto", p) for p in ("model", "fp8"))
+    error = relative_error(decode(nodes, run, half, steps=4), decode(nodes, run, full, steps=4))
+    assert 0 < error < 2e-2
+    sizes = [cache.reader.cache.nbytes for cache in (half, full)]
+    assert sizes[0] < 0.27 * sizes[1]  # the test's full precision is float32
+
+
+def test_the_cache_serves_every_prompt_and_seed_without_another_pass(nodes, run, images) -> None:
+    cache = cached(nodes, run, encode(run, images[:1]))
+    before = [p.clone() for p in cache.reader.cache.parameters()]
+    first = decode(nodes, run, cache, seed=1)
+    second = decode(nodes, run, cache, seed=2)
+    assert relative_error(first, second) > 1e-2
+    assert all(map(same, before, cache.reader.cache.parameters()))
+
+
+def test_each_sample_has_its_own_references(nodes, images) -> None:
+    run = stages(nodes, "small", PROMPT, SIZE, batch=2, steps=1)
+    batch = torch.cat([images[0], images[0].flip(1)])
+    cache = cached(nodes, run, encode(run, [batch], per_sample=True))
+    together = decode(nodes, run, cache)
+    for i in range(2):
+        alone = cached(nodes, run, encode(run, [batch[i : i + 1]]))
+        assert relative_error(decode(nodes, run, alone, index=i)[0], together[i]) < 1e-5
+        assert relative_error(decode(nodes, run, cache, index=i)[0], together[i]) < 1e-5
+        other = cached(nodes, run, encode(run, [batch[1 - i : 2 - i]]))
+        assert relative_error(decode(nodes, run, other, index=i)[0], together[i]) > 1e-3
+
+
+def test_shared_references_come_before_each_samples_own(run, images) -> None:
+    shared = encode(run, images[1:])
+    from glm_image.nodes.host.encode import encode_references
+
+    batch = torch.cat([images[0], images[0].flip(1)])
+    chain, _ = encode_references(run.ar, run.vae, batch, shared, True)
+    assert [len(images) for images in chain.sets] == [2, 2]
+    assert chain.sets[0][0] is chain.sets[1][0] is shared.sets[0][0]
+    assert not same(chain.sets[0][1].tokens, chain.sets[1][1].tokens)
+
+
+def test_a_cache_of_other_loras_is_refused(nodes, run, images) -> None:
+    layer = "transformer_blocks.0.ff.net.2"
+    rows, columns = run.model.model.diffusion_model.get_submodule(layer).weight.shape
+    lora = {
+        f"diffusion_model.{layer}.lora_A.weight": torch.randn(2, columns),
+        f"diffusion_model.{layer}.lora_B.weight": torch.randn(rows, 2),
+    }
+    adapted, _ = comfy.sd.load_lora_for_models(run.model, None, lora, 1.0, 0.0)
+    references = encode(run, images[:1])
+    plain, own = cached(nodes, run, references), cached(nodes, run, references, model=adapted)
+    with pytest.raises(GLMImageError, match="another decoder or with other LoRAs"):
+        decode(nodes, run, plain, model=adapted)
+    assert decode(nodes, run, own, model=adapted).isfinite().all()
+    decode(nodes, run, plain)  # and the next prompt works
+
+
+def test_the_cache_is_loaded_by_comfyui_and_counted(nodes, run, images) -> None:
+    cache = cached(nodes, run, encode(run, images[:1]))
+    comfy.model_management.unload_all_models()
+    decode(nodes, run, cache)
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert any(model.is_clone(cache.patcher) for model in loaded)
+    assert cache.patcher.model_size() == cache.reader.cache.nbytes
+
+
+def test_a_readers_copy_is_made_once_a_device(nodes, run, images) -> None:
+    cache = cached(nodes, run, encode(run, images[:1]), "gpu")
+    meta = torch.device("meta")
+    assert not hasattr(cache.reader, "dtype")
+    assert cache.reader.to(torch.device("cpu")) is cache.reader
+    assert cache.reader.to(meta) is cache.reader.to(meta)
+    assert cache.reader.to(meta)[0][0][0].device == meta
+
+
+def test_more_than_memory_holds_is_refused_with_what_helps(nodes, run, images, monkeypatch) -> None:
+    references = encode(run, images[:1])
+    free = comfy.model_management.get_free_memory
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 1000)
+    with pytest.raises(GLMImageError, match=r"need .* GiB and 0.0 GiB .* fewer or smaller"):
+        cached(nodes, run, references)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+
+
+def test_references_of_another_codebook_are_refused(nodes, run, images) -> None:
+    references = References(encode(run, images[:1]).sets, codebook=99)
+    with pytest.raises(GLMImageError, match="codebook of 99"):
+        cached(nodes, run, references)
+
+
+def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
+    tokens, layout = nodes["GLMImageEncodeTokens"].execute(run.ar, images[1], 160, 96).result
+    assert tuple(tokens.tokens.shape) == (1, 3, 5)
+    assert tuple(layout.preview.shape[1:]) == (12, 20)
+    assert not layout.locked.any()
+    assert len(tokens.tokens.unique()) > 1
