@@ -46,10 +46,13 @@ class Page:
         self._evaluate("([prompt, name]) => app.loadApiJson(prompt, name)", [prompt, name])
 
     def open_file(self, text: str, name: str) -> None:
-        """Opens a workflow file as when it is dropped on the page."""
+        """Opens a workflow file as when it is dropped on the page, with all of it in view."""
         self._evaluate(
-            """async ([text, name]) =>
-                await app.handleFile(new File([text], name, {type: 'application/json'}))""",
+            """async ([text, name]) => {
+                await app.handleFile(new File([text], name, {type: 'application/json'}))
+                await app.extensionManager.command.execute('Comfy.Canvas.FitView')
+                await new Promise(done => setTimeout(done, 1000))
+            }""",
             [text, name],
         )
 
@@ -105,9 +108,7 @@ class Page:
     def picture(self, file: Path) -> None:
         """Writes a JPEG of the whole graph, without the page's bars around it."""
         left, top, right, bottom = self._evaluate(
-            """async () => {
-                await app.extensionManager.command.execute('Comfy.Canvas.FitView')
-                await new Promise(done => setTimeout(done, 1000))
+            """() => {
                 const boxes = app.graph.groups.map(group => group.boundingRect)
                     .concat(app.graph.nodes.map(node => node.boundingRect))
                 const {scale, offset} = app.canvas.ds
