@@ -4,10 +4,14 @@
 returns the reference pipeline that expected values come from. Nothing here touches the pack.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from einops import rearrange
 
 # torchvision has no CPU build of its operators beside a CPU torch: declared before it is imported,
 # their schemas let its Python part, and with it transformers' image code, import.
@@ -195,6 +199,46 @@ def reference_snapshot(folder: Path | str, shape_name: str) -> GlmImagePipeline:
     pipeline = reference_pipeline(shape_name)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+@contextmanager
+def mended(pipeline: GlmImagePipeline) -> Iterator[None]:
+    """Image to image within works, which between diffusers 0.42.1 and transformers 5.23 does not.
+
+    The pipeline handles an image's features as a (tokens, C) matrix; transformers now gives and
+    wants (C, h, w) maps. `generate` is transformers' own and gets the original method.
+    """
+    network = pipeline.vision_language_encoder
+    features, tokens, generate = (
+        network.get_image_features, network.get_image_tokens, network.generate
+    )  # fmt: skip
+
+    def features_as_rows(*args, **kwargs):
+        out = features(*args, **kwargs)
+        out.pooler_output = [
+            torch.cat([rearrange(image, "c h w -> (h w) c") for image in out.pooler_output])
+        ]
+        return out
+
+    def tokens_of_rows(rows, grids):
+        images = rows.split(grids.prod(dim=-1).tolist())
+        return tokens(
+            [
+                rearrange(image, "(h w) c -> c h w", h=int(h))
+                for image, (_, h, _) in zip(images, grids, strict=True)
+            ]
+        )
+
+    def generate_with_maps(*args, **kwargs):
+        with patch.object(network, "get_image_features", features):
+            return generate(*args, **kwargs)
+
+    with (
+        patch.object(network, "get_image_features", features_as_rows),
+        patch.object(network, "get_image_tokens", tokens_of_rows),
+        patch.object(network, "generate", generate_with_maps),
+    ):
+        yield
 
 
 def _autoregressive_model(
