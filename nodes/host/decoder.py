@@ -113,6 +113,7 @@ class GLMImageModel(comfy.model_base.BaseModel):
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
         self.schedule = model_config.schedule
+        self.checkpoint = model_config.checkpoint
         self.readers: list[CacheReader] = []
 
     def shift(self, size: tuple[int, int]) -> float:
@@ -206,11 +207,13 @@ class ModelConfig(comfy.supported_models_base.BASE):
         schedule: ScheduleConfig,
         latents: LatentFormat,
         kept: Precision,
+        checkpoint: tuple[str, str],
     ) -> None:
         self.latent_format = lambda: latents  # BASE calls it, as it would a class
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
         super().__init__({"config": config, "dtype": kept.storage})
         self.schedule = schedule
+        self.checkpoint = checkpoint
         self.set_inference_dtype(
             kept.storage, None if kept.compute == kept.storage else kept.compute
         )
@@ -234,6 +237,7 @@ def load_decoder(model_name: str, weight_dtype: str = "default", disable_dynamic
             ScheduleConfig.from_dict(component.scheduler),
             _latent_format(component, config),
             precision(component, weight_dtype, device),
+            checkpoint=(model_name, weight_dtype),
         ),
         device="meta",
     )

@@ -189,14 +189,15 @@ def _identity(decoder: Any) -> tuple:
         ]
         for key, entries in decoder.patches.items()
     }
-    return decoder.cached_patcher_init[1], patches
+    return decoder.model.checkpoint, patches
 
 
 def _cache_patcher(cache: ReferenceCache, decoder: Any, streamed: bool) -> Any:
     host = comfy.model_management.unet_offload_device()
     device = decoder.load_device
     if streamed:
-        if comfy.model_management.device_supports_non_blocking(device):
+        pinned = comfy.model_management.device_supports_non_blocking(device)
+        if pinned and not comfy.model_management.is_device_cpu(device):
             for parameter in cache.parameters():
                 parameter.data = parameter.data.pin_memory()
         device = host

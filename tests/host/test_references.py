@@ -133,8 +133,8 @@ def test_each_sample_has_its_own_references(nodes, images) -> None:
     together = decode(nodes, run, cache)
     for i in range(2):
         alone = cached(nodes, run, encode(run, [batch[i : i + 1]]))
-        assert relative_error(decode(nodes, run, alone, index=i)[0], together[i]) < 1e-5
-        assert relative_error(decode(nodes, run, cache, index=i)[0], together[i]) < 1e-5
+        assert relative_error(decode(nodes, run, alone, index=i)[0], together[i]) < 1e-4
+        assert relative_error(decode(nodes, run, cache, index=i)[0], together[i]) < 1e-4
         other = cached(nodes, run, encode(run, [batch[1 - i : 2 - i]]))
         assert relative_error(decode(nodes, run, other, index=i)[0], together[i]) > 1e-3
 
