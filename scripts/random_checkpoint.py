@@ -273,6 +273,10 @@ def write_processor(folder: Path) -> None:
         {
             "image_processor_type": "GlmImageImageProcessor",
             "processor_class": "GlmImageProcessor",
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "rescale_factor": 1 / 255,
             "min_pixels": 512 * 512,
             "max_pixels": 2048 * 2048,
             "patch_size": 16,
