@@ -18,6 +18,7 @@ from .errors import GLMImageError
 from .grids import Grid, grid_positions, preview_grid
 from .philox import gumbel, sample_keys
 from .prompt import Prompt
+from .tokens import UNKNOWN
 
 REPORT_SECONDS = 0.1
 _PREVIEW, _LARGE = 0, 1
@@ -65,6 +66,7 @@ def sample_tokens(
     preview: Forced | None = None,
     large: Forced | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    show: Callable[[list[Tensor]], None] = lambda grids: None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Write a large grid and the preview before it.
@@ -77,13 +79,15 @@ def sample_tokens(
         preview, large: cells that are forced. A forced run costs no step of its own: it is read in
             one pass together with the next cell that is drawn.
         progress: called with (cells drawn, cells to draw), at most every 100 ms and at the end.
+        show: called before each progress with the preview and the large grid so far, int64
+            [B, rows, columns] on the CPU; cells that are not known yet are `UNKNOWN`.
         check_interrupt: called before every step; raises to stop.
 
     Returns:
         Tokens int64 [B, h, w] and preview int64 [B, ph, pw], on `device`.
     """
     plan = [_Plan(_PREVIEW, preview_grid(grid), preview), _Plan(_LARGE, grid, large)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
+    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
     preview_tokens, tokens = _write(model, prompt, plan, draw)
     return tokens, preview_tokens
 
@@ -100,11 +104,12 @@ def sample_layout(
     dtype: torch.dtype,
     preview: Forced | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    show: Callable[[list[Tensor]], None] = lambda grids: None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The preview stage of `sample_tokens` alone: int64 [B, ph, pw], on `device`."""
     plan = [_Plan(_PREVIEW, preview_grid(grid), preview)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
+    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
     return _write(model, prompt, plan, draw)[0]
 
 
@@ -120,6 +125,7 @@ def sample_from_references(
     dtype: torch.dtype,
     large: Forced | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    show: Callable[[list[Tensor]], None] = lambda grids: None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The large grid after a prompt with references, which has no preview: int64 [B, h, w].
@@ -127,7 +133,7 @@ def sample_from_references(
     Args are those of `sample_tokens`, with a prompt of `PromptTokenizer.image_to_image`.
     """
     plan = [_Plan(_LARGE, grid, large)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, check_interrupt)
+    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
     return _write(model, prompt, plan, draw)[0]
 
 
@@ -180,11 +186,11 @@ class _Plan:
             tokens[:, mask] = values[:, mask].to(torch.int64)
         return rearrange(tokens, "b h w -> b (h w)")
 
-    def free_columns(self, row: int) -> list[int]:
-        """The columns of a row whose cells are to be drawn."""
+    def free(self) -> Tensor:
+        """bool [rows, columns]: the cells to be drawn."""
         if self.forced is None:
-            return list(range(self.grid[1]))
-        return (~self.forced.mask[row]).nonzero().flatten().tolist()
+            return torch.ones(self.grid, dtype=torch.bool)
+        return ~self.forced.mask
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,7 @@ class _Draw:
     device: torch.device
     dtype: torch.dtype
     progress: Callable[[int, int], None]
+    show: Callable[[list[Tensor]], None]
     check_interrupt: Callable[[], None]
 
 
@@ -208,25 +215,30 @@ def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], draw: _Draw) -> li
     """
     sequence = _Sequence(model, prompt, plan, draw)
     keys = sample_keys(draw.seed, draw.batch_size, draw.device)
-    rows = [(p, row, p.free_columns(row)) for p in plan for row in range(p.grid[0])]
-    report = _Report(sum(len(columns) for _, _, columns in rows), draw.progress)
+    report = _Report(sequence, plan, draw)
     row_start = 0
-    for p, row, columns in rows:
-        noise = [None] * len(columns)
-        if columns and draw.options.temperature:
-            at = torch.tensor(columns, device=draw.device)
-            noise = gumbel(keys, p.number, row, at, model.config.codebook).unbind(dim=1)
-        for column, cell_noise in zip(columns, noise, strict=True):
-            draw.check_interrupt()
-            index = row_start + column
-            token = draw_token(sequence.logits_at(index), cell_noise, draw.options)
-            sequence.tokens[:, index] = token
-            report.step(token)
-        row_start += p.grid[1]
-    cells = sequence.tokens.split([p.grid[0] * p.grid[1] for p in plan], dim=1)
+    for p in plan:
+        for row, free in enumerate(p.free()):
+            columns = free.nonzero().flatten().tolist()
+            noise = [None] * len(columns)
+            if columns and draw.options.temperature:
+                at = torch.tensor(columns, device=draw.device)
+                noise = gumbel(keys, p.number, row, at, model.config.codebook).unbind(dim=1)
+            for column, cell_noise in zip(columns, noise, strict=True):
+                draw.check_interrupt()
+                index = row_start + column
+                token = draw_token(sequence.logits_at(index), cell_noise, draw.options)
+                sequence.tokens[:, index] = token
+                report.step(index)
+            row_start += p.grid[1]
+    return _grids(sequence.tokens, plan)
+
+
+def _grids(cells: Tensor, plan: list[_Plan]) -> list[Tensor]:
+    """[B, cells of all grids] to [B, rows, columns] for each grid."""
+    flat = cells.split([p.grid[0] * p.grid[1] for p in plan], dim=1)
     return [
-        rearrange(flat, "b (h w) -> b h w", w=p.grid[1])
-        for p, flat in zip(plan, cells, strict=True)
+        rearrange(part, "b (h w) -> b h w", w=p.grid[1]) for p, part in zip(plan, flat, strict=True)
     ]
 
 
@@ -270,20 +282,26 @@ class _Sequence:
 class _Report:
     """Progress about every 100 ms, each time after waiting for the device, so that it is true."""
 
-    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
-        self._total = total
-        self._progress = progress
+    def __init__(self, sequence: _Sequence, plan: list[_Plan], draw: _Draw) -> None:
+        self._sequence = sequence
+        self._plan = plan
+        self._draw = draw
+        self._free = torch.cat([p.free().flatten() for p in plan])
+        self._total = int(self._free.sum())
         self._done = self._reported = 0
         self._due = 1
         self._time = time.monotonic()
 
-    def step(self, token: Tensor) -> None:
+    def step(self, index: int) -> None:
+        """Cell `index` is drawn, and with it all before it are known."""
         self._done += 1
         if self._done < self._due:
             return
-        token.tolist()  # waits for the device
+        tokens = self._sequence.tokens.to("cpu", copy=True)  # waits for the device
+        tokens[:, index + 1 :].masked_fill_(self._free[index + 1 :], UNKNOWN)
         now = time.monotonic()
-        self._progress(self._done, self._total)
+        self._draw.show(_grids(tokens, self._plan))
+        self._draw.progress(self._done, self._total)
         steps, seconds = self._done - self._reported, max(now - self._time, 1e-6)
         # The next report is one interval away at the pace measured, but never a leap.
         stride = max(1, min(2 * steps, int(steps * REPORT_SECONDS / seconds)))

@@ -21,6 +21,7 @@ from .grids import preview_grid, token_grid
 
 FORMAT = "glm_image_tokens"
 VERSION = 1
+UNKNOWN = -1  # in grids that are still being written: a cell that has no token yet
 MAX_FILE_BYTES = 64 * 2**20  # a 2048x2048 image takes 17 KiB
 
 

@@ -18,6 +18,7 @@ from glm_image.glm_core.ar_sampler import (
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.grids import preview_grid
 from glm_image.glm_core.philox import gumbel, sample_keys
+from glm_image.glm_core.tokens import UNKNOWN
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 GREEDY = SamplingOptions(temperature=0)
@@ -183,6 +184,24 @@ def test_progress_counts_every_cell_and_ends_at_the_total():
     done = [d for d, _ in reports]
     assert done == sorted(set(done))
     assert len(done) < total / 4
+
+
+def test_what_is_shown_is_what_is_known(monkeypatch):
+    """With a report for every cell: all before it are known, and after it the forced ones."""
+    monkeypatch.setattr(ar_sampler, "REPORT_SECONDS", 0)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    mask[1] = True
+    forced = Forced(torch.tensor([[[0, 0, 0], [5, 6, 7]]]), mask)
+    seen = []
+    tokens, preview = pair("small").tokens(PROMPT, (2, 3), batch=2, large=forced, show=seen.append)
+    final = torch.cat([preview.flatten(1), tokens.flatten(1)], dim=1)
+    assert len(seen) == final.shape[1] - 3
+    for drawn, grids in enumerate(seen, 1):
+        assert [tuple(grid.shape) for grid in grids] == [(2, *preview.shape[1:]), (2, 2, 3)]
+        shown = torch.cat([grid.flatten(1) for grid in grids], dim=1)
+        assert torch.equal(shown[:, :drawn], final[:, :drawn])
+        assert (shown[:, drawn:-3] == UNKNOWN).all()
+        assert shown[:, -3:].tolist() == [[5, 6, 7]] * 2
 
 
 def test_progress_and_interrupt_come_within_100_ms(monkeypatch):

@@ -1,0 +1,103 @@
+"""Pictures of tokens: a colour for each code, cells as squares, a batch as a sheet."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from .tokens import UNKNOWN
+
+DARK, LIGHT = 0.12, 1.0  # of cells that are unknown and of gaps; of the outline of locked cells
+
+
+def codebook_palette(embedding: Tensor) -> Tensor:
+    """Colours by the first three principal components: like codes, like colours.
+
+    Codes are compared by direction, as the quantiser does. Two standard deviations either side of
+    the mean span a channel.
+
+    Args:
+        embedding: [codebook, dim], the VQ codebook.
+
+    Returns:
+        float32 [codebook, 3], 0 to 1.
+    """
+    directions = F.normalize(embedding.float(), dim=-1)
+    centred = directions - directions.mean(dim=0)
+    components = centred @ _principal_axes(centred)
+    components = components / components.std(dim=0).clamp(min=1e-12)
+    return (0.5 + components / 4).clamp(0, 1)
+
+
+def _principal_axes(centred: Tensor) -> Tensor:
+    """[n, dim] to [dim, 3], each axis with its largest entry positive.
+
+    By subspace iteration from a fixed start: a full decomposition would take half a minute.
+    """
+    width = min(8, centred.shape[1])  # of a block wider than what is kept, which converges sooner
+    block = torch.randn(centred.shape[1], width, generator=torch.Generator().manual_seed(0))
+    for _ in range(6):
+        block = torch.linalg.qr(centred.T @ (centred @ block)).Q
+    axes = block @ torch.linalg.svd(centred @ block, full_matrices=False).Vh[:3].T
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    return axes * largest.sign()
+
+
+def hash_palette(codebook: int) -> Tensor:
+    """Colours that say only which code is which, the same ever: float32 [codebook, 3], 0 to 1.
+
+    The points of the R3 sequence (M. Roberts, 2018): spread evenly, neighbouring ids far apart.
+    """
+    root = 1.2207440846057596  # of x**4 = x + 1
+    steps = torch.tensor([1 / root, 1 / root**2, 1 / root**3], dtype=torch.float64)
+    points = (0.5 + torch.arange(codebook, dtype=torch.float64)[:, None] * steps) % 1
+    return (DARK + (1 - DARK) * points).float()
+
+
+def draw_sheet(
+    tokens: Tensor, palette: Tensor, cell_size: int, locked: Tensor | None = None
+) -> Tensor:
+    """Draw a batch of grids, row by row, on a sheet about as wide as it is high.
+
+    Args:
+        tokens: int [B, rows, columns]; cells that are `UNKNOWN` are dark.
+        palette: float32 [codebook, 3].
+        cell_size: side of a cell in pixels.
+        locked: bool [rows, columns], cells to outline, alike for the batch.
+
+    Returns:
+        float32 [height, width, 3], 0 to 1.
+    """
+    tokens = tokens.cpu().long()
+    cells = torch.where(tokens[..., None] == UNKNOWN, DARK, palette[tokens.clamp(min=0)])
+    pictures = repeat(cells, "b h w c -> b (h y) (w x) c", y=cell_size, x=cell_size)
+    if locked is not None:
+        pictures = torch.where(_outline(locked, cell_size), LIGHT, pictures)
+    return _sheet(pictures, gap=max(1, cell_size // 2))
+
+
+def sheet_grid(batch: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many pictures of rows x columns cells stand below and beside each other."""
+    beside = min(batch, math.ceil(math.sqrt(batch * rows / columns)))
+    return math.ceil(batch / beside), beside
+
+
+def _outline(locked: Tensor, cell_size: int) -> Tensor:
+    """bool [height, width, 1]: the borders of locked cells, an eighth of a cell wide."""
+    border = torch.ones(cell_size, cell_size, dtype=torch.bool)
+    width = max(1, cell_size // 8)
+    border[width:-width, width:-width] = False
+    outline = locked[:, None, :, None] & border[:, None]
+    return rearrange(outline, "h y w x -> (h y) (w x) 1")
+
+
+def _sheet(pictures: Tensor, gap: int) -> Tensor:
+    """[B, h, w, 3] side by side: [height, width, 3]; missing ones are dark."""
+    batch, height, width, _ = pictures.shape
+    below, beside = sheet_grid(batch, height, width)
+    sheet = torch.full((below * beside, height + gap, width + gap, 3), DARK)
+    sheet[:batch, :height, :width] = pictures
+    sheet = rearrange(sheet, "(r c) h w rgb -> (r h) (c w) rgb", c=beside)
+    return sheet[:-gap, :-gap]

@@ -1,0 +1,196 @@
+"""Layouts as data: locks, masks of any size, pasting, sizes that fit."""
+
+import pytest
+import torch
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.grids import preview_grid, token_grid
+from glm_image.glm_core.layout import (
+    common_batch,
+    compose,
+    lock,
+    mask_to_grid,
+    require_fit,
+    sizes_that_fit,
+    to_tokens,
+)
+from glm_image.glm_core.tokens import Layout
+
+
+def layout(height=1024, width=1024, batch=1, first=0, codebook=10_000):
+    """Every cell of every layout has another token."""
+    rows, columns = preview_grid(token_grid(height, width))
+    ids = first + torch.arange(batch * rows * columns, dtype=torch.int32)
+    locked = torch.zeros(rows, columns, dtype=torch.bool)
+    return Layout(ids.view(batch, rows, columns), locked, codebook, height, width)
+
+
+def half(height, width, *, left=False):
+    """A mask over the top or the left half."""
+    mask = torch.zeros(1, height, width)
+    if left:
+        mask[:, :, : width // 2] = 1
+    else:
+        mask[:, : height // 2] = 1
+    return mask
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (16, 16), (2, 2), (333, 51), (64, 2048)])
+def test_masks_of_any_size_cover_the_same_cells(size):
+    mask = mask_to_grid(half(*size), (16, 13))
+    assert mask[:8].all() if size[0] != 333 else mask[:7].all()
+    assert not mask[8:].any()
+
+
+def test_a_cell_is_masked_from_half_its_area_on():
+    mask = torch.zeros(64, 64)
+    mask[:4, :2] = 1  # half of cell (0, 0), which has 4 x 4 pixels
+    mask[4:8, :1] = 1  # a quarter of cell (1, 0)
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[0, 0] = True
+    assert torch.equal(mask_to_grid(mask, (16, 16)), expected)
+    assert torch.equal(mask_to_grid(mask / 2, (16, 16)), torch.zeros(16, 16, dtype=torch.bool))
+
+
+def test_a_batch_of_masks_is_refused():
+    with pytest.raises(GLMImageError, match="2 masks"):
+        mask_to_grid(torch.zeros(2, 8, 8), (16, 16))
+
+
+def test_ways_to_lock():
+    plain, mask = layout(), half(100, 100)
+    top = torch.arange(16)[:, None].expand(16, 16) < 8
+    assert lock(plain, "whole").locked.all()
+    assert torch.equal(lock(plain, "masked", mask=mask).locked, top)
+    assert torch.equal(lock(plain, "outside mask", mask=mask).locked, ~top)
+    assert not lock(lock(plain, "whole"), "none").locked.any()
+    assert torch.equal(lock(plain, "whole").preview, plain.preview)
+    assert not plain.locked.any()
+
+
+def test_locks_add_up():
+    top = lock(layout(), "masked", mask=half(64, 64))
+    both = lock(top, "masked", mask=half(64, 64, left=True))
+    assert both.locked[:8].all()
+    assert both.locked[:, :8].all()
+    assert not both.locked[8:, 8:].any()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_mask_of_one_colour_locks_all_or_nothing_more(value):
+    top, mask = lock(layout(), "masked", mask=half(64, 64)), torch.full((1, 64, 64), value)
+    inside, outside = (lock(top, how, mask=mask).locked for how in ("masked", "outside mask"))
+    everything, nothing_more = (inside, outside) if value else (outside, inside)
+    assert everything.all()
+    assert torch.equal(nothing_more, top.locked)
+
+
+def test_one_of_a_batch_or_all():
+    batch = layout(batch=3)
+    assert torch.equal(lock(batch, "whole", 2).preview, batch.preview[2:])
+    assert torch.equal(lock(batch, "whole").preview, batch.preview[:1])
+    assert torch.equal(lock(batch, "whole", -1).preview, batch.preview)
+    with pytest.raises(GLMImageError, match="batch_index is 3 and there are 3 layouts; use 0 to 2"):
+        lock(batch, "whole", 3)
+
+
+@pytest.mark.parametrize("how", ["masked", "outside mask"])
+def test_no_mask_where_one_is_needed(how):
+    with pytest.raises(GLMImageError, match=f"'{how}', connect a mask"):
+        lock(layout(), how)
+
+
+def test_composed_by_mask_in_place():
+    base, source = layout(), layout(first=1000)
+    made = compose(base, source, mask=half(64, 64))
+    assert torch.equal(made.preview[:, :8], source.preview[:, :8])
+    assert torch.equal(made.preview[:, 8:], base.preview[:, 8:])
+    assert torch.equal(base.preview, layout().preview)
+
+
+@pytest.mark.parametrize(("row", "column"), [(3, 5), (-3, 5), (-3, -5), (15, 15)])
+def test_composed_at_a_row_and_column(row, column):
+    base, source = layout(), layout(512, 1024, first=1000)
+    made = compose(base, source, row, column)
+    rows, columns = source.locked.shape
+    for r in range(16):
+        for c in range(16):
+            inside = 0 <= r - row < rows and 0 <= c - column < columns
+            expected = source.preview[0, r - row, c - column] if inside else base.preview[0, r, c]
+            assert made.preview[0, r, c] == expected
+    assert (made.height, made.width) == (1024, 1024)
+
+
+@pytest.mark.parametrize(("place", "said"), [((16, 0), "At row 16"), ((0, -16), "column -16")])
+def test_composed_outside_of_the_base(place, said):
+    with pytest.raises(GLMImageError, match=f"{said} no cell .* use -15 to 15"):
+        compose(layout(), layout(), *place)
+
+
+def test_composing_keeps_the_locks_of_both():
+    base = lock(layout(), "masked", mask=half(64, 64))
+    source = lock(layout(first=1000), "masked", mask=half(64, 64, left=True))
+    made = compose(base, source, row=4)
+    expected = base.locked.clone()
+    expected[4:, :8] = True
+    assert torch.equal(made.locked, expected)
+    unmasked = compose(base, source, row=4, mask=torch.zeros(8, 8))
+    assert torch.equal(unmasked.locked, base.locked)
+    assert torch.equal(unmasked.preview, base.preview)
+    union = lock(made, "masked", mask=torch.ones(4, 4).tril())
+    assert torch.equal(union.locked, expected | mask_to_grid(torch.ones(4, 4).tril(), (16, 16)))
+
+
+def test_composed_batches():
+    one, three = layout(), layout(batch=3, first=1000)
+    mask = half(64, 64)
+    onto_one, onto_three = compose(one, three, mask=mask), compose(three, one, mask=mask)
+    assert torch.equal(onto_one.preview[:, :8], three.preview[:, :8])
+    assert torch.equal(onto_one.preview[:, 8:], one.preview[:, 8:].repeat(3, 1, 1))
+    assert torch.equal(onto_three.preview[:, :8], one.preview[:, :8].repeat(3, 1, 1))
+    assert torch.equal(onto_three.preview[:, 8:], three.preview[:, 8:])
+    with pytest.raises(GLMImageError, match="2 base layouts and 3 source layouts"):
+        compose(layout(batch=2), three)
+
+
+def test_composed_across_codebooks():
+    with pytest.raises(GLMImageError, match="codebook of 10000 and the source one of 9999"):
+        compose(layout(), layout(codebook=9999))
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (768, 1152), (1152, 384)])
+def test_as_a_small_images_tokens(size):
+    made = layout(*size, batch=2)
+    tokens = to_tokens(made)
+    rows, columns = made.locked.shape
+    assert torch.equal(tokens.tokens, made.preview)
+    assert (tokens.height, tokens.width, tokens.codebook) == (32 * rows, 32 * columns, 10_000)
+
+
+def test_a_layout_fits_every_size_with_its_preview():
+    for size in ((1024, 1024), (512, 512), (2048, 2048)):
+        require_fit(layout(), 10_000, *size)
+    with pytest.raises(GLMImageError) as refusal:
+        require_fit(layout(), 10_000, 768, 1152)
+    for part in ("16x16", "1152x768", "13x19", "928x928 or 960x960 or 896x896"):
+        assert part in str(refusal.value)
+
+
+def test_a_layout_of_another_codebook_does_not_fit():
+    with pytest.raises(GLMImageError, match=r"codebook of 10000 .* AR model one of 64"):
+        require_fit(layout(), 64, 1024, 1024)
+
+
+@pytest.mark.parametrize("size", [(768, 1152), (384, 1152), (2048, 32)])
+def test_the_sizes_named_do_fit(size):
+    made = layout(*size)
+    sizes = sizes_that_fit(made, 1024 * 1024)
+    assert 1 <= len(sizes) <= 3
+    for height, width in sizes:
+        require_fit(made, 10_000, height, width)
+
+
+def test_common_batch():
+    assert common_batch("a", 4, "b", 1) == common_batch("a", 1, "b", 4) == 4
+    assert common_batch("a", 3, "b", 3) == 3
+    with pytest.raises(GLMImageError, match="2 a and 4 b"):
+        common_batch("a", 2, "b", 4)
