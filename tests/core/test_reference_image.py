@@ -160,6 +160,11 @@ def test_pixels_use_the_configs_numbers():
     assert torch.equal(in_patches(ours), torch.as_tensor(expected))
 
 
+def test_pixels_between_two_levels_go_to_the_nearer():
+    between, level = torch.full((1, 32, 32, 3), 100.6), torch.full((1, 32, 32, 3), 101.0)
+    assert torch.equal(vision_pixels(between / 255, CONFIG), vision_pixels(level / 255, CONFIG))
+
+
 def test_pixels_need_whole_tokens():
     with pytest.raises(GLMImageError, match="height 48 is not a positive multiple of 32"):
         vision_pixels(torch.zeros(1, 48, 64, 3), CONFIG)
