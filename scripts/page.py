@@ -26,6 +26,7 @@ SETTINGS = {
     "LiteGraph.Canvas.MaximumFps": 5,  # drawn by the CPU, which the server needs
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn at every zoom
 }
+MESSAGES = "[role=dialog], .p-toast-message, [role=alert], [role=status]"
 VIEWPORT = {"width": 1920, "height": 1080}
 START_TIMEOUT_MS = 60_000
 
@@ -65,13 +66,9 @@ class Page:
                 .filter(type => !(type in LiteGraph.registered_node_types))"""
         )
 
-    def dialogs(self) -> list[str]:
-        """The text of every dialog that is open, such as the one about missing nodes."""
-        return self.browser_page.locator("[role=dialog]").all_inner_texts()
-
-    def alerts(self) -> list[str]:
-        """The text of the messages in the page's corner."""
-        return self.browser_page.locator(".p-toast-message").all_inner_texts()
+    def messages(self) -> list[str]:
+        """What the page tells the user: dialogs, notices in its corner, errors over the graph."""
+        return self.browser_page.locator(MESSAGES).all_inner_texts()
 
     def export_prompt(self) -> Prompt:
         """The API form, as the page's own export makes it."""

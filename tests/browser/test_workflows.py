@@ -36,14 +36,13 @@ def test_it_opens_exports_and_runs(page, name):
     page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
     assert page.unknown_node_types() == []
     assert {node["class_type"] for node in stored.values()} <= set(page.node_types())
-    assert page.dialogs() == []
-    assert page.alerts() == []
+    assert page.messages() == []
     assert page.export_prompt() == stored
 
     page.set_inputs(width=256, height=192, steps=4)
     page.run()
     assert page.wait_for_image("SaveImage", TIMEOUT_S) == (192, 256)
-    assert page.alerts() == []
+    assert page.messages() == []
     assert page.errors == []
 
 
@@ -52,4 +51,4 @@ def test_an_unknown_node_would_be_noticed(page):
     graph["nodes"][0]["type"] = "GLMImageNoSuchNode"
     page.open_file(json.dumps(graph), "unknown.json")
     assert page.unknown_node_types() == ["GLMImageNoSuchNode"]
-    assert page.dialogs() != []
+    assert any("GLMImageNoSuchNode" in message for message in page.messages())

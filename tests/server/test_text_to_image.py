@@ -49,7 +49,7 @@ def test_the_same_seeds_give_the_same_picture(client, picture):
 
 
 def test_progress_counts_the_tokens(client):
-    prompt = fresh(width=128, height=96)
+    prompt = fresh(width=1024, height=768)
     sampler = the(prompt, "GLMImageSampleTokens")
     seen = []
 
@@ -58,12 +58,12 @@ def test_progress_counts_the_tokens(client):
             seen.append((event["data"]["value"], event["data"]["max"]))
 
     client.run(prompt, note)
-    preview = int((96 / 128) ** 0.5 * 16) * int((128 / 96) ** 0.5 * 16)
-    assert {total for _, total in seen} == {preview + 3 * 4}
+    total = int((24 / 32) ** 0.5 * 16) * int((32 / 24) ** 0.5 * 16) + 24 * 32
+    assert {maximum for _, maximum in seen} == {total}
     counts = [done for done, _ in seen]
     assert counts == sorted(counts)
     assert len(set(counts)) >= 5
-    assert counts[-1] == preview + 3 * 4
+    assert counts[-1] == total
 
 
 def test_the_first_of_a_batch_is_the_single_picture(client, picture):
