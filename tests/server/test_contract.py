@@ -66,7 +66,7 @@ LATER_NODES = {
     "GLMImageShowTokens",
     "GLMImageDevicePlan",
 }
-LATER_INPUTS = {"device_plan", "layout", "tokens", "mask"}
+LATER_INPUTS = {"device_plan", "layout", "references", "tokens", "mask"}
 
 
 @pytest.fixture(scope="module")
