@@ -26,7 +26,7 @@ SETTINGS = {
     "LiteGraph.Canvas.MaximumFps": 5,  # drawn by the CPU, which the server needs
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn at every zoom
 }
-MESSAGES = "[role=dialog], .p-toast-message, [role=alert]"
+MESSAGES = "[role=dialog], .p-toast-message, [role=alert], [role=status]"
 VIEWPORT = {"width": 1920, "height": 1080}
 START_TIMEOUT_MS = 60_000
 
