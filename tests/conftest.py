@@ -20,3 +20,4 @@ def _import_pack() -> None:
 
 _import_pack()
 torch.set_grad_enabled(False)
+torch.set_num_threads(1)  # the nets are tiny: more threads would wait longer than they work
