@@ -206,6 +206,11 @@ class Component:
             state.update((k, stored[info.key]) for k, info in wanted.items() if info.file == file)
         return state
 
+    def tensor(self, key: str) -> Tensor:
+        """One of the weights, as a view of its mapped file."""
+        info = self.tensors[key]
+        return map_file(info.file)[info.key]
+
 
 def open_component(path: Path | str, component: str) -> Component:
     """Read the headers and configs of a component.

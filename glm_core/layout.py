@@ -6,8 +6,10 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 
+from .ar_sampler import Forced
 from .errors import GLMImageError
 from .grids import PIXELS_PER_TOKEN, Grid, preview_grid, token_grid
 from .tokens import Layout, SemanticTokens
@@ -118,6 +120,24 @@ def to_tokens(layout: Layout) -> SemanticTokens:
     return SemanticTokens(layout.preview, layout.codebook, height, width)
 
 
+def locked_cells(layout: Layout, samples: int) -> Forced:
+    """A layout's locked cells for `samples` samples, a multiple of its batch.
+
+    Sample i has layout i modulo their number: all layouts once, then all again.
+    """
+    return Forced(_for_samples(layout.preview, samples), layout.locked)
+
+
+def cells_outside(mask: Tensor, tokens: SemanticTokens, samples: int) -> Forced:
+    """All cells but those under a mask (see `mask_to_grid`), each sample's as `locked_cells`."""
+    inside = mask_to_grid(mask, tuple(tokens.tokens.shape[1:]))
+    return Forced(_for_samples(tokens.tokens, samples), ~inside)
+
+
+def _for_samples(grids: Tensor, samples: int) -> Tensor:
+    return repeat(grids, "b h w -> (again b) h w", again=samples // len(grids))
+
+
 def common_batch(name: str, count: int, other_name: str, other_count: int) -> int:
     """The batch of two inputs of which each is single or as large as the other.
 
@@ -132,17 +152,13 @@ def common_batch(name: str, count: int, other_name: str, other_count: int) -> in
     return max(count, other_count)
 
 
-def require_fit(layout: Layout, codebook: int, height: int, width: int) -> None:
+def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) -> None:
     """
     Raises:
         GLMImageError: the layout is of another codebook, or its preview of another shape than that
             of an image of `height` x `width`; names sizes that would fit.
     """
-    if layout.codebook != codebook:
-        raise GLMImageError(
-            f"The layout has a codebook of {layout.codebook} and the AR model one of {codebook}: "
-            "use a layout of the same model."
-        )
+    _require_codebook("layout", layout.codebook, codebook)
     wanted, found = preview_grid(token_grid(height, width)), tuple(layout.locked.shape)
     if found != wanted:
         sizes = " or ".join(f"{w}x{h}" for h, w in sizes_that_fit(layout, height * width))
@@ -150,6 +166,27 @@ def require_fit(layout: Layout, codebook: int, height: int, width: int) -> None:
             f"The layout's preview has {found[0]}x{found[1]} cells (rows x columns), but that of "
             f"an image of {width}x{height} pixels has {wanted[0]}x{wanted[1]}: use a size such as "
             f"{sizes}, or another layout."
+        )
+
+
+def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width: int) -> None:
+    """
+    Raises:
+        GLMImageError: the tokens are of another codebook or of images of another size.
+    """
+    _require_codebook("tokens", tokens.codebook, codebook)
+    if (tokens.height, tokens.width) != (height, width):
+        raise GLMImageError(
+            f"The tokens are of images of {tokens.width}x{tokens.height} pixels, but {width}x"
+            f"{height} are asked for: set the width and height to the tokens' own."
+        )
+
+
+def _require_codebook(name: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise GLMImageError(
+            f"The codebook of the {name} is {found} and the AR model's {wanted}: make the {name} "
+            "with this model."
         )
 
 

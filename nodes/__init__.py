@@ -6,10 +6,12 @@ from .apply_tokens import ApplyTokens
 from .decode import Decode, ModelSampling, Scheduler
 from .glyph import GlyphEncode
 from .host import paths
+from .layout import ComposeLayouts, LayoutToTokens, LockLayout
 from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
-from .semantic import SampleTokens
+from .semantic import SampleLayout, SampleTokens
+from .show_tokens import ShowTokens
 from .token_files import LoadTokens, SaveTokens
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,6 +21,11 @@ NODES: list[type[io.ComfyNode]] = [
     LoadVAE,
     LoadLora,
     SampleTokens,
+    SampleLayout,
+    LockLayout,
+    ComposeLayouts,
+    LayoutToTokens,
+    ShowTokens,
     SaveTokens,
     LoadTokens,
     EncodeTokens,

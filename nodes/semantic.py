@@ -1,14 +1,20 @@
 """The first stage: semantic tokens from a prompt."""
 
+import torch
 from comfy_api.latest import io
 
 from ..glm_core.ar_sampler import SamplingOptions
 from ..glm_core.errors import GLMImageError
 from ..glm_core.grids import token_grid
+from ..glm_core.tokens import Layout as LayoutData
+from ..glm_core.tokens import SemanticTokens
 from .host.ar import HostAR
 from .types import AR, CATEGORY, Layout, Tokens
 
 MAX_SIDE = 8192
+BATCH_OF_LAYOUTS = (
+    "A batch of layouts is written batch_size times: all layouts once, then all again."
+)
 
 
 class SampleTokens(io.ComfyNode):
@@ -22,87 +28,37 @@ class SampleTokens(io.ComfyNode):
             "fixes the layout, then one for every 32 x 32 pixels. Every position has its own "
             "random draw, so image i of a batch is the single image of seed + i.",
             inputs=[
-                AR.Input("ar", tooltip="From GLM-Image Load AR Model."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    tooltip="What to draw. Put text to be rendered in quotes. "
-                    "Control tokens such as <sop> are read as plain text.",
+                *_sampling_inputs(),
+                Layout.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="Its locked cells are kept and cost no time, the others are drawn: "
+                    "lock it with GLM-Image Lock Layout. " + BATCH_OF_LAYOUTS,
                 ),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=32,
-                    max=MAX_SIDE,
-                    step=32,
-                    tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
+                Tokens.Input(
+                    "tokens",
+                    optional=True,
+                    tooltip="A finished image's tokens, of which only what lies under the mask is "
+                    "drawn anew. Connect its layout too, locked, or the preview is drawn anew.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=32,
-                    max=MAX_SIDE,
-                    step=32,
-                    tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Same seed, inputs and weights: same tokens. Image i uses seed + i.",
-                ),
-                io.Float.Input(
-                    "temperature",
-                    default=0.9,
-                    min=0.0,
-                    max=5.0,
-                    step=0.01,
-                    tooltip="Randomness. 0.9 is the checkpoint's; 0 always takes the likeliest "
-                    "token, which gives flat pictures and is for tests.",
-                ),
-                io.Float.Input(
-                    "top_p",
-                    default=0.75,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Draw among the likeliest tokens that make up this share; 1 is off.",
-                ),
-                io.Int.Input(
-                    "top_k",
-                    default=0,
-                    min=0,
-                    max=2**20,
-                    tooltip="Draw among this many likeliest tokens; 0 is off.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="Images written together; the weights are read once for all of them.",
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="With tokens: the region to draw anew. Of any size; a cell belongs to "
+                    "it from half its area on.",
                 ),
             ],
-            outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
+            outputs=[
+                Tokens.Output(display_name="tokens"),
+                Layout.Output(display_name="layout", tooltip="The layout that the image has."),
+            ],
         )
 
     @classmethod
     def validate_inputs(
         cls, width: int | None = None, height: int | None = None, prompt: str | None = None
     ) -> bool | str:
-        if prompt is not None and not prompt.strip():
-            return "The prompt is empty: write what the image should show."
-        if width is None or height is None:
-            return True
-        if max(width, height) > MAX_SIDE:
-            return f"{width} x {height} pixels are too many: use at most {MAX_SIDE} a side."
-        try:
-            token_grid(height, width)
-        except GLMImageError as error:
-            return str(error)
-        return True
+        return _check_request(width, height, prompt)
 
     @classmethod
     def execute(
@@ -116,6 +72,140 @@ class SampleTokens(io.ComfyNode):
         top_p: float,
         top_k: int,
         batch_size: int,
+        layout: LayoutData | None = None,
+        tokens: SemanticTokens | None = None,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         options = SamplingOptions(temperature, top_p, top_k)
-        return io.NodeOutput(*ar.sample(prompt, height, width, seed, batch_size, options))
+        kept = {"layout": layout, "tokens": tokens, "mask": mask}
+        return io.NodeOutput(*ar.sample(prompt, height, width, seed, batch_size, options, **kept))
+
+
+class SampleLayout(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageSampleLayout",
+            display_name="GLM-Image Sample Layout",
+            category=f"{CATEGORY}/layout",
+            description="Writes only the preview, which fixes an image's layout, in a fraction of "
+            "the whole image's time. Sample several, choose one with Lock Layout and give it to "
+            "Sample Tokens. Layout i of a batch is the single one of seed + i.",
+            inputs=[
+                *_sampling_inputs(),
+                Layout.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="Its locked cells are kept, the others are drawn anew. "
+                    + BATCH_OF_LAYOUTS,
+                ),
+            ],
+            outputs=[Layout.Output(display_name="layout")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, width: int | None = None, height: int | None = None, prompt: str | None = None
+    ) -> bool | str:
+        return _check_request(width, height, prompt)
+
+    @classmethod
+    def execute(
+        cls,
+        ar: HostAR,
+        prompt: str,
+        width: int,
+        height: int,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        batch_size: int,
+        layout: LayoutData | None = None,
+    ) -> io.NodeOutput:
+        options = SamplingOptions(temperature, top_p, top_k)
+        sampled = ar.sample_layout(prompt, height, width, seed, batch_size, options, layout=layout)
+        return io.NodeOutput(sampled)
+
+
+def _sampling_inputs() -> list[io.Input]:
+    """What a prompt, a size and a way to draw are for either node."""
+    return [
+        AR.Input("ar", tooltip="From GLM-Image Load AR Model."),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            tooltip="What to draw. Put text to be rendered in quotes. "
+            "Control tokens such as <sop> are read as plain text.",
+        ),
+        io.Int.Input(
+            "width",
+            default=1024,
+            min=32,
+            max=MAX_SIDE,
+            step=32,
+            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
+        ),
+        io.Int.Input(
+            "height",
+            default=1024,
+            min=32,
+            max=MAX_SIDE,
+            step=32,
+            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="Same seed, inputs and weights: same tokens. Image i uses seed + i.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.9,
+            min=0.0,
+            max=5.0,
+            step=0.01,
+            tooltip="Randomness. 0.9 is the checkpoint's; 0 always takes the likeliest "
+            "token, which gives flat pictures and is for tests.",
+        ),
+        io.Float.Input(
+            "top_p",
+            default=0.75,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Draw among the likeliest tokens that make up this share; 1 is off.",
+        ),
+        io.Int.Input(
+            "top_k",
+            default=0,
+            min=0,
+            max=2**20,
+            tooltip="Draw among this many likeliest tokens; 0 is off.",
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=64,
+            tooltip="Images written together; the weights are read once for all of them.",
+        ),
+    ]
+
+
+def _check_request(width: int | None, height: int | None, prompt: str | None) -> bool | str:
+    """For `validate_inputs`: True, or the sentence that says what is wrong."""
+    if prompt is not None and not prompt.strip():
+        return "The prompt is empty: write what the image should show."
+    if width is None or height is None:
+        return True
+    if max(width, height) > MAX_SIDE:
+        return f"{width} x {height} pixels are too many: use at most {MAX_SIDE} a side."
+    try:
+        token_grid(height, width)
+    except GLMImageError as error:
+        return str(error)
+    return True

@@ -1,5 +1,7 @@
 """The AR model on a graph: its network in a patcher, and the tokenizer of its checkpoint."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -7,11 +9,20 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
-from ...glm_core.ar_sampler import SamplingOptions, sample_tokens
+from ...glm_core.ar_sampler import Forced, SamplingOptions, sample_layout, sample_tokens
+from ...glm_core.errors import GLMImageError
 from ...glm_core.grids import preview_grid, token_grid
+from ...glm_core.layout import (
+    cells_outside,
+    common_batch,
+    locked_cells,
+    require_layout_fits,
+    require_tokens_fit,
+)
 from ...glm_core.prompt import PromptTokenizer
 from ...glm_core.tokens import Layout, SemanticTokens
-from .progress import check_interrupt, progress_bar
+from .palette import CodePalette
+from .progress import TokenProgress, check_interrupt
 from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 
@@ -20,16 +31,22 @@ class HostAR:
     """GLM_AR. Like a CLIP, it owns a patcher, and LoRAs go onto a clone of it."""
 
     def __init__(
-        self, patcher: Any, tokenizer: PromptTokenizer, dtype: torch.dtype, vision: HostVision
+        self,
+        patcher: Any,
+        tokenizer: PromptTokenizer,
+        dtype: torch.dtype,
+        vision: HostVision,
+        palette: CodePalette,
     ) -> None:
         self.patcher = patcher
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.vision = vision
+        self.palette = palette
 
     def with_patcher(self, patcher: Any) -> "HostAR":
         """The same model under another patcher, such as a clone that carries a LoRA."""
-        return HostAR(patcher, self.tokenizer, self.dtype, self.vision)
+        return HostAR(patcher, self.tokenizer, self.dtype, self.vision, self.palette)
 
     @property
     def config(self) -> ARConfig:
@@ -43,35 +60,102 @@ class HostAR:
         seed: int,
         batch_size: int,
         options: SamplingOptions,
+        *,
+        layout: Layout | None = None,
+        tokens: SemanticTokens | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[SemanticTokens, Layout]:
-        """The preview, then the large grid, of `batch_size` images.
+        """The preview, then the large grid, `batch_size` times for each layout.
+
+        Args:
+            layout: its locked cells are kept.
+            tokens, mask: large grids of which only the cells under the mask are drawn.
 
         Raises:
-            GLMImageError: the prompt is empty or the size has no grid.
+            GLMImageError: the prompt is empty, the size has no grid, or what is to be kept is not
+                of this model, of that size or of one batch.
         """
-        grid = token_grid(height, width)
-        prompt_ids = self.tokenizer.text_to_image(prompt, grid)
-        preview = preview_grid(grid)
-        cells = grid[0] * grid[1] + preview[0] * preview[1]
-        self._load(batch_size, len(prompt_ids) + cells)
-        tokens, preview_tokens = sample_tokens(
-            self.patcher.model,
-            prompt_ids,
-            grid,
+        if (tokens is None) != (mask is None):
+            raise GLMImageError(
+                "tokens and mask belong together: connect both to draw part of an image anew, or "
+                "neither."
+            )
+        if tokens is not None:
+            require_tokens_fit(tokens, self.config.codebook, height, width)
+        layouts = 1 if layout is None else len(layout.preview)
+        images = 1 if tokens is None else len(tokens.tokens)
+        samples = batch_size * common_batch("layouts", layouts, "images in tokens", images)
+        written, preview = self._run(
+            sample_tokens,
+            prompt,
+            (height, width),
             seed,
-            batch_size,
+            samples,
             options,
-            device=self.patcher.load_device,
-            dtype=self.dtype,
-            progress=progress_bar(cells),
-            check_interrupt=check_interrupt,
+            layout,
+            large=None if tokens is None else cells_outside(mask, tokens, samples),
         )
         info = {"prompt": prompt, "seed": seed, **vars(options)}
         size = {"codebook": self.config.codebook, "height": height, "width": width}
         return (
-            SemanticTokens(_stored(tokens), info=info, **size),
-            Layout(_stored(preview_tokens), torch.zeros(preview, dtype=torch.bool), **size),
+            SemanticTokens(_stored(written), info=info, **size),
+            self._layout(preview, layout, height, width),
         )
+
+    def sample_layout(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        seed: int,
+        batch_size: int,
+        options: SamplingOptions,
+        *,
+        layout: Layout | None = None,
+    ) -> Layout:
+        """The preview stage of `sample` alone."""
+        samples = batch_size * (1 if layout is None else len(layout.preview))
+        preview = self._run(sample_layout, prompt, (height, width), seed, samples, options, layout)
+        return self._layout(preview, layout, height, width)
+
+    def _run(
+        self,
+        sampler: Callable[..., Any],
+        prompt: str,
+        size: tuple[int, int],
+        seed: int,
+        samples: int,
+        options: SamplingOptions,
+        layout: Layout | None,
+        **forced: Forced | None,
+    ) -> Any:
+        """What one of `ar_sampler`'s functions writes with this model."""
+        grid = token_grid(*size)
+        ids = self.tokenizer.text_to_image(prompt, grid)
+        if layout is not None:
+            require_layout_fits(layout, self.config.codebook, *size)
+            forced["preview"] = locked_cells(layout, samples)
+        self._load(samples, len(ids) + math.prod(grid) + math.prod(preview_grid(grid)))
+        progress = TokenProgress(self.palette)
+        return sampler(
+            self.patcher.model,
+            ids,
+            grid,
+            seed,
+            samples,
+            options,
+            device=self.patcher.load_device,
+            dtype=self.dtype,
+            progress=progress.update,
+            show=progress.show,
+            check_interrupt=check_interrupt,
+            **forced,
+        )
+
+    def _layout(self, preview: Tensor, kept: Layout | None, height: int, width: int) -> Layout:
+        """A preview as it was written, with the locks of the layout that it kept."""
+        locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if kept is None else kept.locked
+        return Layout(_stored(preview), locked, self.config.codebook, height, width)
 
     def _load(self, batch: int, length: int) -> None:
         comfy.model_management.load_models_gpu(
@@ -103,7 +187,8 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
     patcher = load_ar_patcher(model_name, weight_dtype)
     dtype = precision(component, weight_dtype, patcher.load_device).compute
     vision = HostVision(component, model_name, weight_dtype)
-    return HostAR(patcher, tokenizer, dtype, vision)
+    palette = CodePalette(component, patcher.model.config.codebook)
+    return HostAR(patcher, tokenizer, dtype, vision, palette)
 
 
 def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):

@@ -1,9 +1,20 @@
-"""ComfyUI's progress bar and interrupt, in the form that glm_core takes them."""
+"""ComfyUI's progress bar, live preview and interrupt, in the form that glm_core takes them."""
 
+import time
 from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
+from torch import Tensor
+
+from ...glm_core.token_image import draw_sheet, sheet_grid
+from ...glm_core.tokens import UNKNOWN
+from .palette import CodePalette
+
+PICTURE_SECONDS = 0.25
 
 
 def check_interrupt() -> None:
@@ -14,6 +25,42 @@ def check_interrupt() -> None:
 def progress_bar(total: int) -> Callable[[int, int], None]:
     """`progress(done, total)` of the node that is running."""
     return comfy.utils.ProgressBar(total).update_absolute
+
+
+class TokenProgress:
+    """Progress of the node that writes tokens, with the grid being written as its live preview.
+
+    There is no picture where the host's previews are off, and else at most four a second.
+    """
+
+    def __init__(self, palette: CodePalette) -> None:
+        self._bar = comfy.utils.ProgressBar(0)  # `update` brings the total
+        self._palette = palette
+        self._on = args.preview_method != LatentPreviewMethod.NoPreviews
+        self._due = time.monotonic()
+        self._picture: Image.Image | None = None
+
+    def show(self, grids: list[Tensor]) -> None:
+        """Keep a picture for the next update; for `grids` see `sample_tokens`."""
+        now = time.monotonic()
+        if self._on and now >= self._due:
+            self._due = now + PICTURE_SECONDS
+            written = next((grid for grid in grids if (grid == UNKNOWN).any()), grids[-1])
+            self._picture = _picture(written, self._palette.colours, args.preview_size)
+
+    def update(self, done: int, total: int) -> None:
+        preview = self._picture and ("PNG", self._picture, None)
+        self._bar.update_absolute(done, total, preview)
+        self._picture = None
+
+
+def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
+    """A sheet of grids [B, rows, columns] with sides of about `side` pixels."""
+    rows, columns = tokens.shape[1:]
+    below, beside = sheet_grid(*tokens.shape)
+    cell_size = max(1, side // max(below * (rows + 1), beside * (columns + 1)))
+    sheet = draw_sheet(tokens, palette, cell_size)
+    return Image.fromarray((255 * sheet).round().to(torch.uint8).numpy())
 
 
 def show_text(node_id: str, text: str) -> None:

@@ -5,11 +5,14 @@ import torch
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.grids import preview_grid, token_grid
 from glm_image.glm_core.layout import (
+    cells_outside,
     common_batch,
     compose,
     lock,
+    locked_cells,
     mask_to_grid,
-    require_fit,
+    require_layout_fits,
+    require_tokens_fit,
     sizes_that_fit,
     to_tokens,
 )
@@ -168,16 +171,39 @@ def test_as_a_small_images_tokens(size):
 
 def test_a_layout_fits_every_size_with_its_preview():
     for size in ((1024, 1024), (512, 512), (2048, 2048)):
-        require_fit(layout(), 10_000, *size)
+        require_layout_fits(layout(), 10_000, *size)
     with pytest.raises(GLMImageError) as refusal:
-        require_fit(layout(), 10_000, 768, 1152)
+        require_layout_fits(layout(), 10_000, 768, 1152)
     for part in ("16x16", "1152x768", "13x19", "928x928 or 960x960 or 896x896"):
         assert part in str(refusal.value)
 
 
 def test_a_layout_of_another_codebook_does_not_fit():
-    with pytest.raises(GLMImageError, match=r"codebook of 10000 .* AR model one of 64"):
-        require_fit(layout(), 64, 1024, 1024)
+    with pytest.raises(
+        GLMImageError, match="codebook of the layout is 10000 and the AR model's 64"
+    ):
+        require_layout_fits(layout(), 64, 1024, 1024)
+
+
+def test_tokens_fit_their_own_size_and_model_alone():
+    tokens = to_tokens(layout())
+    require_tokens_fit(tokens, 10_000, 512, 512)
+    with pytest.raises(GLMImageError, match="images of 512x512 pixels, but 1024x512 are asked"):
+        require_tokens_fit(tokens, 10_000, 512, 1024)
+    with pytest.raises(
+        GLMImageError, match="codebook of the tokens is 10000 and the AR model's 64"
+    ):
+        require_tokens_fit(tokens, 64, 512, 512)
+
+
+def test_forced_cells_are_all_layouts_once_then_again():
+    batch = lock(layout(batch=3), "masked", -1, half(64, 64))
+    forced = locked_cells(batch, 6)
+    assert torch.equal(forced.values, torch.cat([batch.preview, batch.preview]))
+    assert torch.equal(forced.mask, batch.locked)
+    outside = cells_outside(half(8, 8), to_tokens(batch), 6)
+    assert torch.equal(outside.values, forced.values)
+    assert torch.equal(outside.mask, ~batch.locked)
 
 
 @pytest.mark.parametrize("size", [(768, 1152), (384, 1152), (2048, 32)])
@@ -186,7 +212,7 @@ def test_the_sizes_named_do_fit(size):
     sizes = sizes_that_fit(made, 1024 * 1024)
     assert 1 <= len(sizes) <= 3
     for height, width in sizes:
-        require_fit(made, 10_000, height, width)
+        require_layout_fits(made, 10_000, height, width)
 
 
 def test_common_batch():

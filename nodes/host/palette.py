@@ -1,0 +1,25 @@
+"""Colours for pictures of tokens, from the AR model's own codebook where its file has one."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+from ...glm_core.checkpoint import Component
+from ...glm_core.token_image import codebook_palette, hash_palette
+
+CODES = "model.vqmodel.quantize.embedding.weight"
+
+
+class CodePalette:
+    """Made when a picture is first drawn, and then kept with the model."""
+
+    def __init__(self, component: Component, codebook: int) -> None:
+        self._component = component
+        self._codebook = codebook
+
+    @cached_property
+    def colours(self) -> Tensor:
+        """float32 [codebook, 3], 0 to 1."""
+        if CODES in self._component.tensors:
+            return codebook_palette(self._component.tensor(CODES))
+        return hash_palette(self._codebook)  # a file of the text part alone

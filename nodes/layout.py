@@ -1,0 +1,129 @@
+"""Layouts on the graph: keep one, lock it or a part of it, join two, look at one in pixels."""
+
+import torch
+from comfy_api.latest import io
+
+from ..glm_core.layout import LOCKS, compose, to_tokens
+from ..glm_core.layout import lock as lock_cells
+from ..glm_core.tokens import Layout as LayoutData
+from .types import CATEGORY, Layout, Tokens
+
+SUBCATEGORY = f"{CATEGORY}/layout"
+REACH = 256
+"""Cells by which a layout can be moved; no preview is longer."""
+
+
+class LockLayout(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLockLayout",
+            display_name="GLM-Image Lock Layout",
+            category=SUBCATEGORY,
+            description="Takes one layout of a batch and locks it, or part of it. A sampler keeps "
+            "the locked cells under any prompt, seed and temperature, and draws the others anew. "
+            "Locks add up; none removes all.",
+            inputs=[
+                Layout.Input("layout", tooltip="From a sampler, Load Tokens or Encode Tokens."),
+                io.Combo.Input(
+                    "lock",
+                    options=list(LOCKS),
+                    default=LOCKS[0],
+                    tooltip="whole: every cell. masked: what the mask covers. outside mask: "
+                    "everything else. none: unlock all.",
+                ),
+                io.Int.Input(
+                    "batch_index",
+                    default=0,
+                    min=-1,
+                    max=4095,
+                    tooltip="Which layout of the batch, from 0, counted row by row in Show "
+                    "Tokens; -1 keeps all of them.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Of any size: it is stretched over the layout, and a cell of which it "
+                    "covers half or more is masked.",
+                ),
+            ],
+            outputs=[Layout.Output(display_name="layout")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lock: str | None = None) -> bool | str:
+        if lock is None or lock in LOCKS:
+            return True
+        return f"lock is '{lock}'; choose one of {', '.join(LOCKS)}."
+
+    @classmethod
+    def execute(
+        cls, layout: LayoutData, lock: str, batch_index: int, mask: torch.Tensor | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(lock_cells(layout, lock, batch_index, mask))
+
+
+class ComposeLayouts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageComposeLayouts",
+            display_name="GLM-Image Compose Layouts",
+            category=SUBCATEGORY,
+            description="Pastes one layout, or the part of it under a mask, into another. Locks of "
+            "both are kept; follow it with Lock Layout to hold the result.",
+            inputs=[
+                Layout.Input("base", tooltip="The layout to paste into; it gives the size."),
+                Layout.Input("source", tooltip="The layout to take cells from."),
+                io.Int.Input(
+                    "row",
+                    default=0,
+                    min=-REACH,
+                    max=REACH,
+                    tooltip="Cells by which the source is moved down; a preview has about 16 rows. "
+                    "What falls outside of the base is cut off.",
+                ),
+                io.Int.Input(
+                    "column",
+                    default=0,
+                    min=-REACH,
+                    max=REACH,
+                    tooltip="Cells by which the source is moved to the right.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Which part of the source is pasted; without a mask all of it is.",
+                ),
+            ],
+            outputs=[Layout.Output(display_name="layout")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: LayoutData,
+        source: LayoutData,
+        row: int,
+        column: int,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(compose(base, source, row, column, mask))
+
+
+class LayoutToTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLayoutToTokens",
+            display_name="GLM-Image Layout To Tokens",
+            category=SUBCATEGORY,
+            description="A layout as the tokens of a small picture, 32 px a cell: decode them in a "
+            "few steps to judge layouts in real pixels before the large image is written.",
+            inputs=[Layout.Input("layout", tooltip="A batch of layouts makes a batch of tokens.")],
+            outputs=[Tokens.Output(display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, layout: LayoutData) -> io.NodeOutput:
+        return io.NodeOutput(to_tokens(layout))

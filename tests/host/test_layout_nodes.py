@@ -1,0 +1,239 @@
+"""Layouts through the nodes: sampled, locked, composed, shown, and kept by the sampler."""
+
+import comfy.utils
+import pytest
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.token_image import codebook_palette, draw_sheet, hash_palette
+from helpers import same
+
+PROMPT = "a door with 'PULL' on it"
+SIZES = {"512x768": (512, 768), "strip": (384, 128)}  # width, height
+
+
+@pytest.fixture
+def run(nodes):
+    return lambda node_id, *args, **kwargs: (
+        nodes[f"GLMImage{node_id}"].execute(*args, **kwargs).result
+    )
+
+
+@pytest.fixture(scope="module")
+def ar(nodes):
+    return nodes["GLMImageLoadAR"].execute("small", "default").result[0]
+
+
+@pytest.fixture(scope="module")
+def wide_ar(nodes):
+    return nodes["GLMImageLoadAR"].execute("wide", "default").result[0]
+
+
+@pytest.fixture
+def sample(run, ar):
+    """Sample Tokens or Sample Layout at a size; the first output for the layout."""
+
+    def call(node, size=(96, 64), seed=5, batch=1, prompt=PROMPT, temperature=0.9, **kwargs):
+        arguments = (prompt, *size, seed, temperature, 0.75, 0, batch)
+        return run(f"Sample{node}", kwargs.pop("model", ar), *arguments, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def totals(monkeypatch):
+    """The last total that any progress bar was given."""
+    seen = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: seen.append((done, total))
+    )
+    return seen
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_own_layout_locked_gives_the_same_tokens(run, sample, size, batch):
+    tokens, layout = sample("Tokens", SIZES[size], batch=batch)
+    assert not layout.locked.any()
+    (locked,) = run("LockLayout", layout, "whole", -1)
+    again, used = sample("Tokens", SIZES[size], layout=locked)
+    assert same(again.tokens, tokens.tokens)
+    assert same(used.preview, layout.preview)
+    assert used.locked.all()
+
+
+def test_a_wholly_locked_run_has_a_step_for_each_large_cell_alone(run, sample, totals):
+    (layout,) = sample("Layout", (1024, 1024))
+    assert totals[-1] == (256, 256)
+    (locked,) = run("LockLayout", layout, "whole", 0)
+    sample("Tokens", (1024, 1024), layout=locked)
+    assert totals[-1] == (1024, 1024)
+
+
+def test_a_batch_of_layouts_is_single_ones_and_the_samplers_own(sample):
+    (layouts,) = sample("Layout", batch=3)
+    tokens, layout = sample("Tokens", batch=3)
+    assert same(layouts.preview, layout.preview)
+    for i in range(3):
+        (single,) = sample("Layout", seed=5 + i)
+        assert same(layouts.preview[i : i + 1], single.preview)
+
+
+def test_locked_cells_survive_and_the_others_do_not(run, sample):
+    (layout,) = sample("Layout")
+    mask = torch.zeros(1, 10, 10)
+    mask[:, :5] = 1
+    (locked,) = run("LockLayout", layout, "masked", 0, mask)
+    kept = locked.locked
+    assert 0 < kept.sum() < kept.numel()
+    drawn = []
+    for changes in ({"seed": 6}, {"seed": 7}, {"prompt": "fog"}, {"temperature": 3.0}):
+        (again,) = sample("Layout", layout=locked, **changes)
+        assert torch.equal(again.preview[:, kept], layout.preview[:, kept])
+        assert torch.equal(again.locked, kept)
+        assert same(sample("Tokens", layout=locked, **changes)[1].preview, again.preview)
+        drawn.append(again.preview[:, ~kept])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_unlocked_layouts_only_count(sample):
+    (layouts,) = sample("Layout", seed=90, batch=2)
+    assert same(sample("Tokens", layout=layouts)[1].preview, sample("Layout", batch=2)[0].preview)
+
+
+def test_layouts_times_batch_size(run, sample):
+    """Sample i has layout i modulo their number, and draws as seed + i."""
+    (layouts,) = sample("Layout", seed=90, batch=2)
+    (locked,) = run("LockLayout", layouts, "whole", -1)
+    tokens, used = sample("Tokens", layout=locked, batch=3)
+    assert same(used.preview, torch.cat([layouts.preview] * 3))
+    for i in (1, 4):
+        (one,) = run("LockLayout", layouts, "whole", i % 2)
+        assert same(sample("Tokens", layout=one, seed=5 + i)[0].tokens, tokens.tokens[i : i + 1])
+
+
+def test_a_region_is_drawn_anew(run, sample):
+    size = (256, 256)
+    tokens, layout = sample("Tokens", size)
+    mask = torch.zeros(1, 256, 256)
+    mask[:, 64:192, 64:192] = 1
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    (locked,) = run("LockLayout", layout, "whole", 0)
+    again, _ = sample("Tokens", size, seed=6, layout=locked, tokens=tokens, mask=mask)
+    assert torch.equal(again.tokens[:, ~inside], tokens.tokens[:, ~inside])
+    assert (again.tokens != tokens.tokens)[:, inside].sum() >= 8
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_region_of_nothing_or_of_all(run, sample, value, totals):
+    tokens, layout = sample("Tokens")
+    (locked,) = run("LockLayout", layout, "whole", 0)
+    totals.clear()
+    mask = torch.full((1, 64, 64), value)
+    again, _ = sample("Tokens", seed=6, layout=locked, tokens=tokens, mask=mask)
+    free = sample("Tokens", seed=6, layout=locked)[0]
+    assert same(again.tokens, free.tokens if value else tokens.tokens)
+    assert same(free.tokens, tokens.tokens) is False
+
+
+def test_tokens_of_a_batch_with_one_layout_each(run, sample):
+    tokens, layouts = sample("Tokens", batch=2)
+    (locked,) = run("LockLayout", layouts, "whole", -1)
+    mask = torch.zeros(1, 2, 3)
+    mask[:, 1] = 1
+    again, _ = sample("Tokens", seed=6, layout=locked, tokens=tokens, mask=mask)
+    assert same(again.tokens[:, 0], tokens.tokens[:, 0])
+    three = sample("Tokens", batch=3)[0]
+    with pytest.raises(GLMImageError, match="2 layouts and 3 images in tokens"):
+        sample("Tokens", layout=locked, tokens=three, mask=mask)
+
+
+def test_tokens_and_mask_belong_together(sample):
+    tokens, _ = sample("Tokens")
+    for given in ({"tokens": tokens}, {"mask": torch.ones(1, 8, 8)}):
+        with pytest.raises(GLMImageError, match="tokens and mask belong together"):
+            sample("Tokens", **given)
+
+
+def test_a_layout_that_does_not_fit(sample, wide_ar):
+    (layout,) = sample("Layout", (512, 512))
+    with pytest.raises(GLMImageError, match=r"16x16 .* 512x768 pixels has 19x13.*such as \d+x\d+"):
+        sample("Tokens", (512, 768), layout=layout)
+    with pytest.raises(GLMImageError, match="codebook of the layout is 64 and the AR model's 96"):
+        sample("Tokens", (512, 512), layout=layout, model=wide_ar)
+
+
+def test_locks_go_through_a_file(nodes, run, sample, tmp_path):
+    tokens, layouts = sample("Tokens", batch=2)
+    mask = torch.zeros(1, 4, 4)
+    mask[:, :, 2:] = 1
+    (locked,) = run("LockLayout", layouts, "masked", -1, mask)
+    (saved,) = nodes["GLMImageSaveTokens"].execute(tokens, "layouts/test", locked).ui["tokens"]
+    name = f"{saved['subfolder']}/{saved['filename']} [output]"
+    loaded_tokens, loaded = run("LoadTokens", name)
+    assert same(loaded_tokens.tokens, tokens.tokens)
+    assert same(loaded.preview, layouts.preview)
+    assert same(loaded.locked, locked.locked)
+    assert loaded.locked.any()
+    (small,) = run("LayoutToTokens", locked)
+    with pytest.raises(GLMImageError, match="save a layout with the tokens that were made from it"):
+        run("SaveTokens", small, "layouts/test", locked)
+
+
+def test_a_layout_decodes_as_a_small_picture(run, sample):
+    (layouts,) = sample("Layout", (512, 768), batch=2)
+    (tokens,) = run("LayoutToTokens", layouts)
+    (clip,) = run("LoadGlyphEncoder", "small")
+    (model,) = run("LoadDecoder", "small", "default")
+    positive, negative, latent = run(
+        "ApplyTokens", run("GlyphEncode", clip, PROMPT)[0], tokens, batch_index=-1
+    )
+    (decoded,) = run("Decode", model, positive, negative, latent, 1, 1, 1.0, 1.0)
+    assert decoded["samples"].shape == (2, 16, 19 * 4, 13 * 4)
+
+
+def test_shown_in_the_codebooks_colours_or_in_any(run, sample, ar, pipelines):
+    tokens, layouts = sample("Tokens", batch=3)
+    codes = pipelines["small"].vision_language_encoder.model.vqmodel.quantize.embedding.weight
+    (with_ar,) = run("ShowTokens", 8, tokens=tokens, ar=ar)
+    assert same(with_ar[0], draw_sheet(tokens.tokens, codebook_palette(codes), 8))
+    (without,) = run("ShowTokens", 8, tokens=tokens)
+    assert same(without[0], draw_sheet(tokens.tokens, hash_palette(64), 8))
+    (locked,) = run("LockLayout", layouts, "whole", -1)
+    (outlined,), (plain,) = (run("ShowTokens", 8, layout=shown) for shown in (locked, layouts))
+    assert outlined.shape == plain.shape
+    assert (outlined == 1).all(dim=-1).sum() > (plain == 1).all(dim=-1).sum() + 1000
+
+
+def test_colours_where_the_file_has_no_codebook(ar, monkeypatch):
+    component = ar.palette._component
+    monkeypatch.delitem(component.tensors, "model.vqmodel.quantize.embedding.weight")
+    assert same(type(ar.palette)(component, 64).colours, hash_palette(64))
+
+
+def test_what_cannot_be_shown(run, sample, wide_ar):
+    tokens, layout = sample("Tokens")
+    for given in ({}, {"tokens": tokens, "layout": layout}):
+        with pytest.raises(GLMImageError, match="either tokens or a layout"):
+            run("ShowTokens", 16, **given)
+    with pytest.raises(GLMImageError, match="codebook of 64 and the AR model one of 96"):
+        run("ShowTokens", 16, tokens=tokens, ar=wide_ar)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_live_preview(sample, monkeypatch, on):
+    method = LatentPreviewMethod.Auto if on else LatentPreviewMethod.NoPreviews
+    monkeypatch.setattr(args, "preview_method", method)
+    seen = []
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda done, total, preview, node_id=None: seen.append((done, preview)),
+    )
+    sample("Tokens", (512, 512), batch=5)
+    pictures = [(done, preview) for done, preview in seen if preview is not None]
+    assert bool(pictures) == on
+    for _, (form, image, limit) in pictures:
+        assert (form, limit) == ("PNG", None)
+        assert 256 < max(image.size) <= 512
