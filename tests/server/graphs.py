@@ -24,9 +24,13 @@ def fresh(name: str = "text_to_image", **inputs) -> Prompt:
 
 
 def changed(prompt: Prompt, **inputs) -> Prompt:
-    """Sets every input of these names that is no link; raises where no node has such an input."""
+    """Sets every input of these names that is no link; raises where no node has such an input.
+
+    Masks keep their size: they are stretched over the picture, whatever its size.
+    """
+    settable = [node for node in prompt.values() if node["class_type"] != "SolidMask"]
     for name, value in inputs.items():
-        nodes = [node for node in prompt.values() if name in node["inputs"]]
+        nodes = [node for node in settable if name in node["inputs"]]
         typed = [node for node in nodes if not isinstance(node["inputs"][name], list)]
         if not typed:
             raise KeyError(name)

@@ -53,20 +53,17 @@ DEFAULTS = {
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
     "GLMImageLoadLora": {"strength_model": 1.0, "strength_ar": 1.0},
     "GLMImageSampleTokens": {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1},
+    "GLMImageSampleLayout": {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1},
+    "GLMImageLockLayout": {"batch_index": 0},
+    "GLMImageComposeLayouts": {"row": 0, "column": 0},
+    "GLMImageShowTokens": {"cell_size": 16},
     "GLMImageApplyTokens": {"batch_index": -1},
     "GLMImageScheduler": {"steps": 50, "denoise": 1.0},
     "GLMImageDecode": {"steps": 50, "cfg": 1.5, "denoise": 1.0},
 }
 # What comes with later stages: nothing may be declared before it does something.
-LATER_NODES = {
-    "GLMImageSampleLayout",
-    "GLMImageLockLayout",
-    "GLMImageComposeLayouts",
-    "GLMImageLayoutToTokens",
-    "GLMImageShowTokens",
-    "GLMImageDevicePlan",
-}
-LATER_INPUTS = {"device_plan", "layout", "references", "tokens", "mask"}
+LATER_NODES = {"GLMImageDevicePlan"}
+LATER_INPUTS = {"device_plan", "references"}
 
 
 @pytest.fixture(scope="module")
