@@ -40,8 +40,6 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class GLMImageExtension(ComfyExtension):
-    async def on_load(self) -> None:
-        paths.register()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        paths.register()  # not in on_load, which ComfyUI 0.3.75 never calls
         return NODES
