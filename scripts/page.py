@@ -1,11 +1,13 @@
 """ComfyUI's own web page in headless Chromium: opens graphs, exports them and runs them."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import sync_playwright
 
@@ -28,6 +30,7 @@ SETTINGS = {
 }
 MESSAGES = "[role=dialog], .p-toast-message, [role=alert], [role=status]"
 VIEWPORT = {"width": 1920, "height": 1080}
+PICTURE_SIDE = 1000
 START_TIMEOUT_MS = 60_000
 
 
@@ -78,10 +81,11 @@ class Page:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_inputs(self, **values: int) -> None:
-        """Types values into every input of these names."""
+        """Types values into every input of these names; masks, of any size, keep theirs."""
         self._evaluate(
             """values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
-                if (widget.name in values) widget.value = values[widget.name]
+                if (node.type !== 'SolidMask' && widget.name in values)
+                    widget.value = values[widget.name]
             }))""",
             values,
         )
@@ -103,7 +107,7 @@ class Page:
         return tuple(shown.json_value())
 
     def picture(self, file: Path) -> None:
-        """Writes a JPEG of the whole graph, without the page's bars around it."""
+        """Writes a small JPEG of the whole graph, without the page's bars around it."""
         left, top, right, bottom = self._evaluate(
             """() => {
                 const boxes = app.graph.groups.map(group => group.boundingRect)
@@ -117,7 +121,9 @@ class Page:
             }"""
         )
         clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
-        self.browser_page.screenshot(path=file, type="jpeg", quality=85, clip=clip)
+        image = Image.open(io.BytesIO(self.browser_page.screenshot(clip=clip)))
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        image.convert("RGB").save(file, quality=80)
 
     def _evaluate(self, script: str, argument=None):
         return self.browser_page.evaluate(script, argument)

@@ -24,11 +24,27 @@ STAGES = {
         "GLMImageLoadVAE",
     ),
     "Prompt": ("PrimitiveStringMultiline", "GLMImageGlyphEncode"),
-    "Semantic tokens": ("GLMImageSampleTokens", "GLMImageApplyTokens"),
-    "Diffusion decoder": ("GLMImageModelSampling", "GLMImageDecode", "KSampler"),
-    "Picture": ("VAEDecode", "SaveImage"),
+    "Region": ("SolidMask", "MaskComposite"),
+    "Layout": (
+        "GLMImageSampleLayout",
+        "GLMImageComposeLayouts",
+        "GLMImageLockLayout",
+        "GLMImageShowTokens",
+    ),
+    "Semantic tokens": ("GLMImageSampleTokens", "GLMImageLayoutToTokens", "GLMImageApplyTokens"),
+    "Diffusion decoder": (
+        "GLMImageModelSampling",
+        "SetLatentNoiseMask",
+        "GLMImageDecode",
+        "KSampler",
+    ),
+    "Picture": ("VAEDecode", "PreviewImage", "SaveImage"),
 }
-SIZES = {"PrimitiveStringMultiline": (380, 180), "SaveImage": (420, 470)}
+SIZES = {
+    "PrimitiveStringMultiline": (380, 180),
+    "PreviewImage": (420, 470),
+    "SaveImage": (420, 470),
+}
 WIDTH = 320
 GAP, PADDING, TITLE = 60, 20, 70
 NOTE_HEIGHT = 190
@@ -48,6 +64,38 @@ The decoder is an ordinary MODEL, so any sampler, scheduler, LoRA or model node 
 
 **Model Sampling** gives it the noise levels of the picture's size; without it they are those \
 of 1024 x 1024.
+""",
+    "layout_contact_sheet": """\
+# GLM-Image: eight layouts to choose from
+**Sample Layout** writes only the previews, all eight in little more than one's time. **Show \
+Tokens** draws them as squares, **Layout To Tokens** lets the decoder paint each as a small picture.
+
+Layout *i* of the sheet, counted row by row from 0, is the one that seed + *i* gives: take that \
+seed, or **Lock Layout** with `batch_index` *i*, to the large picture.
+""",
+    "lock_layout_change_prompt": """\
+# GLM-Image: another picture with the same layout
+**Lock Layout** holds the layout of the first prompt; **Sample Tokens** writes the new prompt \
+around it and spends no time on what is locked. Change the new prompt, its seed, the decoder or a \
+LoRA: the composition stays.
+""",
+    "lock_region_resample_rest": """\
+# GLM-Image: keep a part of a layout, choose the rest
+What the region covers is locked and stays; four layouts are drawn around it. Look at them, set \
+`batch_index` in **Choose one**, and the picture is written with it.
+
+Any mask will do, of any size: paint one in the mask editor of Load Image.
+""",
+    "compose_two_layouts": """\
+# GLM-Image: one layout out of two
+**Compose Layouts** pastes the source into the base, 8 cells to the right of its place; a mask \
+pastes a part. **Lock Layout** holds the result, and a third prompt describes the whole.
+""",
+    "redo_region": """\
+# GLM-Image: redo a region of a finished picture
+One mask in three places: **Lock Layout** holds the layout outside of it, **Sample Tokens** keeps \
+the tokens outside of it, **Set Latent Noise Mask** keeps the pixels. Inside, the new prompt is \
+written and painted anew. For a mask of your own use the mask editor of Load Image.
 """,
 }
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+SIZES = {"layout_contact_sheet": (416, 576)}  # (height, width), where it is not the one asked for
 TIMEOUT_S = 60
 
 
@@ -41,7 +42,7 @@ def test_it_opens_exports_and_runs(page, name):
 
     page.set_inputs(width=256, height=192, steps=4)
     page.run()
-    assert page.wait_for_image("SaveImage", TIMEOUT_S) == (192, 256)
+    assert page.wait_for_image("SaveImage", TIMEOUT_S) == SIZES.get(name, (192, 256))
     assert page.errors == []
 
 

@@ -72,8 +72,7 @@ def test_a_wholly_locked_run_has_a_step_for_each_large_cell_alone(run, sample, t
 
 def test_a_batch_of_layouts_is_single_ones_and_the_samplers_own(sample):
     (layouts,) = sample("Layout", batch=3)
-    tokens, layout = sample("Tokens", batch=3)
-    assert same(layouts.preview, layout.preview)
+    assert same(layouts.preview, sample("Tokens", batch=3)[1].preview)
     for i in range(3):
         (single,) = sample("Layout", seed=5 + i)
         assert same(layouts.preview[i : i + 1], single.preview)
