@@ -158,7 +158,7 @@ def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) 
         GLMImageError: the layout is of another codebook, or its preview of another shape than that
             of an image of `height` x `width`; names sizes that would fit.
     """
-    _require_codebook("layout", layout.codebook, codebook)
+    require_codebook("layout", layout.codebook, codebook)
     wanted, found = preview_grid(token_grid(height, width)), tuple(layout.locked.shape)
     if found != wanted:
         sizes = " or ".join(f"{w}x{h}" for h, w in sizes_that_fit(layout, height * width))
@@ -174,7 +174,7 @@ def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width
     Raises:
         GLMImageError: the tokens are of another codebook or of images of another size.
     """
-    _require_codebook("tokens", tokens.codebook, codebook)
+    require_codebook("tokens", tokens.codebook, codebook)
     if (tokens.height, tokens.width) != (height, width):
         raise GLMImageError(
             f"The tokens are of images of {tokens.width}x{tokens.height} pixels, but {width}x"
@@ -182,7 +182,7 @@ def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width
         )
 
 
-def _require_codebook(name: str, found: int, wanted: int) -> None:
+def require_codebook(name: str, found: int, wanted: int) -> None:
     if found != wanted:
         raise GLMImageError(
             f"The codebook of the {name} is {found} and the AR model's {wanted}: make the {name} "

@@ -2,16 +2,19 @@
 
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.ar_sampler import SamplingOptions
 from ..glm_core.errors import GLMImageError
 from ..glm_core.grids import token_grid
+from ..glm_core.references import References as ReferenceData
 from ..glm_core.tokens import Layout as LayoutData
 from ..glm_core.tokens import SemanticTokens
 from .host.ar import HostAR
-from .types import AR, CATEGORY, Layout, Tokens
+from .types import AR, CATEGORY, Layout, References, Tokens
 
 MAX_SIDE = 8192
+NO_LAYOUT = "An image made from references has no layout: there is no preview stage with them."
 BATCH_OF_LAYOUTS = (
     "A batch of layouts is written batch_size times: all layouts once, then all again."
 )
@@ -34,6 +37,12 @@ class SampleTokens(io.ComfyNode):
                     optional=True,
                     tooltip="Its locked cells are kept and cost no time, the others are drawn: "
                     "lock it with GLM-Image Lock Layout. " + BATCH_OF_LAYOUTS,
+                ),
+                References.Input(
+                    "references",
+                    optional=True,
+                    tooltip="From GLM-Image Encode Reference: images for the prompt to speak of. "
+                    "With them there is no preview stage, so no layout.",
                 ),
                 Tokens.Input(
                     "tokens",
@@ -73,12 +82,28 @@ class SampleTokens(io.ComfyNode):
         top_k: int,
         batch_size: int,
         layout: LayoutData | None = None,
+        references: ReferenceData | None = None,
         tokens: SemanticTokens | None = None,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        options = SamplingOptions(temperature, top_p, top_k)
-        kept = {"layout": layout, "tokens": tokens, "mask": mask}
-        return io.NodeOutput(*ar.sample(prompt, height, width, seed, batch_size, options, **kept))
+        request = (
+            prompt,
+            height,
+            width,
+            seed,
+            batch_size,
+            SamplingOptions(temperature, top_p, top_k),
+        )
+        region = {"tokens": tokens, "mask": mask}
+        if references is None:
+            return io.NodeOutput(*ar.sample(*request, layout=layout, **region))
+        if layout is not None:
+            raise GLMImageError(
+                "A layout and references cannot be used together, since with references there is "
+                "no preview stage; disconnect one of them."
+            )
+        edited = ar.sample_from_references(*request, references, **region)
+        return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT))
 
 
 class SampleLayout(io.ComfyNode):

@@ -9,17 +9,25 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
-from ...glm_core.ar_sampler import Forced, SamplingOptions, sample_layout, sample_tokens
+from ...glm_core.ar_sampler import (
+    Forced,
+    SamplingOptions,
+    sample_from_references,
+    sample_layout,
+    sample_tokens,
+)
 from ...glm_core.errors import GLMImageError
 from ...glm_core.grids import preview_grid, token_grid
 from ...glm_core.layout import (
     cells_outside,
     common_batch,
     locked_cells,
+    require_codebook,
     require_layout_fits,
     require_tokens_fit,
 )
-from ...glm_core.prompt import PromptTokenizer
+from ...glm_core.prompt import Prompt, PromptTokenizer
+from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
 from .palette import CodePalette
 from .progress import TokenProgress, check_interrupt
@@ -75,32 +83,68 @@ class HostAR:
             GLMImageError: the prompt is empty, the size has no grid, or what is to be kept is not
                 of this model, of that size or of one batch.
         """
-        if (tokens is None) != (mask is None):
-            raise GLMImageError(
-                "tokens and mask belong together: connect both to draw part of an image anew, or "
-                "neither."
-            )
-        if tokens is not None:
-            require_tokens_fit(tokens, self.config.codebook, height, width)
+        self._require_region(tokens, mask, height, width)
         layouts = 1 if layout is None else len(layout.preview)
         images = 1 if tokens is None else len(tokens.tokens)
         samples = batch_size * common_batch("layouts", layouts, "images in tokens", images)
         written, preview = self._run(
             sample_tokens,
-            prompt,
+            self._text_to_image(prompt, height, width),
             (height, width),
             seed,
             samples,
             options,
-            layout,
+            preview=self._locked(layout, samples, height, width),
             large=None if tokens is None else cells_outside(mask, tokens, samples),
         )
-        info = {"prompt": prompt, "seed": seed, **vars(options)}
-        size = {"codebook": self.config.codebook, "height": height, "width": width}
         return (
-            SemanticTokens(_stored(written), info=info, **size),
+            self._tokens(written, prompt, seed, options, height, width),
             self._layout(preview, layout, height, width),
         )
+
+    def sample_from_references(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        seed: int,
+        batch_size: int,
+        options: SamplingOptions,
+        references: References,
+        *,
+        tokens: SemanticTokens | None = None,
+        mask: Tensor | None = None,
+    ) -> SemanticTokens:
+        """The large grid alone: with references there is no preview stage.
+
+        Sample i is shown set i modulo their number, so that `batch_size` goes through all sets.
+        Prompts of different sets differ in length, so each sample of several sets is run alone.
+
+        Raises:
+            GLMImageError: as `sample`, or the references are of another codebook.
+        """
+        self._require_region(tokens, mask, height, width)
+        require_codebook("references", references.codebook, self.config.codebook)
+        grid, sets = token_grid(height, width), len(references.sets)
+        images = 1 if tokens is None else len(tokens.tokens)
+        samples = batch_size * common_batch("reference sets", sets, "images in tokens", images)
+        large = None if tokens is None else cells_outside(mask, tokens, samples)
+        runs = [slice(0, samples)] if sets == 1 else [slice(i, i + 1) for i in range(samples)]
+        written = [
+            self._run(
+                sample_from_references,
+                self.tokenizer.image_to_image(
+                    prompt, grid, [image.tokens for image in references.sets[run.start % sets]]
+                ),
+                (height, width),
+                (seed + run.start) % 2**64,
+                run.stop - run.start,
+                options,
+                large=large and Forced(large.values[run], large.mask),
+            )
+            for run in runs
+        ]
+        return self._tokens(torch.cat(written), prompt, seed, options, height, width)
 
     def sample_layout(
         self,
@@ -115,31 +159,34 @@ class HostAR:
     ) -> Layout:
         """The preview stage of `sample` alone."""
         samples = batch_size * (1 if layout is None else len(layout.preview))
-        preview = self._run(sample_layout, prompt, (height, width), seed, samples, options, layout)
+        preview = self._run(
+            sample_layout,
+            self._text_to_image(prompt, height, width),
+            (height, width),
+            seed,
+            samples,
+            options,
+            preview=self._locked(layout, samples, height, width),
+        )
         return self._layout(preview, layout, height, width)
 
     def _run(
         self,
         sampler: Callable[..., Any],
-        prompt: str,
+        prompt: Prompt,
         size: tuple[int, int],
         seed: int,
         samples: int,
         options: SamplingOptions,
-        layout: Layout | None,
         **forced: Forced | None,
     ) -> Any:
         """What one of `ar_sampler`'s functions writes with this model."""
         grid = token_grid(*size)
-        ids = self.tokenizer.text_to_image(prompt, grid)
-        if layout is not None:
-            require_layout_fits(layout, self.config.codebook, *size)
-            forced["preview"] = locked_cells(layout, samples)
-        self._load(samples, len(ids) + math.prod(grid) + math.prod(preview_grid(grid)))
+        self._load(samples, len(prompt) + math.prod(grid) + math.prod(preview_grid(grid)))
         progress = TokenProgress(self.palette)
         return sampler(
             self.patcher.model,
-            ids,
+            prompt,
             grid,
             seed,
             samples,
@@ -151,6 +198,40 @@ class HostAR:
             check_interrupt=check_interrupt,
             **forced,
         )
+
+    def _text_to_image(self, prompt: str, height: int, width: int) -> Prompt:
+        return self.tokenizer.text_to_image(prompt, token_grid(height, width))
+
+    def _locked(
+        self, layout: Layout | None, samples: int, height: int, width: int
+    ) -> Forced | None:
+        if layout is None:
+            return None
+        require_layout_fits(layout, self.config.codebook, height, width)
+        return locked_cells(layout, samples)
+
+    def _require_region(
+        self, tokens: SemanticTokens | None, mask: Tensor | None, height: int, width: int
+    ) -> None:
+        if (tokens is None) != (mask is None):
+            raise GLMImageError(
+                "tokens and mask belong together: connect both to draw part of an image anew, or "
+                "neither."
+            )
+        if tokens is not None:
+            require_tokens_fit(tokens, self.config.codebook, height, width)
+
+    def _tokens(
+        self,
+        tokens: Tensor,
+        prompt: str,
+        seed: int,
+        options: SamplingOptions,
+        height: int,
+        width: int,
+    ) -> SemanticTokens:
+        info = {"prompt": prompt, "seed": seed, **vars(options)}
+        return SemanticTokens(_stored(tokens), self.config.codebook, height, width, info)
 
     def _layout(self, preview: Tensor, kept: Layout | None, height: int, width: int) -> Layout:
         """A preview as it was written, with the locks of the layout that it kept."""

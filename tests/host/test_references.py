@@ -205,3 +205,44 @@ def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
     assert tuple(layout.preview.shape[1:]) == (12, 20)
     assert not layout.locked.any()
     assert len(tokens.tokens.unique()) > 1
+
+
+def sample(nodes, run, references, *, seed=7, batch=1, **more):
+    execute = nodes["GLMImageSampleTokens"].execute
+    height, width = SIZE
+    return execute(
+        run.ar, PROMPT, width, height, seed, 0.9, 0.75, 0, batch, references=references, **more
+    ).result
+
+
+def test_tokens_are_written_from_the_references(nodes, run, images) -> None:
+    references = encode(run, images[:1])
+    tokens, layout = sample(nodes, run, references)
+    assert tuple(tokens.tokens.shape) == (1, 2, 3)
+    assert "no preview stage" in layout.message
+    other = encode(run, images[1:])
+    several = sample(nodes, run, references, batch=8)[0].tokens
+    assert same(several[:1], tokens.tokens)
+    assert not same(several, sample(nodes, run, other, batch=8)[0].tokens)
+
+
+def test_sample_i_is_shown_set_i_and_drawn_with_seed_plus_i(nodes, run, images) -> None:
+    batch = torch.cat([images[0], images[0].flip(1)])
+    together = sample(nodes, run, encode(run, [batch], per_sample=True), batch=2)[0].tokens
+    assert len(together) == 4
+    for i in range(4):
+        alone = encode(run, [batch[i % 2 : i % 2 + 1]])
+        assert same(together[i : i + 1], sample(nodes, run, alone, seed=7 + i)[0].tokens)
+
+
+def test_a_region_is_drawn_anew_with_references(nodes, run, images) -> None:
+    mask = torch.zeros(1, *SIZE)
+    mask[..., 64:] = 1
+    tokens, _ = sample(nodes, run, encode(run, images[:1]), batch=8, tokens=run.tokens, mask=mask)
+    assert (tokens.tokens[..., :2] == run.tokens.tokens[..., :2]).all()
+    assert not (tokens.tokens[..., 2:] == run.tokens.tokens[..., 2:]).all()
+
+
+def test_references_and_a_layout_are_refused(nodes, run, images) -> None:
+    with pytest.raises(GLMImageError, match="cannot be used together"):
+        sample(nodes, run, encode(run, images[:1]), layout=run.layout)
