@@ -45,8 +45,15 @@ class Client:
         self.id = uuid.uuid4().hex
         self.timeout_s = timeout_s
 
-    def run(self, prompt: Prompt, on_event: Callable[[Event], None] = lambda event: None) -> Run:
-        """Queues `prompt` and waits for its end; `on_event` sees every JSON message of it.
+    def run(
+        self,
+        prompt: Prompt,
+        on_event: Callable[[Event], None] = lambda event: None,
+        on_picture: Callable[[bytes], None] = lambda message: None,
+    ) -> Run:
+        """Queues `prompt` and waits for its end.
+
+        `on_event` sees every JSON message of it, `on_picture` every live preview as it was sent.
 
         Raises PromptError for a prompt that is refused or fails; an interrupt is no error.
         """
@@ -54,15 +61,16 @@ class Client:
         socket = websocket.create_connection(url, timeout=self.timeout_s)
         try:
             run = Run(self._queue(prompt))
-            return self._follow(socket, run, on_event)
+            return self._follow(socket, run, on_event, on_picture)
         finally:
             socket.shutdown()  # close() would wait for the server's farewell
 
-    def _follow(self, socket: websocket.WebSocket, run: Run, on_event) -> Run:
+    def _follow(self, socket: websocket.WebSocket, run: Run, on_event, on_picture) -> Run:
         running, since, error = None, time.perf_counter(), None
         while True:
             message = socket.recv()
-            if isinstance(message, bytes):  # a preview picture
+            if isinstance(message, bytes):
+                on_picture(message)
                 continue
             event = json.loads(message)
             data = event["data"]

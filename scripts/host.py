@@ -1,6 +1,7 @@
 """A ComfyUI server of our own: its base folder with the pack linked in, its start and its stop."""
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -43,6 +44,7 @@ def serve(
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
+    _copy_example_picture(host, base)
     with log.open("w") as output:
         server = subprocess.Popen(
             command, cwd=host.path, env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -59,6 +61,11 @@ def serve(
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _copy_example_picture(host: Host, base: Path) -> None:
+    """`example.png` is in every ComfyUI's input folder, so the workflows may name it."""
+    shutil.copy(host.path / "input" / "example.png", base / "input")
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

@@ -20,6 +20,7 @@ from glm_core.ar_model import ARConfig, ARModel
 from glm_core.decoder import Decoder, DecoderConfig
 from glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
 from glm_core.vae import AutoencoderKL, VAEConfig
+from glm_core.vision import VisionConfig, VisionEncoder
 
 CODEBOOK = 1024
 VISUAL = 1040  # visual ids: the codes, image start, image end, and some to spare as on the hub
@@ -181,8 +182,7 @@ def write_checkpoint(folder: Path, seed: int) -> None:
     ar = folder / "vision_language_encoder"
     write_json(ar / "config.json", ar_config())
     write_json(ar / "generation_config.json", generation_config())
-    weights = random_weights(lambda: ARModel(ARConfig.from_dict(ar_config())), seed, torch.bfloat16)
-    write_shards(ar, weights, count=2)
+    write_shards(ar, ar_weights(seed, torch.bfloat16), count=2)
 
     for name, file, config, network, dtype in (
         (
@@ -210,6 +210,22 @@ def write_checkpoint(folder: Path, seed: int) -> None:
         write_json(folder / name / "config.json", config)
         save_file(random_weights(network, seed, dtype), folder / name / f"{file}.safetensors")
     write_json(folder / "model_index.json", MODEL_INDEX)  # last: it says that the rest is there
+
+
+def ar_weights(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The text model's, the vision tower's, and those that are in the file but never run."""
+    config = ar_config()
+    unused = "model.vqmodel.post_quant_conv"
+    vq = config["vq_config"]
+    shapes = {
+        f"{unused}.weight": torch.Size([vq["latent_channels"], vq["embed_dim"], 1, 1]),
+        f"{unused}.bias": torch.Size([vq["latent_channels"]]),
+    }
+    return (
+        random_weights(lambda: ARModel(ARConfig.from_dict(config)), seed, dtype)
+        | random_weights(lambda: VisionEncoder(VisionConfig.from_dict(config)), seed, dtype)
+        | {key: random_weight(key, shape, seed).to(dtype) for key, shape in shapes.items()}
+    )
 
 
 def random_weights(

@@ -2,10 +2,11 @@
 
 `workflows/api/NAME.json` is the source. The real page opens it, this module gives every stage a
 column and a frame, the page opens the result and exports it; only what exports the same prompt is
-written, as `workflows/NAME.json` and `workflows/NAME.jpg`.
+written, as `workflows/NAME.json` and `workflows/NAME.jpg`. `ARGS="NAME ..."` draws only those.
 """
 
 import json
+import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -24,8 +25,10 @@ STAGES = {
         "GLMImageLoadVAE",
     ),
     "Prompt": ("PrimitiveStringMultiline", "GLMImageGlyphEncode"),
+    "References": ("LoadImage", "GLMImageEncodeReference", "GLMImageReferenceCache"),
     "Region": ("SolidMask", "MaskComposite"),
     "Layout": (
+        "GLMImageEncodeTokens",
         "GLMImageSampleLayout",
         "GLMImageComposeLayouts",
         "GLMImageLockLayout",
@@ -42,6 +45,7 @@ STAGES = {
 }
 SIZES = {
     "PrimitiveStringMultiline": (380, 180),
+    "LoadImage": (320, 400),
     "PreviewImage": (420, 470),
     "SaveImage": (420, 470),
 }
@@ -97,14 +101,37 @@ One mask in three places: **Lock Layout** holds the layout outside of it, **Samp
 the tokens outside of it, **Set Latent Noise Mask** keeps the pixels. Inside, the new prompt is \
 written and painted anew. For a mask of your own use the mask editor of Load Image.
 """,
+    "layout_from_sketch": """\
+# GLM-Image: keep a drawing's composition
+**Encode Tokens** reads a photo or a sketch as semantic tokens and as a layout, cropped to the \
+asked aspect. **Lock Layout** holds it, and **Sample Tokens** writes the prompt's picture on it. \
+A mask on Lock Layout holds a part of it only.
+""",
+    "edit_image": """\
+# GLM-Image: edit a picture
+**Encode Reference** brings the picture to a size that both stages read and gives that size to \
+**Sample Tokens**. **Reference Cache** runs the decoder over it once; it is exact for every prompt \
+and seed, so only the first run pays for it.
+""",
+    "style_transfer": """\
+# GLM-Image: another picture's style
+The reference gives the style, the prompt the content, and Sample Tokens the size. Change the \
+prompt or a seed: the reference is neither encoded nor cached again.
+""",
+    "two_references": """\
+# GLM-Image: several references
+Each **Encode Reference** adds its picture to the chain, and the prompt speaks of them in that \
+order. One **Reference Cache** holds them all; `fp8` halves its memory, `cpu` streams it.
+""",
 }
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    files = [FOLDER / "api" / f"{name}.json" for name in names]
     with tempfile.TemporaryDirectory() as folder:
         base = host.make_base(Path(folder))
         with host.serve(environment.host(), base) as address, open_page(address) as page:
-            for file in sorted((FOLDER / "api").glob("*.json")):
+            for file in files or sorted((FOLDER / "api").glob("*.json")):
                 write_workflow(page, file)
 
 
@@ -177,4 +204,4 @@ def _note(node_id: int, text: str) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
