@@ -7,8 +7,11 @@ PYTHON ?= python3
 
 .PHONY: demo serve test lint workflows clean python
 
-demo serve lint workflows: python
+demo serve lint: python
 	@$(PYTHON) -m scripts $@
+
+workflows: python
+	@$(PYTHON) -m scripts workflows $(ARGS)
 
 test: lint
 	@$(PYTHON) -m scripts test $(ARGS)

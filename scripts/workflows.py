@@ -153,6 +153,8 @@ def arrange(graph: dict, prompt: Prompt, name: str) -> dict:
     for title, types in STAGES.items():
         y, width = top, 0
         column = [node for type_ in types for node in graph["nodes"] if node["type"] == type_]
+        if not column:
+            continue
         for node in column:
             node["size"] = _size(node)
             node["pos"] = [left + PADDING, y]
