@@ -1,0 +1,158 @@
+"""The stored layout workflows, and the live preview while they run."""
+
+import io
+import itertools
+import struct
+import time
+
+import numpy as np
+import pytest
+from glm_image.glm_core.token_image import DARK
+from glm_image.scripts import environment, host
+from glm_image.scripts.client import Client
+from graphs import add, fresh, the
+from PIL import Image
+from safetensors.torch import load_file
+
+NAMES = (
+    "lock_layout_change_prompt",
+    "lock_region_resample_rest",
+    "compose_two_layouts",
+    "redo_region",
+)
+
+
+def images(client, run, prompt, class_type="SaveImage"):
+    return [
+        np.asarray(Image.open(io.BytesIO(data))).astype(int)
+        for data in client.images(run, the(prompt, class_type))
+    ]
+
+
+def titled(prompt, title):
+    """The id of the only node of a title."""
+    (node_id,) = (key for key, node in prompt.items() if node["_meta"]["title"] == title)
+    return node_id
+
+
+def seeds_apart(prompt):
+    """Gives each sampler a seed of its own, as the stored workflow has."""
+    samplers = [node["inputs"] for node in prompt.values() if "seed" in node["inputs"]]
+    for i, inputs in enumerate(samplers):
+        inputs["seed"] = inputs["seed"] * 100 + i
+    return prompt
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_paints_and_a_new_decoder_seed_samples_nothing(client, name):
+    prompt = seeds_apart(fresh(name=name))
+    run = client.run(prompt)
+    (picture,) = images(client, run, prompt)
+    assert picture.shape == (64, 96, 3)
+    assert picture.std() > 1
+    assert the(prompt, "PreviewImage") in run.outputs
+    decode = max(
+        (key for key, node in prompt.items() if node["class_type"] == "GLMImageDecode"), key=int
+    )
+    prompt[decode]["inputs"]["seed"] += 1
+    again = client.run(prompt)
+    assert decode in again.executed
+    assert not [k for k in again.executed if "Sample" in prompt[k]["class_type"]]
+
+
+def test_contact_sheet(client):
+    prompt = fresh(name="layout_contact_sheet")
+    run = client.run(prompt)
+    pictures = images(client, run, prompt)
+    assert len(pictures) == 8
+    assert {picture.shape for picture in pictures} == {(13 * 32, 19 * 32, 3)}
+    assert all((a != b).any() for a, b in itertools.pairwise(pictures))
+    (sheet,) = images(client, run, prompt, "PreviewImage")
+    # 3 x 3 places of 13 x 19 cells of 16 pixels, 8 pixels apart
+    assert sheet.shape == (3 * 13 * 16 + 2 * 8, 3 * 19 * 16 + 2 * 8, 3)
+
+
+def test_the_layout_stays_under_the_new_prompt(client):
+    prompt = seeds_apart(fresh(name="lock_layout_change_prompt"))
+    tokens = the(prompt, "GLMImageSampleTokens")
+    shown = the(prompt, "GLMImageShowTokens")
+    used = add(prompt, "GLMImageShowTokens", layout=[tokens, 1], ar=["1", 0], cell_size=16)
+    save = add(prompt, "PreviewImage", images=[used, 0])
+    run = client.run(prompt)
+    first = the({k: v for k, v in prompt.items() if k != save}, "PreviewImage")
+    assert prompt[first]["inputs"]["images"] == [shown, 0]
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(client.images(run, node)[0]))) for node in (first, save)
+    )
+    np.testing.assert_array_equal(after, before)
+    assert (before == 255).all(axis=-1).mean() > 0.2  # every cell is outlined
+
+
+def test_a_redone_region_leaves_the_rest_untouched(client, base):
+    prompt = seeds_apart(fresh(name="redo_region", width=256, height=256, steps=4))
+    nodes = {"before": "Decode first picture", "after": "Decode the region"}
+    for name, title in nodes.items():
+        samples = [titled(prompt, title), 0]
+        prompt[str(len(prompt) + 1)] = {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": samples, "filename_prefix": f"region/{name}"},
+            "_meta": {"title": name},
+        }
+    run = client.run(prompt)
+    before, after = (
+        load_file(max((base / "output" / "region").glob(f"{name}*.latent")))["latent_tensor"]
+        for name in nodes
+    )
+    changed_cells = (after - before).abs().amax(dim=(0, 1)) > 1e-4
+    assert before.shape[-2:] == (32, 32)
+    assert changed_cells[8:24, 16:].float().mean() > 0.9
+    changed_cells[8:24, 16:] = False
+    assert not changed_cells.any()
+    # The VAE sees a little beyond: further off, no pixel moves by more than rounding.
+    (old,), (new,) = (images(client, run, prompt, kind) for kind in ("PreviewImage", "SaveImage"))
+    moved = np.abs(new - old).max(axis=-1)
+    assert moved[64:192, 128:].mean() > 5 * moved[:, :64].mean()
+
+
+# ---- live preview ----------------------------------------------------------------------------
+
+
+def previews(client, prompt):
+    """When each live picture came, and the picture."""
+    seen = []
+
+    def note(message):
+        (event,) = struct.unpack(">I", message[:4])
+        assert event == 1  # a picture, of which the next four bytes say the format
+        seen.append((time.monotonic(), Image.open(io.BytesIO(message[8:]))))
+
+    client.run(prompt, on_picture=note)
+    return seen
+
+
+def long_run():
+    """Only tokens, 32 x 32 for each of a batch: about two seconds."""
+    prompt = fresh(batch_size=2, width=1024, height=1024)
+    tokens = the(prompt, "GLMImageSampleTokens")
+    kept = {key: prompt[key] for key in (tokens, "1", "5")}
+    add(kept, "GLMImageSaveTokens", tokens=[tokens, 0], filename_prefix="tokens/live")
+    return kept
+
+
+def test_the_grid_fills_in_a_live_preview(base):
+    with host.serve(environment.host(), base, "--preview-method", "auto", threads=1) as address:
+        seen = previews(Client(address, timeout_s=120), long_run())
+    times = [at for at, _ in seen]
+    assert len(seen) >= 3
+    assert len(seen) <= 4 * (times[-1] - times[0]) + 2
+    pictures = [np.asarray(picture.convert("L")).astype(int) for _, picture in seen]
+    assert all(256 < max(picture.shape) <= 512 for picture in pictures)
+    dark = round(255 * DARK)
+    for picture in pictures:  # what is written lies above what is not
+        written = (picture != dark).any(axis=1)
+        assert written[: written.sum()].mean() > 0.9
+    assert any((picture == dark).mean() > 0.3 for picture in pictures)
+
+
+def test_no_live_preview_where_previews_are_off(client):
+    assert previews(client, long_run()) == []
