@@ -10,7 +10,8 @@ from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
-SIZES = {"layout_contact_sheet": (416, 576)}  # (height, width), where it is not the one asked for
+# (height, width), where it is not the one asked for: of a sheet, and of the picture to edit
+SIZES = {"layout_contact_sheet": (416, 576), "edit_image": (768, 768)}
 TIMEOUT_S = 60
 
 

@@ -1,0 +1,149 @@
+"""Reference workflows through the front door: pictures, what is computed once, refusals."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from glm_image.scripts.client import PromptError
+from graphs import WORKFLOWS, add, changed, fresh, relink, the
+from pictures import first_image
+from PIL import Image
+
+_seeds = itertools.count(50_000)
+ONCE = ("GLMImageEncodeReference", "GLMImageReferenceCache")
+LINKED_SIZE = "edit_image"  # takes its picture's size; the others are made small
+
+
+def reference_workflow(name, image="small.png"):
+    """A stored workflow on pictures of 512 pixels, two steps, with seeds never used before."""
+    prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    size = {} if name == LINKED_SIZE else {"width": 96, "height": 64}
+    return changed(prompt, steps=2, seed=next(_seeds), image=image, **size)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(base):
+    """Pictures for Load Image; a gradient, so that a reference has something to show."""
+    rows, columns = np.mgrid[:512, :512] // 2
+    gradient = np.stack([rows, columns, 255 - rows], axis=-1).astype(np.uint8)
+    for name, pixels in (
+        ("small.png", gradient),
+        ("other.png", gradient[::-1].copy()),
+        ("tiny.png", gradient[:20, :40]),
+        ("strip.png", gradient[:100]),
+    ):
+        Image.fromarray(pixels).save(base / "input" / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (LINKED_SIZE, (512, 512, 3)),
+        ("style_transfer", (64, 96, 3)),
+        ("two_references", (64, 96, 3)),
+        ("layout_from_sketch", (64, 96, 3)),
+    ],
+)
+def test_stored_workflow_paints(client, name, shape):
+    prompt = reference_workflow(name)
+    image = first_image(client, client.run(prompt), prompt)
+    assert image.shape == shape
+    assert image.std() > 1
+
+
+def test_a_second_prompt_and_seed_encode_and_cache_nothing(client):
+    prompt = reference_workflow("style_transfer")
+    client.run(prompt)
+    changed(prompt, value="another prompt", seed=next(_seeds))
+    run = client.run(prompt)
+    assert {the(prompt, node) for node in ONCE} <= run.cached
+    assert the(prompt, "GLMImageSampleTokens") in run.executed
+
+
+def test_another_lora_caches_again(client):
+    prompt = reference_workflow("style_transfer")
+    client.run(prompt)
+    decoder = the(prompt, "GLMImageLoadDecoder")
+    lora = add(
+        prompt,
+        "LoraLoaderModelOnly",
+        model=[decoder, 0],
+        lora_name="native.safetensors",
+        strength_model=1.0,
+    )
+    relink(prompt, (decoder, 0), (lora, 0))
+    run = client.run(prompt)
+    assert the(prompt, "GLMImageEncodeReference") in run.cached
+    assert the(prompt, "GLMImageReferenceCache") in run.executed
+
+
+def test_the_reference_is_seen(client):
+    prompt = reference_workflow("style_transfer")
+    before = first_image(client, client.run(prompt), prompt)
+    changed(prompt, image="other.png")
+    assert (first_image(client, client.run(prompt), prompt) != before).any()
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [("tiny.png", "40x20 pixels.*at least 32"), ("strip.png", "512x100.*aspect of 5.12.*crop")],
+)
+def test_pictures_that_cannot_be_references(client, picture, image, sentence):
+    prompt = reference_workflow("style_transfer", image=image)
+    with pytest.raises(PromptError, match=sentence) as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == the(prompt, "GLMImageEncodeReference")
+    assert picture(fresh()).std() > 1
+
+
+def test_references_and_a_layout(client, picture):
+    prompt = reference_workflow("style_transfer")
+    sampler = the(prompt, "GLMImageSampleTokens")
+    inputs = {key: value for key, value in prompt[sampler]["inputs"].items() if key != "references"}
+    layout = add(prompt, "GLMImageSampleLayout", **inputs)
+    prompt[sampler]["inputs"]["layout"] = [layout, 0]
+    with pytest.raises(PromptError, match="cannot be used together") as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == sampler
+    assert picture(fresh()).std() > 1
+
+
+def test_a_cache_of_another_decoder(client, picture):
+    prompt = reference_workflow("style_transfer")
+    lora = add(
+        prompt,
+        "LoraLoaderModelOnly",
+        model=[the(prompt, "GLMImageLoadDecoder"), 0],
+        lora_name="native.safetensors",
+        strength_model=1.0,
+    )
+    decode = the(prompt, "GLMImageDecode")
+    prompt[decode]["inputs"]["model"] = [lora, 0]
+    with pytest.raises(PromptError, match="another decoder or with other LoRAs") as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == decode
+    assert picture(fresh()).std() > 1
+
+
+def test_references_of_another_checkpoint(client, picture):
+    prompt = reference_workflow("style_transfer")
+    prompt[the(prompt, "GLMImageLoadAR")]["inputs"]["model_name"] = "Wide"
+    with pytest.raises(PromptError, match="codebook of 96") as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == the(prompt, "GLMImageReferenceCache")
+    assert picture(fresh()).std() > 1
+
+
+def test_an_edits_layout_is_blocked_with_a_sentence(client, picture):
+    prompt = reference_workflow("style_transfer")
+    add(
+        prompt,
+        "GLMImageSaveTokens",
+        tokens=[the(prompt, "GLMImageSampleTokens"), 0],
+        layout=[the(prompt, "GLMImageSampleTokens"), 1],
+        filename_prefix="edit",
+    )
+    with pytest.raises(PromptError, match="no preview stage"):
+        client.run(prompt)
+    assert picture(fresh()).std() > 1
