@@ -100,8 +100,9 @@ def test_pictures_that_cannot_be_references(client, picture, image, sentence):
 def test_references_and_a_layout(client, picture):
     prompt = reference_workflow("style_transfer")
     sampler = the(prompt, "GLMImageSampleTokens")
-    inputs = {key: value for key, value in prompt[sampler]["inputs"].items() if key != "references"}
-    layout = add(prompt, "GLMImageSampleLayout", **inputs)
+    layout = add(prompt, "GLMImageSampleLayout")
+    shared = {k: v for k, v in prompt[sampler]["inputs"].items() if k != "references"}
+    prompt[layout]["inputs"] = shared
     prompt[sampler]["inputs"]["layout"] = [layout, 0]
     with pytest.raises(PromptError, match="cannot be used together") as refusal:
         client.run(prompt)
