@@ -4,7 +4,7 @@ They depend on the images, their tokens and the weights alone, so one pass of th
 every prompt, seed and step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ def make_cache(
     progress: Callable[[int, int], None] = lambda done, total: None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> ReferenceCache:
-    """Run the decoder once over every reference.
+    """Run the decoder once over every reference, block by block for all of them.
 
     Args:
         normalise: the VAE's latents to the decoder's.
@@ -118,24 +118,22 @@ def make_cache(
         store: where to keep the result.
         progress: called with (blocks done, blocks to do).
     """
-    blocks = len(decoder.transformer_blocks)
-    images = [image for images in references.sets for image in images]
-    done, kept = 0, {}
-    for image in dict.fromkeys(images):  # a chain may share images between samples
-        kept[image] = []
-        for keys, values in _run(decoder, image, normalise, device, dtype):
-            check_interrupt()
-            kept[image].append((keys.to(store), values.to(store)))
-            done += 1
-            progress(done, blocks * len(set(images)))
+    images = dict.fromkeys(image for images in references.sets for image in images)
+    runs = {image: _run(decoder, image, normalise, device, dtype) for image in images}
+    total = len(decoder.transformer_blocks)
+    blocks = []
+    for done in range(1, total + 1):
+        check_interrupt()
+        kept = {image: next(run) for image, run in runs.items()}
+        pairs = [_joined([kept[image] for image in images], fp8) for images in references.sets]
+        blocks.append(BlockCache(pairs).to(store))
+        progress(done, total)
+    return ReferenceCache(blocks)
 
-    def pair(images: tuple[Reference, ...], block: int) -> Pair:
-        keys, values = zip(*(kept[image][block] for image in images), strict=True)
-        return Pair(torch.cat(keys, dim=2), torch.cat(values, dim=2), fp8)
 
-    return ReferenceCache(
-        [BlockCache([pair(images, i) for images in references.sets]) for i in range(blocks)]
-    )
+def _joined(images: Sequence[KeysValues], fp8: bool) -> Pair:
+    keys, values = (torch.cat(parts, dim=2) for parts in zip(*images, strict=True))
+    return Pair(keys, values, fp8)
 
 
 def _run(
@@ -144,7 +142,7 @@ def _run(
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
     dtype: torch.dtype,
-):
+) -> Iterator[KeysValues]:
     latent = normalise(image.latent.to(device)).to(dtype)
     tokens = upsample_tokens(image.tokens[None].to(device))
     return decoder.reference_keys_values(latent, tokens, image.size)

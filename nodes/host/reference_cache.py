@@ -160,7 +160,6 @@ def compute_cache(
     largest = max((image for s in references.sets for image in s), key=lambda i: i.tokens.numel())
     working = model.memory_required(list(largest.latent.shape))
     comfy.model_management.load_models_gpu([decoder], memory_required=working)
-    images = len({image for images in references.sets for image in images})
     cache = make_cache(
         network,
         references,
@@ -169,7 +168,7 @@ def compute_cache(
         dtype=dtype,
         store=host,
         fp8=fp8,
-        progress=progress_bar(images * network.config.num_layers),
+        progress=progress_bar(network.config.num_layers),
         check_interrupt=check_interrupt,
     )
     if store == "auto":
