@@ -25,9 +25,10 @@ RANDOM_MODEL = "random-small"
 def main() -> None:
     comfyui = environment.host()
     prompt = json.loads(WORKFLOW.read_text())
-    override(prompt, os.environ, prepare_model(os.environ.get("MODEL")))
+    model = prepare_model(os.environ.get("MODEL"))
+    override(prompt, os.environ, model)
     started = time.perf_counter()
-    with demo_server(comfyui) as address:
+    with demo_server(comfyui, model) as address:
         _print_stage("Start ComfyUI", time.perf_counter() - started)
         run = Client(address).run(prompt, StagePrinter(prompt))
     for outputs in run.outputs.values():
@@ -35,8 +36,13 @@ def main() -> None:
             print(OUTPUT / image["subfolder"] / image["filename"])
 
 
-def demo_server(comfyui: environment.Host, port: int | None = None) -> AbstractContextManager[str]:
-    return host.serve(comfyui, host.make_base(BASE), "--output-directory", str(OUTPUT), port=port)
+def demo_server(
+    comfyui: environment.Host, model: str, port: int | None = None
+) -> AbstractContextManager[str]:
+    """The demo's server; on a busy machine the random model's threads would wait for each other."""
+    threads = 1 if model == RANDOM_MODEL else None
+    base = host.make_base(BASE)
+    return host.serve(comfyui, base, "--output-directory", str(OUTPUT), port=port, threads=threads)
 
 
 def prepare_model(model: str | None) -> str:
