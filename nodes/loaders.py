@@ -39,12 +39,6 @@ def check_model_name(component: str, model_name: str | None) -> bool | str:
     return True
 
 
-def check_weight_dtype(weight_dtype: str | None) -> bool | str:
-    if weight_dtype is None or weight_dtype in WEIGHT_DTYPES:
-        return True
-    return f"weight_dtype is '{weight_dtype}'; choose one of {', '.join(WEIGHT_DTYPES)}."
-
-
 class LoadAR(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -59,11 +53,8 @@ class LoadAR(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: str | None = None, weight_dtype: str | None = None
-    ) -> bool | str:
-        valid = check_weight_dtype(weight_dtype)
-        return check_model_name("ar", model_name) if valid is True else valid
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("ar", model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -84,11 +75,8 @@ class LoadDecoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: str | None = None, weight_dtype: str | None = None
-    ) -> bool | str:
-        valid = check_weight_dtype(weight_dtype)
-        return check_model_name("decoder", model_name) if valid is True else valid
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("decoder", model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError
-from ..glm_core.grids import token_grid
 from ..glm_core.references import References as ReferenceData
 from .host.ar import HostAR
 from .host.decoder import require_decoder
@@ -126,7 +124,7 @@ class EncodeTokens(io.ComfyNode):
                     "width",
                     default=1024,
                     min=32,
-                    max=8192,
+                    max=16384,
                     step=32,
                     tooltip="Of the picture to be made, in pixels; a multiple of 32.",
                 ),
@@ -134,23 +132,13 @@ class EncodeTokens(io.ComfyNode):
                     "height",
                     default=1024,
                     min=32,
-                    max=8192,
+                    max=16384,
                     step=32,
                     tooltip="Of the picture to be made, in pixels; a multiple of 32.",
                 ),
             ],
             outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
         )
-
-    @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        if width is None or height is None:
-            return True
-        try:
-            token_grid(height, width)
-        except GLMImageError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(cls, ar: HostAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:

@@ -6,14 +6,13 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.ar_sampler import SamplingOptions
 from ..glm_core.errors import GLMImageError
-from ..glm_core.grids import token_grid
 from ..glm_core.references import References as ReferenceData
 from ..glm_core.tokens import Layout as LayoutData
 from ..glm_core.tokens import SemanticTokens
 from .host.ar import HostAR
 from .types import AR, CATEGORY, Layout, References, Tokens
 
-MAX_SIDE = 8192
+MAX_SIDE = 16384  # as ComfyUI's own nodes
 NO_LAYOUT = "An image made from references has no layout: there is no preview stage with them."
 BATCH_OF_LAYOUTS = (
     "A batch of layouts is written batch_size times: all layouts once, then all again."
@@ -62,12 +61,6 @@ class SampleTokens(io.ComfyNode):
                 Layout.Output(display_name="layout", tooltip="The layout that the image has."),
             ],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls, width: int | None = None, height: int | None = None, prompt: str | None = None
-    ) -> bool | str:
-        return _check_request(width, height, prompt)
 
     @classmethod
     def execute(
@@ -127,12 +120,6 @@ class SampleLayout(io.ComfyNode):
             ],
             outputs=[Layout.Output(display_name="layout")],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls, width: int | None = None, height: int | None = None, prompt: str | None = None
-    ) -> bool | str:
-        return _check_request(width, height, prompt)
 
     @classmethod
     def execute(
@@ -219,18 +206,3 @@ def _sampling_inputs() -> list[io.Input]:
             tooltip="Images written together; the weights are read once for all of them.",
         ),
     ]
-
-
-def _check_request(width: int | None, height: int | None, prompt: str | None) -> bool | str:
-    """For `validate_inputs`: True, or the sentence that says what is wrong."""
-    if prompt is not None and not prompt.strip():
-        return "The prompt is empty: write what the image should show."
-    if width is None or height is None:
-        return True
-    if max(width, height) > MAX_SIDE:
-        return f"{width} x {height} pixels are too many: use at most {MAX_SIDE} a side."
-    try:
-        token_grid(height, width)
-    except GLMImageError as error:
-        return str(error)
-    return True

@@ -1,11 +1,12 @@
 """Where checkpoints lie: snapshot folders under models/glm_image, single files where they go."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
-from ...glm_core.checkpoint import COMPONENTS
+from ...glm_core.checkpoint import COMPONENTS, FORMAT, read_header
 from ...glm_core.errors import GLMImageError
 
 SNAPSHOTS = "glm_image"
@@ -25,11 +26,13 @@ def register() -> None:
 
 
 def model_names(component: str) -> list[str]:
-    """Snapshot folders that hold the component, then single safetensors files."""
+    """Snapshot folders that hold the component, then single files whose metadata says so."""
     folder = COMPONENTS[component].folder
     snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
-    files = folder_paths.get_filename_list(FILE_FOLDERS[component])
-    return snapshots + [name for name in files if name.endswith(".safetensors")]
+    folder = FILE_FOLDERS[component]
+    files = folder_paths.get_filename_list(folder)
+    paths = {name: Path(folder_paths.get_full_path_or_raise(folder, name)) for name in files}
+    return snapshots + [name for name, path in paths.items() if _holds(path) == component]
 
 
 def find_model(component: str, name: str) -> Path:
@@ -52,6 +55,21 @@ def find_model(component: str, name: str) -> Path:
         f"No {kind.title} is called '{name}' ({known}); put a snapshot of zai-org/GLM-Image into "
         f"models/{SNAPSHOTS}/<name>/ or a single file into models/{FILE_FOLDERS[component]}/."
     )
+
+
+def _holds(file: Path) -> str | None:
+    """The component in a single file of ours, None for any other file."""
+    return _component_of(file, file.stat().st_mtime_ns) if file.suffix == ".safetensors" else None
+
+
+@lru_cache(maxsize=1024)
+def _component_of(file: Path, changed: int) -> str | None:
+    """Reads the header once for each state of a file; `changed` is its time of modification."""
+    try:
+        metadata = read_header(file)[1]
+    except GLMImageError:
+        return None
+    return metadata.get("component") if metadata.get("format") == FORMAT else None
 
 
 def _children(root: Path) -> set[str]:

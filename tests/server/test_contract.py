@@ -63,7 +63,7 @@ DEFAULTS = {
 }
 # What comes with later stages: nothing may be declared before it does something.
 LATER_NODES = {"GLMImageDevicePlan"}
-LATER_INPUTS = {"device_plan", "references"}
+LATER_INPUTS = {"device_plan"}
 
 
 @pytest.fixture(scope="module")
