@@ -1,4 +1,4 @@
-"""`.cache/test-venv/bin/python -m scripts.measure_layouts`: eight layouts in one batch, and one after the other.
+"""`python -m scripts.measure_layouts`: eight layouts in one batch, and one after the other.
 
 An AR model of 6 layers of width 2048 with random weights in bf16, about 600 MB of them: too many
 for a processor's cache, so that reading them is most of a step, as it is at full size. The image is
