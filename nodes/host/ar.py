@@ -182,7 +182,9 @@ class HostAR:
     ) -> Any:
         """What one of `ar_sampler`'s functions writes with this model."""
         grid = token_grid(*size)
-        self._load(samples, len(prompt) + math.prod(grid) + math.prod(preview_grid(grid)))
+        length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
+        kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
+        self._load(samples, length, max(len(prompt), samples * kept))
         progress = TokenProgress(self.palette)
         return sampler(
             self.patcher.model,
@@ -238,16 +240,20 @@ class HostAR:
         locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if kept is None else kept.locked
         return Layout(_stored(preview), locked, self.config.codebook, height, width)
 
-    def _load(self, batch: int, length: int) -> None:
+    def _load(self, batch: int, length: int, block: int) -> None:
         comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=self.memory_required(batch, length)
+            [self.patcher], memory_required=self.memory_required(batch, length, block)
         )
 
-    def memory_required(self, batch: int, length: int) -> int:
-        """Bytes beside the weights: the KV cache, and a prefill's widest activations."""
+    def memory_required(self, batch: int, length: int, block: int) -> int:
+        """Bytes beside the weights: the KV cache, and the widest activations of a pass.
+
+        Args:
+            block: the most ids that one pass may read: a prompt, or forced cells of all samples.
+        """
         config = self.config
         cache = 2 * config.layers * config.kv_heads * config.head_dim * batch * length
-        activations = 4 * (config.hidden_size + config.intermediate_size) * length
+        activations = 4 * (config.hidden_size + config.intermediate_size) * block
         return (cache + activations) * comfy.model_management.dtype_size(self.dtype)
 
 

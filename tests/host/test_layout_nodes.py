@@ -236,3 +236,16 @@ def test_live_preview(sample, monkeypatch, on):
     for _, (form, image, limit) in pictures:
         assert (form, limit) == ("PNG", None)
         assert 256 < max(image.size) <= 512
+
+
+def test_memory_counts_the_locked_cells_of_every_sample(run, sample, ar, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ar, "_load", lambda *what: asked.append(what))
+    (layouts,) = sample("Layout", batch=3)
+    (locked,) = run("LockLayout", layouts, "whole", -1)
+    sample("Tokens", layout=locked)
+    (prompt, free), (_, kept) = ((length, block) for _, length, block in asked)
+    cells = layouts.preview[0].numel()
+    assert free < prompt
+    assert kept == 3 * cells
+    assert ar.memory_required(3, prompt, kept) > ar.memory_required(3, prompt, free)
