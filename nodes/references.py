@@ -11,6 +11,7 @@ from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
 from .host.progress import show_text
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
+from .semantic import size_inputs
 from .types import AR, CATEGORY, Layout, ReferenceCache, References, Tokens
 
 BATCHES = ("references", "one per sample")
@@ -120,22 +121,7 @@ class EncodeTokens(io.ComfyNode):
             inputs=[
                 AR.Input("ar", tooltip="From GLM-Image Load AR Model; its vision tower is used."),
                 io.Image.Input("image", tooltip="A batch makes a batch of tokens."),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=32,
-                    max=16384,
-                    step=32,
-                    tooltip="Of the picture to be made, in pixels; a multiple of 32.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=32,
-                    max=16384,
-                    step=32,
-                    tooltip="Of the picture to be made, in pixels; a multiple of 32.",
-                ),
+                *size_inputs(),
             ],
             outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
         )

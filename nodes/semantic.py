@@ -150,22 +150,7 @@ def _sampling_inputs() -> list[io.Input]:
             tooltip="What to draw. Put text to be rendered in quotes. "
             "Control tokens such as <sop> are read as plain text.",
         ),
-        io.Int.Input(
-            "width",
-            default=1024,
-            min=32,
-            max=MAX_SIDE,
-            step=32,
-            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
-        ),
-        io.Int.Input(
-            "height",
-            default=1024,
-            min=32,
-            max=MAX_SIDE,
-            step=32,
-            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
-        ),
+        *size_inputs(),
         io.Int.Input(
             "seed",
             default=0,
@@ -204,5 +189,27 @@ def _sampling_inputs() -> list[io.Input]:
             min=1,
             max=64,
             tooltip="Images written together; the weights are read once for all of them.",
+        ),
+    ]
+
+
+def size_inputs() -> list[io.Input]:
+    """Width and height of the picture to be made."""
+    return [
+        io.Int.Input(
+            "width",
+            default=1024,
+            min=32,
+            max=MAX_SIDE,
+            step=32,
+            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
+        ),
+        io.Int.Input(
+            "height",
+            default=1024,
+            min=32,
+            max=MAX_SIDE,
+            step=32,
+            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
         ),
     ]
