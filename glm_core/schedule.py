@@ -81,6 +81,6 @@ class ScheduleConfig:
         Returns:
             float32 [B], -1 at sigma 0.
         """
-        sigma = sigma.double()
+        sigma = sigma.float()
         t = self.num_train_timesteps * sigma / (shift - (shift - 1) * sigma)
-        return (torch.round(t * 256) / 256 - 1).float()
+        return torch.round(t * 256) / 256 - 1

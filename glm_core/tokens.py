@@ -80,13 +80,7 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
     path = Path(path)
     tensors = {"tokens": tokens.tokens}
     if layout is not None:
-        for name in ("codebook", "height", "width"):
-            ours, theirs = getattr(tokens, name), getattr(layout, name)
-            if ours != theirs:
-                raise GLMImageError(
-                    f"The tokens' {name} is {ours} and the layout's {theirs}: save a layout with "
-                    "the tokens that were made from it."
-                )
+        _require_together(tokens, layout)
         tensors |= {"preview": layout.preview, "locked": layout.locked.to(torch.uint8)}
     metadata = {
         "format": FORMAT,
@@ -96,13 +90,32 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
         "codebook": str(tokens.codebook),
         "info": json.dumps(tokens.info),
     }
-    data = save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
+    # Copies: a layout kept alone shares its preview with the tokens, which safetensors refuses.
+    data = save({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         unfinished.write_bytes(data)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _require_together(tokens: SemanticTokens, layout: Layout) -> None:
+    """A file has one size, the tokens': the layout's own may be another of the same preview, as it
+    is where a layout alone is kept, with its preview as the tokens of a small image."""
+    if tokens.codebook != layout.codebook:
+        raise GLMImageError(
+            f"The tokens' codebook is {tokens.codebook} and the layout's {layout.codebook}: save a "
+            "layout with tokens of its own model."
+        )
+    wanted = preview_grid(token_grid(tokens.height, tokens.width))
+    found = tuple(layout.locked.shape)
+    if wanted != found:
+        raise GLMImageError(
+            f"The layout is a grid of {found[0]}x{found[1]} and images of {tokens.width}x"
+            f"{tokens.height} pixels have one of {wanted[0]}x{wanted[1]}: save a layout with the "
+            "tokens that were made from it."
+        )
 
 
 def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
@@ -119,7 +132,7 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
     if size > MAX_FILE_BYTES:
         raise GLMImageError(
             f"{path.name} has {size / 2**20:.0f} MiB, but a token file has at most "
-            f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by Save Semantic Tokens."
+            f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
         )
     try:
         with safe_open(path, framework="pt") as file:

@@ -96,7 +96,7 @@ class Decode(io.ComfyNode):
                 io.Float.Input(
                     "cfg",
                     default=1.5,
-                    min=0.0,
+                    min=1.0,
                     max=100.0,
                     step=0.1,
                     tooltip="Guidance; the checkpoint's is 1.5. 1 is off and takes half the time.",

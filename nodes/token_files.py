@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.errors import GLMImageError
+from ..glm_core.tokens import MAX_FILE_BYTES, SemanticTokens, load_tokens, save_tokens
 from ..glm_core.tokens import Layout as LayoutData
-from ..glm_core.tokens import SemanticTokens, load_tokens, save_tokens
 from .types import CATEGORY, Layout, Tokens
 
 SUFFIX = ".safetensors"
@@ -80,7 +80,10 @@ class LoadTokens(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return hashlib.sha256(_find(file).read_bytes()).hexdigest()
+        path = _find(file)
+        if path.stat().st_size > MAX_FILE_BYTES:  # refused when it is read
+            return str(path.stat().st_size)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -98,6 +101,7 @@ def _token_files() -> list[str]:
         f"{path.relative_to(folder).as_posix()}{mark}"
         for folder, mark in folders
         for path in sorted(Path(folder).rglob(f"*{SUFFIX}"))
+        if path.stat().st_size <= MAX_FILE_BYTES
     ]
 
 
@@ -110,7 +114,7 @@ def _find(name: str) -> Path:
     plain, folder = folder_paths.annotated_filepath(name)
     root = os.path.realpath(folder or folder_paths.get_input_directory())
     path = os.path.realpath(os.path.join(root, plain))
-    if os.path.commonpath([root, path]) != root:
+    if not Path(path).is_relative_to(root):
         raise GLMImageError(f"'{name}' lies outside the input folder; copy the file into it.")
     if not os.path.isfile(path):
         raise GLMImageError(

@@ -284,12 +284,12 @@ def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dyna
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
-    device = comfy.model_management.text_encoder_device()
+    device = comfy.model_management.get_torch_device()
     kept = precision(component, weight_dtype, device)
     network = ARModel(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, VISION_PREFIXES)
 
-    offload = comfy.model_management.text_encoder_offload_device()
+    offload = comfy.model_management.unet_offload_device()
     patcher = make_patcher(network, device, offload, disable_dynamic)
     patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype))
     return patcher

@@ -20,6 +20,7 @@ TOKENS = "glm_tokens"
 SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
 REFERENCES = "glm_references"
+GIVEN_ANEW = (REFERENCES, "additional_models")  # of an earlier Apply Tokens
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // VAE_SCALE
 
 
@@ -46,7 +47,11 @@ def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditi
 
 def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Conditioning:
     entries = {TOKENS: ids, SIZE: (tokens.height, tokens.width), CODEBOOK: tokens.codebook}
-    return [[states, {**values, **entries}] for states, values in conditioning]
+    kept = (
+        (states, {key: value for key, value in values.items() if key not in GIVEN_ANEW})
+        for states, values in conditioning
+    )
+    return [[states, {**values, **entries}] for states, values in kept]
 
 
 def empty_text(conditioning: Conditioning) -> Conditioning:

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import comfy.conds
+import comfy.hooks
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -75,6 +76,10 @@ class HostDecoder(Decoder):
         return self.predict(x, timesteps, size, invariants, transformer_options, references)
 
 
+MOST_KEPT = 16
+"""Conditionings or tiles whose invariants are held; packs that move their tiles make new ones."""
+
+
 class StepReuse:
     """Keeps `StepInvariants` from one step of a run to the next.
 
@@ -98,6 +103,7 @@ class StepReuse:
                 return invariants
         invariants = decoder.prepare(glyphs, tokens, x.dtype)
         self._kept.append((glyphs, tokens.clone(), x.dtype, invariants))
+        del self._kept[:-MOST_KEPT]
         return invariants
 
 
@@ -132,6 +138,12 @@ class GLMImageModel(comfy.model_base.BaseModel):
         cache = kwargs.get(REFERENCES)
         if cache is not None:
             cache.check_decoder(self.current_patcher)
+            hooks = kwargs.get("hooks")
+            if hooks is not None and hooks.get_type(comfy.hooks.EnumHookType.Weight):
+                raise GLMImageError(
+                    "A reference cache cannot be used with LoRA hooks, which change the decoder "
+                    "from step to step; load the LoRA into the MODEL instead."
+                )
             conds["references"] = ReferencesCondition(cache.reader)
             self.readers.append(cache.reader)
         return conds

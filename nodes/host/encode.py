@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...glm_core.errors import GLMImageError
 from ...glm_core.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
 from ...glm_core.reference_image import Size, bring_to_size, opaque, reference_size
 from ...glm_core.references import Reference, References
@@ -24,6 +25,8 @@ def encode_references(
     Returns:
         the longer chain, and the (height, width) that the images were brought to
     """
+    if not len(images):
+        raise GLMImageError("There is no image in the batch; connect at least one.")
     images = opaque(images)
     size = reference_size(*images.shape[1:3], ar.vision.image_config)
     images = bring_to_size(images, size)

@@ -40,17 +40,22 @@ class CacheReader:
         self.streamed = streamed
         self.sets = sets
         self._ahead: tuple[int, Any, list[tuple[Tensor, ...]]] | None = None
-        self._readers = {device: self}
+        self._elsewhere: dict[torch.device, CacheReader] = {}
 
     def to(self, device: torch.device, *_: Any, **__: Any) -> "CacheReader":
-        if device not in self._readers:
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
             cache = self.cache if self.streamed else deepcopy(self.cache).to(device)
-            self._readers[device] = CacheReader(cache, device, self.streamed, self.sets)
-        return self._readers[device]
+            self._elsewhere[device] = CacheReader(cache, device, self.streamed, self.sets)
+        return self._elsewhere[device]
 
     def __getitem__(self, block: int) -> Sequence[KeysValues]:
         sets = self.cache.blocks[block].sets[self.sets]
-        parts = self._take(block) if self.streamed else [pair.parts() for pair in sets]
+        parts = [pair.parts() for pair in sets]
+        # A host short of memory leaves or puts back pairs on its side: then they are streamed too.
+        if self.streamed or any(part.device != self.device for pair in parts for part in pair):
+            parts = self._take(block)
         return [pair.restore(part) for pair, part in zip(sets, parts, strict=True)]
 
     def _take(self, block: int) -> list[tuple[Tensor, ...]]:
@@ -59,6 +64,10 @@ class CacheReader:
             self._ahead = self._fetch(block)
         _, stream, parts = self._ahead
         comfy.model_management.sync_stream(self.device, stream)
+        if stream is not None:  # their memory is not to be used again before they have been read
+            reading = comfy.model_management.current_stream(self.device)
+            for part in (part for pair in parts for part in pair):
+                part.record_stream(reading)
         self._ahead = self._fetch((block + 1) % len(self.cache.blocks))
         return parts
 
@@ -77,7 +86,7 @@ class CacheReader:
 
     def end_run(self) -> None:
         """Let go of what was fetched ahead."""
-        for reader in self._readers.values():
+        for reader in (self, *self._elsewhere.values()):
             reader._ahead = None
 
 
@@ -88,7 +97,7 @@ class HostReferenceCache:
         self.patcher = _cache_patcher(cache, decoder, streamed)
         self.reader = CacheReader(cache, decoder.load_device, streamed)
         self._patches = {key: list(entries) for key, entries in decoder.patches.items()}
-        self._made_with = _identity(decoder)
+        self._checkpoint = decoder.model.checkpoint
 
     def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
         """This cache as the chosen samples of a batch see it: sample i attends to set i modulo
@@ -116,7 +125,8 @@ class HostReferenceCache:
         Raises:
             GLMImageError: its weights or LoRAs are not those that the cache was made with.
         """
-        if _identity(decoder) != self._made_with:
+        same = decoder.model.checkpoint == self._checkpoint
+        if not (same and _same_patches(decoder.patches, self._patches)):
             raise GLMImageError(
                 "The reference cache was made with another decoder or with other LoRAs than the "
                 "MODEL that is sampling; connect that MODEL to GLM-Image Reference Cache."
@@ -145,6 +155,15 @@ def compute_cache(
     """
     model = decoder.model
     network = model.diffusion_model
+    images = [image for images in references.sets for image in images]
+    if not images:
+        raise GLMImageError("The chain of references is empty; encode at least one image.")
+    channels = {image.latent.shape[1] for image in images} - {network.config.in_channels}
+    if channels:
+        raise GLMImageError(
+            f"A reference's latent has {channels.pop()} channels and the decoder takes "
+            f"{network.config.in_channels}; encode it with GLM-Image Load VAE."
+        )
     codebook = network.config.prior_vq_quantizer_codebook_size
     if references.codebook != codebook:
         raise GLMImageError(
@@ -157,8 +176,8 @@ def compute_cache(
     host = comfy.model_management.unet_offload_device()
     _require_room(nbytes, host, fp8)
 
-    largest = max((image for s in references.sets for image in s), key=lambda i: i.tokens.numel())
-    working = model.memory_required(list(largest.latent.shape))
+    # All references go through a block together.
+    working = sum(model.memory_required(list(image.latent.shape)) for image in set(images))
     comfy.model_management.load_models_gpu([decoder], memory_required=working)
     cache = make_cache(
         network,
@@ -179,16 +198,34 @@ def compute_cache(
     return HostReferenceCache(cache, decoder, streamed=store == "cpu")
 
 
-def _identity(decoder: Any) -> tuple:
-    """The checkpoint, and every weight patch by its object; the cache keeps those objects alive."""
-    patches = {
-        key: [
-            (strength, id(patch), weight_strength)
-            for strength, patch, weight_strength, *_ in entries
-        ]
-        for key, entries in decoder.patches.items()
-    }
-    return decoder.model.checkpoint, patches
+def _same_patches(ours: dict[str, list], theirs: dict[str, list]) -> bool:
+    """Whether two patchers' weights are changed alike; a LoRA loaded again counts as the same."""
+    return ours.keys() == theirs.keys() and all(
+        len(ours[key]) == len(theirs[key]) and all(map(_same_patch, ours[key], theirs[key]))
+        for key in ours
+    )
+
+
+def _same_patch(ours: tuple, theirs: tuple) -> bool:
+    (strength, patch, weight_strength, *_), (other_strength, other, other_weight, *_) = ours, theirs
+    if (strength, weight_strength) != (other_strength, other_weight):
+        return False
+    return patch is other or (
+        type(patch) is type(other) and _same_value(_parts(patch), _parts(other))
+    )
+
+
+def _parts(patch: Any) -> Any:
+    """What an adapter of the host is made of; other patches are plain values."""
+    return getattr(patch, "weights", patch)
+
+
+def _same_value(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
+    if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
+        return len(ours) == len(theirs) and all(map(_same_value, ours, theirs))
+    return bool(ours == theirs)
 
 
 def _cache_patcher(cache: ReferenceCache, decoder: Any, streamed: bool) -> Any:

@@ -20,7 +20,7 @@ class HostVision:
         self.image_config = ImageConfig.from_dict(component.processor.image)
         self.model_name = model_name
         self.weight_dtype = weight_dtype
-        device = comfy.model_management.text_encoder_device()
+        device = comfy.model_management.get_torch_device()
         self.dtype = precision(component, weight_dtype, device).compute
 
     @cached_property
@@ -58,12 +58,12 @@ def load_vision_patcher(
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 
-    device = comfy.model_management.text_encoder_device()
+    device = comfy.model_management.get_torch_device()
     kept = precision(component, weight_dtype, device)
     network = VisionEncoder(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, OTHER_PREFIXES)
 
-    offload = comfy.model_management.text_encoder_offload_device()
+    offload = comfy.model_management.unet_offload_device()
     patcher = make_patcher(network, device, offload, disable_dynamic)
     patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype))
     return patcher

@@ -158,7 +158,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_layout_of_other_images_is_not_saved(tmp_path):
     tokens, layout = example()
-    with pytest.raises(GLMImageError, match="width is 64 and the layout's 96"):
+    with pytest.raises(GLMImageError, match="grid of 16x16 and images of 64x96"):
         save_tokens(
             tmp_path / "c",
             tokens,

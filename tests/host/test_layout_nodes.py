@@ -175,9 +175,19 @@ def test_locks_go_through_a_file(nodes, run, sample, tmp_path):
     assert same(loaded.preview, layouts.preview)
     assert same(loaded.locked, locked.locked)
     assert loaded.locked.any()
+
+
+def test_a_layout_is_saved_without_its_images_tokens(nodes, run, sample):
+    """Layout To Tokens stands in for them; what is loaded fits the sizes that the layout fits."""
+    (layouts,) = sample("Layout", batch=2)
+    (locked,) = run("LockLayout", layouts, "whole", 1)
     (small,) = run("LayoutToTokens", locked)
-    with pytest.raises(GLMImageError, match="save a layout with the tokens that were made from it"):
-        run("SaveTokens", small, "layouts/test", locked)
+    (saved,) = nodes["GLMImageSaveTokens"].execute(small, "layouts/alone", locked).ui["tokens"]
+    _, loaded = run("LoadTokens", f"{saved['subfolder']}/{saved['filename']} [output]")
+    assert same(loaded.preview, locked.preview)
+    assert loaded.locked.all()
+    _, used = sample("Tokens", layout=loaded)
+    assert same(used.preview, locked.preview)
 
 
 def test_a_layout_decodes_as_a_small_picture(run, sample):

@@ -1,5 +1,9 @@
 """Image to image through the nodes' own code: parity, exactness, per-sample sets, refusals."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -246,3 +250,57 @@ def test_a_region_is_drawn_anew_with_references(nodes, run, images) -> None:
 def test_references_and_a_layout_are_refused(nodes, run, images) -> None:
     with pytest.raises(GLMImageError, match="cannot be used together"):
         sample(nodes, run, encode(run, images[:1]), layout=run.layout)
+
+
+def test_a_lora_loaded_again_is_the_same_lora(nodes, run, images) -> None:
+    layer = "transformer_blocks.0.ff.net.2"
+    rows, columns = run.model.model.diffusion_model.get_submodule(layer).weight.shape
+    lora = {
+        f"diffusion_model.{layer}.lora_A.weight": torch.randn(2, columns),
+        f"diffusion_model.{layer}.lora_B.weight": torch.randn(rows, 2),
+    }
+
+    def load(strength: float):
+        copy = {key: value.clone() for key, value in lora.items()}
+        return comfy.sd.load_lora_for_models(run.model, None, copy, strength, 0.0)[0]
+
+    cache = cached(nodes, run, encode(run, images[:1]), model=load(1.0))
+    assert decode(nodes, run, cache, model=load(1.0)).isfinite().all()
+    with pytest.raises(GLMImageError, match="with other LoRAs"):
+        decode(nodes, run, cache, model=load(0.5))
+
+
+def test_an_empty_chain_and_latents_of_another_vae_are_refused(nodes, run, images) -> None:
+    with pytest.raises(GLMImageError, match="chain of references is empty"):
+        cached(nodes, run, References(((),), run.ar.config.codebook))
+    with pytest.raises(GLMImageError, match="no image in the batch"):
+        encode(run, [images[0][:0]])
+    references = encode(run, images[:1])
+    narrow = replace(references.sets[0][0], latent=references.sets[0][0].latent[:, :4])
+    with pytest.raises(GLMImageError, match="4 channels and the decoder takes 16"):
+        cached(nodes, run, replace(references, sets=((narrow,),)))
+
+
+def test_a_resident_cache_that_was_put_back_is_fetched(nodes, run, images) -> None:
+    reader = cached(nodes, run, encode(run, images[:1]), "gpu").reader
+    elsewhere = type(reader)(reader.cache, torch.device("meta"), streamed=False)
+    assert all(part.device.type == "meta" for pair in elsewhere[1] for part in pair)
+
+
+def test_the_cache_dies_with_its_last_holder(nodes, run, images) -> None:
+    handle = cached(nodes, run, encode(run, images[:1]))
+    cache = weakref.ref(handle.reader.cache)
+    gc.disable()
+    try:
+        del handle
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_the_negative_of_an_earlier_apply_tokens_keeps_no_references(nodes, run, images) -> None:
+    cache = cached(nodes, run, encode(run, images[:1]))
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, _, _ = apply(run.positive, run.tokens, -1, None, cache).result
+    _, negative, _ = apply(run.positive, run.tokens, -1, positive).result
+    assert not {"glm_references", "additional_models"} & negative[0][1].keys()

@@ -327,12 +327,8 @@ def test_what_makes_no_sense_is_refused_with_a_sentence(refused_at, spoil):
     refused_at(graph, node[0], sentence)
 
 
-def test_nothing_to_show_and_a_layout_saved_with_other_tokens(refused_at):
+def test_nothing_to_show(refused_at):
     graph = Graph()
     shown = graph.node("ShowTokens", cell_size=16)
     graph.core("PreviewImage", images=shown)
     refused_at(graph, shown[0], "either tokens or a layout")
-    graph = Graph((128, 128))
-    layout = graph.sample("Layout", 1)
-    saver = graph.save(graph.node("LayoutToTokens", layout=layout), layout=layout)
-    refused_at(graph, saver[0], "height is 512 and the layout's 128")
