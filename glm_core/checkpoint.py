@@ -7,7 +7,7 @@ JSON and safetensors headers only, so everything that can be wrong is said befor
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from .errors import GLMImageError
 
 FORMAT = "glm_image_checkpoint"
 HUB_NAME = "zai-org/GLM-Image"
-
-ReadFile = Callable[[Path], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -189,20 +187,16 @@ class Component:
                 "Download its weights and config again, from one and the same checkpoint."
             )
 
-    def state_dict(
-        self, ignored_prefixes: tuple[str, ...] = (), read_file: ReadFile | None = None
-    ) -> dict[str, Tensor]:
+    def state_dict(self, ignored_prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """The weights on the CPU as views of the mapped files: pages are read when first used.
 
         Args:
             ignored_prefixes: keys to leave out.
-            read_file: a host's own reader of one safetensors file.
         """
-        read = read_file or map_file
         wanted = _without(self.tensors, ignored_prefixes)
         state: dict[str, Tensor] = {}
         for file in dict.fromkeys(info.file for info in wanted.values()):
-            stored = read(file)
+            stored = map_file(file)
             state.update((k, stored[info.key]) for k, info in wanted.items() if info.file == file)
         return state
 

@@ -150,19 +150,6 @@ def test_weights_are_views_of_the_mapped_files(saved):
         assert any(low <= tensor.data_ptr() < high for low, high in spans), key
 
 
-def test_a_hosts_reader_is_used(saved):
-    opened = open_component(saved, "vae")
-    read = []
-
-    def read_file(path: Path) -> dict[str, torch.Tensor]:
-        read.append(path)
-        return load_file(path)
-
-    state = opened.state_dict(read_file=read_file)
-    assert read == weight_files(saved / "vae")
-    assert state.keys() == opened.tensors.keys()
-
-
 def test_ignored_weights_are_neither_checked_nor_read(saved):
     opened = open_component(saved, "vae")
     encoder = {k: info.shape for k, info in opened.tensors.items() if k.startswith("encoder.")}
