@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .errors import GLMImageError
+from .kv_cache import KVCache, Pass
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
 
@@ -97,58 +97,32 @@ class ARConfig:
             )
 
 
-class KVCache:
-    """Keys and values of all layers, allocated once: [layer, (k, v), B, kv_heads, length, D]."""
-
-    def __init__(
-        self,
-        config: ARConfig,
-        batch: int,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (config.layers, 2, batch, config.kv_heads, length, config.head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
-        self.filled = 0
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a block's [B, kv_heads, L, D]; returns all keys and values up to its end."""
-        end = self.filled + k.shape[2]
-        block = self.data[layer, :, :, :, self.filled : end]
-        block[0] = k
-        block[1] = v
-        keys, values = self.data[layer, :, :, :, :end]
-        return keys, values
-
-    def copy_prefix(self, other: "KVCache") -> None:
-        """Begin with what `other`, of this batch or of batch 1, holds."""
-        self.data[..., : other.filled, :] = other.data[..., : other.filled, :]
-        self.filled = other.filled
-
-
 def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of positions [3, L]: [2, L, rotary_dim] in `dtype`.
+    """Cosines and signed sines of positions [3, L], for `apply_rope`: [2, L, head_dim] in `dtype`.
 
     The frequencies are cut into `mrope_section` pieces, which take their position from the axes
-    (t, h, w) in turn. Computed in float32 and then cast, as the reference does.
+    (t, h, w) in turn. Computed in float32 and then cast, as the reference does. The first half's
+    sines are negative, and features beyond rotary_dim have cosine 1 and sine 0: they pass.
     """
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.rotary_dim)
     angles = positions[..., None].float() * frequencies  # [3, L, rotary_dim / 2]
     pieces = angles.split(config.mrope_section, dim=-1)
-    angles = torch.cat([piece[i % 3] for i, piece in enumerate(pieces)] * 2, dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    angles = torch.cat([piece[i % 3] for i, piece in enumerate(pieces)], dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    passed = (0, config.head_dim - config.rotary_dim)
+    cos = F.pad(torch.cat([cos, cos], dim=-1), passed, value=1.0)
+    sin = F.pad(torch.cat([-sin, sin], dim=-1), passed)
+    return torch.stack([cos, sin]).to(dtype)
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the first rotary_dim features of x [B, H, L, D] in pairs (i, i + rotary_dim / 2)."""
-    cos, sin = rope
-    rotary_dim = cos.shape[-1]
-    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([rotated, passed], dim=-1)
+def apply_rope(x: Tensor, rope: Tensor, rotary_dim: int) -> Tensor:
+    """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2) by its part of `rope_table`."""
+    cos, sin = rope.unsqueeze(2)
+    first, second, passed = x.split(
+        (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
+    )
+    return torch.addcmul(x * cos, torch.cat([second, first, passed], dim=-1), sin)
 
 
 class ARModel(nn.Module):
@@ -170,20 +144,30 @@ class ARModel(nn.Module):
             config.hidden_size, config.visual_size, bias=False, device=device, dtype=dtype
         )
 
-    def forward(self, ids: Tensor, rope: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:
-        """Append a block of ids to the sequence in `cache`.
+    def forward(
+        self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype, tail: int = 1
+    ) -> Tensor:
+        """Read ids into the cache.
 
         Args:
             ids: int64 [B, L], of the cache's batch.
-            rope: [2, L, rotary_dim], the block's part of `rope_table`.
-            cache: in `dtype`, with room for L more.
+            rope: [2, L, head_dim], the ids' part of `rope_table`.
+            reading: where they stand in the cache, which is in `dtype`.
             dtype: what to compute in; weights may be stored in another.
+            tail: how many of the last ids to give the logits after.
 
         Returns:
-            Logits of the id after the block over the legal ids: [B, codebook].
+            Logits over the legal ids: [B, tail, codebook].
         """
-        hidden = self.model["language_model"](ids, rope, cache, dtype)
-        return self.logits(hidden[:, -1])
+        hidden = self.model["language_model"](ids, rope, reading, dtype)
+        return self.logits(hidden[:, -tail:])
+
+    def new_cache(
+        self, batch: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        """An empty cache for so many samples and positions."""
+        c = self.config
+        return KVCache(c.layers, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., codebook]: ids that are no semantic tokens are cut off."""
@@ -202,25 +186,12 @@ class TextModel(nn.Module):
         )
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
 
-    def forward(self, ids: Tensor, rope: Tensor, cache: KVCache, dtype: torch.dtype) -> Tensor:
-        """ids [B, L] to hidden states [B, L, hidden_size]; the cache is filled by L more."""
+    def forward(self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype) -> Tensor:
+        """ids [B, L] to hidden states [B, L, hidden_size]"""
         x = self.embed_tokens(ids).to(dtype)
-        mask = block_mask(cache.filled, ids.shape[1], ids.device)
         for layer in self.layers:
-            x = layer(x, rope, cache, mask)
-        cache.filled += ids.shape[1]
+            x = layer(x, rope, reading)
         return self.norm(x)
-
-
-def block_mask(filled: int, length: int, device: torch.device) -> Tensor | None:
-    """Causal mask [L, filled + L] of a block that continues a sequence, where it needs one.
-
-    A single position sees everything; a block that starts the sequence is plainly causal, which
-    attention kernels do without a mask.
-    """
-    if filled == 0 or length == 1:
-        return None
-    return torch.ones(length, filled + length, dtype=torch.bool, device=device).tril(filled)
 
 
 class Block(nn.Module):
@@ -242,14 +213,14 @@ class Block(nn.Module):
         self.mlp = MLP(config, operations=operations, **layer)
         self.post_mlp_layernorm = norm()
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, cache, mask)
+    def forward(self, x: Tensor, rope: Tensor, reading: Pass) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rope, reading)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache."""
+    """Grouped-query attention over the cache; queries and keys are rotated together."""
 
     def __init__(
         self, config: ARConfig, index: int, *, device: Any, dtype: Any, operations: Any
@@ -257,6 +228,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
+        self.rotary_dim = config.rotary_dim
         width, kv_width = (n * config.head_dim for n in (config.heads, config.kv_heads))
         layer = {"bias": config.attention_bias, "device": device, "dtype": dtype}
         self.q_proj = operations.Linear(config.hidden_size, width, **layer)
@@ -264,21 +236,15 @@ class Attention(nn.Module):
         self.v_proj = operations.Linear(config.hidden_size, kv_width, **layer)
         self.o_proj = operations.Linear(width, config.hidden_size, **layer | {"bias": False})
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, reading: Pass) -> Tensor:
+        # Views instead of einops, here where a step's time is Python's: [B, L, heads, D]
         q, k, v = (
-            rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
+            project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        k, v = cache.write(self.index, apply_rope(k, rope), v)
-        out = F.scaled_dot_product_attention(
-            apply_rope(q, rope),
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
-            enable_gqa=True,
-        )
-        return self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
+        rotated = apply_rope(torch.cat([q, k], dim=2), rope, self.rotary_dim)
+        q, k = rotated.split((q.shape[2], k.shape[2]), dim=2)
+        return self.o_proj(reading.attend(self.index, q, k, v))
 
 
 class MLP(nn.Module):

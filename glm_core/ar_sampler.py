@@ -2,20 +2,23 @@
 
 A cell's draw is a Gumbel-max over the filtered candidates. Its noise depends only on the seed, the
 sample's index, the grid (0: preview, 1: large), the row and the column, so whatever else is forced,
-batched or written in the prompt moves no draw.
+batched, guessed or written in the prompt moves no draw.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .ar_model import ARModel, KVCache, rope_table
+from .ar_model import ARModel, rope_table
+from .ar_step import EagerRunner, Runner, StepShape
 from .errors import GLMImageError
 from .grids import Grid, grid_positions, preview_grid
+from .kv_cache import BlockPass, span_of
+from .logits import SamplingOptions
 from .philox import gumbel, sample_keys
 from .prompt import Prompt
 from .tokens import UNKNOWN
@@ -25,20 +28,35 @@ _PREVIEW, _LARGE = 0, 1
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """The checkpoint's defaults; temperature 0 takes the likeliest token, top_k 0 keeps all."""
+class Run:
+    """How to draw, where to compute, and whom to tell.
 
-    temperature: float = 0.9
-    top_p: float = 0.75
-    top_k: int = 0
+    Args:
+        seed: of sample 0; sample i draws with (seed + i) mod 2^64.
+        device, dtype: where and in what to compute.
+        lookahead: cells that one pass of the model may write by guessing them, see `lookahead`;
+            1 writes one cell a pass. The tokens are the same.
+        runner: runs the steps that write one cell.
+        progress: called with (cells drawn, cells to draw), at most every 100 ms and at the end.
+        show: called before each progress with the grids so far, int64 [B, rows, columns] on the
+            CPU; cells that are not known yet are `UNKNOWN`.
+        check_interrupt: called before every pass; raises to stop.
+    """
+
+    seed: int
+    batch_size: int
+    options: SamplingOptions
+    device: torch.device
+    dtype: torch.dtype
+    lookahead: int = 1
+    runner: Runner = field(default_factory=EagerRunner)
+    progress: Callable[[int, int], None] = lambda done, total: None
+    show: Callable[[list[Tensor]], None] = lambda grids: None
+    check_interrupt: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise GLMImageError(f"temperature is {self.temperature}: use 0 (greedy) or more.")
-        if not 0 <= self.top_p <= 1:
-            raise GLMImageError(f"top_p is {self.top_p}: use a value between 0 and 1.")
-        if self.top_k < 0:
-            raise GLMImageError(f"top_k is {self.top_k}: use 0 (off) or more.")
+        if self.lookahead < 1:
+            raise GLMImageError(f"lookahead is {self.lookahead}: use 1 (off) or more.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,108 +75,42 @@ def sample_tokens(
     model: ARModel,
     prompt: Prompt,
     grid: Grid,
-    seed: int,
-    batch_size: int,
-    options: SamplingOptions,
+    run: Run,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     preview: Forced | None = None,
     large: Forced | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    show: Callable[[list[Tensor]], None] = lambda grids: None,
-    check_interrupt: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Write a large grid and the preview before it.
 
     Args:
         prompt: see `PromptTokenizer.text_to_image`.
         grid: (rows, columns) of the large grid.
-        seed: of sample 0; sample i draws with (seed + i) mod 2^64.
-        device, dtype: where and in what to compute.
         preview, large: cells that are forced. A forced run costs no step of its own: it is read in
             one pass together with the next cell that is drawn.
-        progress: called with (cells drawn, cells to draw), at most every 100 ms and at the end.
-        show: called before each progress with the preview and the large grid so far, int64
-            [B, rows, columns] on the CPU; cells that are not known yet are `UNKNOWN`.
-        check_interrupt: called before every step; raises to stop.
 
     Returns:
-        Tokens int64 [B, h, w] and preview int64 [B, ph, pw], on `device`.
+        Tokens int64 [B, h, w] and preview int64 [B, ph, pw], on the run's device.
     """
     plan = [_Plan(_PREVIEW, preview_grid(grid), preview), _Plan(_LARGE, grid, large)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
-    preview_tokens, tokens = _write(model, prompt, plan, draw)
+    preview_tokens, tokens = _write(model, prompt, plan, run)
     return tokens, preview_tokens
 
 
 def sample_layout(
-    model: ARModel,
-    prompt: Prompt,
-    grid: Grid,
-    seed: int,
-    batch_size: int,
-    options: SamplingOptions,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    preview: Forced | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    show: Callable[[list[Tensor]], None] = lambda grids: None,
-    check_interrupt: Callable[[], None] = lambda: None,
+    model: ARModel, prompt: Prompt, grid: Grid, run: Run, *, preview: Forced | None = None
 ) -> Tensor:
-    """The preview stage of `sample_tokens` alone: int64 [B, ph, pw], on `device`."""
-    plan = [_Plan(_PREVIEW, preview_grid(grid), preview)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
-    return _write(model, prompt, plan, draw)[0]
+    """The preview stage of `sample_tokens` alone: int64 [B, ph, pw], on the run's device."""
+    return _write(model, prompt, [_Plan(_PREVIEW, preview_grid(grid), preview)], run)[0]
 
 
 def sample_from_references(
-    model: ARModel,
-    prompt: Prompt,
-    grid: Grid,
-    seed: int,
-    batch_size: int,
-    options: SamplingOptions,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    large: Forced | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    show: Callable[[list[Tensor]], None] = lambda grids: None,
-    check_interrupt: Callable[[], None] = lambda: None,
+    model: ARModel, prompt: Prompt, grid: Grid, run: Run, *, large: Forced | None = None
 ) -> Tensor:
     """The large grid after a prompt with references, which has no preview: int64 [B, h, w].
 
     Args are those of `sample_tokens`, with a prompt of `PromptTokenizer.image_to_image`.
     """
-    plan = [_Plan(_LARGE, grid, large)]
-    draw = _Draw(seed, batch_size, options, device, dtype, progress, show, check_interrupt)
-    return _write(model, prompt, plan, draw)[0]
-
-
-def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Temperature, then top-k, then top-p, as transformers' logits warpers: float32 [B, n].
-
-    Candidates that drop out become -inf. The temperature must not be 0.
-    """
-    logits = logits.float() / options.temperature
-    if options.top_k:
-        kth = logits.topk(min(options.top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if options.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return logits
-
-
-def draw_token(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
-    """Ids int64 [B] from logits and Gumbel noise, both [B, n]; no noise where greedy."""
-    if noise is None:
-        return logits.argmax(dim=-1)
-    return (filter_logits(logits, options) + noise).argmax(dim=-1)
+    return _write(model, prompt, [_Plan(_LARGE, grid, large)], run)[0]
 
 
 @dataclass(frozen=True)
@@ -193,45 +145,34 @@ class _Plan:
         return ~self.forced.mask
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """What a run draws with, and whom it tells."""
-
-    seed: int
-    batch_size: int
-    options: SamplingOptions
-    device: torch.device
-    dtype: torch.dtype
-    progress: Callable[[int, int], None]
-    show: Callable[[list[Tensor]], None]
-    check_interrupt: Callable[[], None]
-
-
-def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], draw: _Draw) -> list[Tensor]:
+def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], run: Run) -> list[Tensor]:
     """Fill the grids of a plan in order, each cell given the prompt and all cells before it.
 
     Returns:
         int64 [B, rows, columns] for each grid.
     """
-    sequence = _Sequence(model, prompt, plan, draw)
-    keys = sample_keys(draw.seed, draw.batch_size, draw.device)
-    report = _Report(sequence, plan, draw)
+    sequence = _Sequence(model, prompt, plan, run)
+    report = _Report(sequence, plan, run)
     row_start = 0
     for p in plan:
         for row, free in enumerate(p.free()):
-            columns = free.nonzero().flatten().tolist()
-            noise = [None] * len(columns)
-            if columns and draw.options.temperature:
-                at = torch.tensor(columns, device=draw.device)
-                noise = gumbel(keys, p.number, row, at, model.config.codebook).unbind(dim=1)
-            for column, cell_noise in zip(columns, noise, strict=True):
-                draw.check_interrupt()
-                index = row_start + column
-                token = draw_token(sequence.logits_at(index), cell_noise, draw.options)
-                sequence.tokens[:, index] = token
-                report.step(index)
+            if free.any():
+                sequence.begin_row(p, row)
+            for columns in _runs(free.tolist()):
+                sequence.write(row_start, columns, report)
             row_start += p.grid[1]
-    return _grids(sequence.tokens, plan)
+    return _grids(sequence.tokens.clone(), plan)
+
+
+def _runs(free: list[bool]) -> Iterator[range]:
+    """The columns of each run of free cells."""
+    start = None
+    for column, is_free in enumerate([*free, False]):
+        if is_free and start is None:
+            start = column
+        elif not is_free and start is not None:
+            yield range(start, column)
+            start = None
 
 
 def _grids(cells: Tensor, plan: list[_Plan]) -> list[Tensor]:
@@ -245,63 +186,116 @@ def _grids(cells: Tensor, plan: list[_Plan]) -> list[Tensor]:
 class _Sequence:
     """The prompt and the cells after it, read by the model no further than a draw asks for."""
 
-    def __init__(self, model: ARModel, prompt: Prompt, plan: list[_Plan], draw: _Draw) -> None:
-        self.tokens = torch.cat([p.tokens(draw.batch_size) for p in plan], dim=1).to(draw.device)
+    def __init__(self, model: ARModel, prompt: Prompt, plan: list[_Plan], run: Run) -> None:
         self._model = model
-        self._dtype = draw.dtype
-        self._prompt = prompt.ids[None].to(draw.device)
-        positions, base = [prompt.positions], prompt.end
-        for p in plan:
-            positions.append(grid_positions(p.grid, base))
-            base += max(p.grid)
-        positions = torch.cat(positions, dim=1).to(draw.device)
-        self._rope = rope_table(model.config, positions, draw.dtype)
-        self._cache: KVCache | None = None
+        self._run = run
+        self._prompt = prompt.ids[None].to(run.device)
+        self._keys = sample_keys(run.seed, run.batch_size, run.device)
+        cells = torch.cat([p.tokens(run.batch_size) for p in plan], dim=1)
+        positions = _positions(prompt, plan).to(run.device)
+        shape = StepShape(
+            run.batch_size,
+            cells.shape[1],
+            max(p.grid[1] for p in plan),
+            span_of(positions.shape[1]),
+            run.options,
+            run.device,
+            run.dtype,
+        )
+        self._buffers = run.runner.buffers(model, shape)
+        self._buffers.tokens.copy_(cells)
+        self._rope = rope_table(model.config, positions, run.dtype)
+        self._buffers.rope[:, : positions.shape[1]] = self._rope
+        self._filled = 0  # positions read so far
 
-    def logits_at(self, index: int) -> Tensor:
-        """Logits [B, codebook] of cell `index`; cells not read yet are read in one pass."""
-        if self._cache is None:
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, cells of all grids], the cells not written yet 0."""
+        return self._buffers.tokens
+
+    def begin_row(self, plan: "_Plan", row: int) -> None:
+        """Make the noise of a row: a sample at a time, which is all the memory it needs."""
+        if self._buffers.noise is None:
+            return
+        columns = torch.arange(plan.grid[1], device=self._run.device)
+        codebook = self._model.config.codebook
+        for noise, key in zip(self._buffers.noise, self._keys, strict=True):
+            noise[: len(columns)] = gumbel(key[None], plan.number, row, columns, codebook)[0]
+
+    def write(self, row_start: int, columns: range, report: "_Report") -> None:
+        """Draw the free cells of a row's `columns`, which follow each other."""
+        for column in columns:
+            self._run.check_interrupt()
+            self._write_one(row_start + column, column)
+            report.wrote(row_start + column, 1)
+
+    def _write_one(self, cell: int, column: int) -> None:
+        before = self._prompt.shape[1] + cell - 1  # the position of the id before the cell
+        self._buffers.aim(cell, column, before)
+        if self._filled == 0:
             logits = self._read_prompt()
-            if index == 0:
-                return logits
-        start, stop = self._cache.filled, self._prompt.shape[1] + index
-        block = self.tokens[:, start - self._prompt.shape[1] : index]
-        return self._model(block, self._rope[:, start:stop], self._cache, self._dtype)
+            if cell == 0:
+                self._buffers.draw(logits)
+                return
+        if self._filled == before:
+            span = span_of(before + 1)
+            self._run.runner.run(lambda: self._buffers.step(self._model, span), span)
+            self._filled += 1
+        else:
+            self._buffers.draw(self._read_up_to(cell))
+
+    def _read_up_to(self, cell: int) -> Tensor:
+        """Logits [B, 1, codebook] of a cell; the cells before it not read yet go in one pass."""
+        start, length = self._filled, self._prompt.shape[1]
+        self._filled = length + cell
+        block = self.tokens[:, start - length : cell]
+        rope = self._rope[:, start : self._filled]
+        reading = BlockPass(self._buffers.cache, start)
+        return self._model(block, rope, reading, self._run.dtype)
 
     def _read_prompt(self) -> Tensor:
         """Read the prompt once for the whole batch, then give each sample its copy."""
-        batch, length, device = self.tokens.shape[0], self._prompt.shape[1], self._prompt.device
-        cache = KVCache(self._model.config, 1, length, device, self._dtype)
-        logits = self._model(self._prompt, self._rope[:, :length], cache, self._dtype)
-        total = self._rope.shape[1]
-        self._cache = KVCache(self._model.config, batch, total, device, self._dtype)
-        self._cache.copy_prefix(cache)
-        return logits.expand(batch, -1)
+        run, length = self._run, self._prompt.shape[1]
+        cache = self._model.new_cache(1, length, run.device, run.dtype)
+        rope = self._rope[:, :length]
+        logits = self._model(self._prompt, rope, BlockPass(cache, 0), run.dtype)
+        self._buffers.cache.copy_prefix(cache, length)
+        self._filled = length
+        return logits.expand(run.batch_size, -1, -1)
+
+
+def _positions(prompt: Prompt, plan: list[_Plan]) -> Tensor:
+    """int64 [3, L] of the prompt and of the grids after it."""
+    positions, base = [prompt.positions], prompt.end
+    for p in plan:
+        positions.append(grid_positions(p.grid, base))
+        base += max(p.grid)
+    return torch.cat(positions, dim=1)
 
 
 class _Report:
     """Progress about every 100 ms, each time after waiting for the device, so that it is true."""
 
-    def __init__(self, sequence: _Sequence, plan: list[_Plan], draw: _Draw) -> None:
+    def __init__(self, sequence: _Sequence, plan: list[_Plan], run: Run) -> None:
         self._sequence = sequence
         self._plan = plan
-        self._draw = draw
+        self._run = run
         self._free = torch.cat([p.free().flatten() for p in plan])
         self._total = int(self._free.sum())
         self._done = self._reported = 0
         self._due = 1
         self._time = time.monotonic()
 
-    def step(self, index: int) -> None:
-        """Cell `index` is drawn, and with it all before it are known."""
-        self._done += 1
+    def wrote(self, index: int, cells: int) -> None:
+        """So many cells up to `index` were drawn, and with it all before it are known."""
+        self._done += cells
         if self._done < self._due:
             return
         tokens = self._sequence.tokens.to("cpu", copy=True)  # waits for the device
         tokens[:, index + 1 :].masked_fill_(self._free[index + 1 :], UNKNOWN)
         now = time.monotonic()
-        self._draw.show(_grids(tokens, self._plan))
-        self._draw.progress(self._done, self._total)
+        self._run.show(_grids(tokens, self._plan))
+        self._run.progress(self._done, self._total)
         steps, seconds = self._done - self._reported, max(now - self._time, 1e-6)
         # The next report is one interval away at the pace measured, but never a leap.
         stride = max(1, min(2 * steps, int(steps * REPORT_SECONDS / seconds)))

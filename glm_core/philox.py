@@ -77,7 +77,6 @@ def to_gumbel(words: Tensor) -> Tensor:
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product, by halves so that int64 never overflows."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low word of a 32 x 32 bit product; int64 wraps, so that its 64 bits are right."""
+    product = a * b
+    return (product >> 32) & _WORD, product & _WORD

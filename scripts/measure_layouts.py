@@ -11,8 +11,8 @@ import time
 import torch
 
 from glm_core.ar_model import ARConfig, ARModel
-from glm_core.ar_sampler import SamplingOptions, sample_layout
 from glm_core.grids import text_positions, token_grid
+from glm_core.logits import SamplingOptions, sample_layout
 from glm_core.prompt import Prompt
 
 CONFIG = ARConfig(

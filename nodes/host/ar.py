@@ -11,7 +11,7 @@ from torch import Tensor
 from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
 from ...glm_core.ar_sampler import (
     Forced,
-    SamplingOptions,
+    Run,
     sample_from_references,
     sample_layout,
     sample_tokens,
@@ -26,6 +26,7 @@ from ...glm_core.layout import (
     require_layout_fits,
     require_tokens_fit,
 )
+from ...glm_core.logits import SamplingOptions
 from ...glm_core.prompt import Prompt, PromptTokenizer
 from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
@@ -186,10 +187,7 @@ class HostAR:
         kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
         self._load(samples, length, max(len(prompt), samples * kept))
         progress = TokenProgress(self.palette)
-        return sampler(
-            self.patcher.model,
-            prompt,
-            grid,
+        run = Run(
             seed,
             samples,
             options,
@@ -198,8 +196,8 @@ class HostAR:
             progress=progress.update,
             show=progress.show,
             check_interrupt=check_interrupt,
-            **forced,
         )
+        return sampler(self.patcher.model, prompt, grid, run, **forced)
 
     def _text_to_image(self, prompt: str, height: int, width: int) -> Prompt:
         return self.tokenizer.text_to_image(prompt, token_grid(height, width))

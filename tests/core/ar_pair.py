@@ -7,8 +7,9 @@ from functools import cache
 import reference
 import torch
 from glm_image.glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
-from glm_image.glm_core.ar_sampler import SamplingOptions, sample_layout, sample_tokens
+from glm_image.glm_core.ar_sampler import Run, sample_layout, sample_tokens
 from glm_image.glm_core.checkpoint import open_component
+from glm_image.glm_core.logits import SamplingOptions
 from glm_image.glm_core.prompt import Prompt, PromptTokenizer
 from glm_image.glm_core.reference_image import ImageConfig
 from glm_image.glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
@@ -33,18 +34,22 @@ class Pair:
         return self.tokenizer.text_to_image(text, grid)
 
     def tokens(
-        self, prompt: str, grid: tuple[int, int], seed: int = 0, batch: int = 1, **kwargs
+        self, prompt: str, grid: tuple[int, int], preview=None, large=None, **how
     ) -> tuple[Tensor, Tensor]:
-        options = kwargs.pop("options", SamplingOptions())
         read = self.prompt(prompt, grid)
-        return sample_tokens(self.model, read, grid, seed, batch, options, **PLACE, **kwargs)
+        return sample_tokens(self.model, read, grid, run(**how), preview=preview, large=large)
 
-    def layout(
-        self, prompt: str, grid: tuple[int, int], seed: int = 0, batch: int = 1, **kwargs
-    ) -> Tensor:
-        options = kwargs.pop("options", SamplingOptions())
-        read = self.prompt(prompt, grid)
-        return sample_layout(self.model, read, grid, seed, batch, options, **PLACE, **kwargs)
+    def layout(self, prompt: str, grid: tuple[int, int], preview=None, **how) -> Tensor:
+        return sample_layout(
+            self.model, self.prompt(prompt, grid), grid, run(**how), preview=preview
+        )
+
+
+DEFAULTS = SamplingOptions()
+
+
+def run(seed: int = 0, batch: int = 1, options: SamplingOptions = DEFAULTS, **how) -> Run:
+    return Run(seed, batch, options, **PLACE, **how)
 
 
 @cache

@@ -12,11 +12,11 @@ from glm_image.glm_core.ar_model import (
     VISION_PREFIXES,
     ARConfig,
     ARModel,
-    KVCache,
     rope_table,
 )
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.grids import grid_positions, text_positions
+from glm_image.glm_core.kv_cache import BlockPass, StepPass, span_of, step_mask
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 HUB = Path(__file__).parent.parent / "configs" / "hub"
@@ -37,14 +37,20 @@ def random_sequence(config, batch=1):
 
 
 def all_logits(model, ids, positions, blocks):
-    """Logits after every id, when the sequence is read in blocks of the given lengths."""
-    cache = KVCache(model.config, ids.shape[0], ids.shape[1], CPU, torch.float32)
+    """Logits after every id, when the sequence is read in blocks of the given lengths.
+
+    A block of one id is a static step, as in sampling.
+    """
+    cache = model.new_cache(ids.shape[0], span_of(ids.shape[1]), CPU, torch.float32)
     rope = rope_table(model.config, positions, torch.float32)
     out, start = [], 0
     for length in blocks:
         part = slice(start, start + length)
-        hidden = model.model["language_model"](ids[:, part], rope[:, part], cache, torch.float32)
-        out.append(model.logits(hidden))
+        reading = BlockPass(cache, start)
+        if length == 1:
+            position = torch.tensor([start])
+            reading = StepPass(cache, position, step_mask(position, cache.length, torch.float32))
+        out.append(model(ids[:, part], rope[:, part], reading, torch.float32, tail=length))
         start += length
     return torch.cat(out, dim=1)
 
@@ -68,11 +74,11 @@ def test_logits_are_the_references(shape, blocks):
 def test_forward_gives_the_logits_after_the_block(shape):
     model = pair(shape).model
     ids, positions = random_sequence(model.config)
-    cache = KVCache(model.config, 1, 19, CPU, torch.float32)
     rope = rope_table(model.config, positions, torch.float32)
-    logits = model(ids, rope, cache, torch.float32)
-    assert cache.filled == 19
-    assert relative_error(logits, all_logits(model, ids, positions, (19,))[:, -1]) < 1e-6
+    reading = BlockPass(model.new_cache(1, 19, CPU, torch.float32), 0)
+    logits = model(ids, rope, reading, torch.float32)
+    assert logits.shape == (1, 1, model.config.codebook)
+    assert relative_error(logits, all_logits(model, ids, positions, (19,))[:, -1:]) < 1e-6
 
 
 def test_every_axis_of_the_positions_matters():
@@ -93,23 +99,23 @@ def test_bf16_is_the_references_bf16():
     theirs = network(input_ids=ids, position_ids=positions[:, None], use_cache=False).logits[
         0, -1, : model.config.codebook
     ]
-    cache = KVCache(model.config, 1, 19, CPU, torch.bfloat16)
-    ours = model(ids, rope_table(model.config, positions, torch.bfloat16), cache, torch.bfloat16)
+    reading = BlockPass(model.new_cache(1, 19, CPU, torch.bfloat16), 0)
+    ours = model(ids, rope_table(model.config, positions, torch.bfloat16), reading, torch.bfloat16)
     assert ours.dtype == torch.bfloat16
-    assert relative_error(ours[0].float(), theirs.float()) < 0.02
+    assert relative_error(ours[0, 0].float(), theirs.float()) < 0.02
 
 
 def test_a_copied_cache_continues_as_the_original():
     model = pair("small").model
     ids, positions = random_sequence(model.config)
     rope = rope_table(model.config, positions, torch.float32)
-    prompt = KVCache(model.config, 1, 7, CPU, torch.float32)
-    model(ids[:, :7], rope[:, :7], prompt, torch.float32)
-    batch = KVCache(model.config, 3, 19, CPU, torch.float32)
-    batch.copy_prefix(prompt)
-    logits = model(ids[:, 7:].expand(3, -1), rope[:, 7:], batch, torch.float32)
-    whole = all_logits(model, ids, positions, (19,))[:, -1]
-    assert relative_error(logits, whole.expand(3, -1)) < 1e-5
+    prompt = model.new_cache(1, 7, CPU, torch.float32)
+    model(ids[:, :7], rope[:, :7], BlockPass(prompt, 0), torch.float32)
+    batch = model.new_cache(3, 19, CPU, torch.float32)
+    batch.copy_prefix(prompt, 7)
+    logits = model(ids[:, 7:].expand(3, -1), rope[:, 7:], BlockPass(batch, 7), torch.float32)
+    whole = all_logits(model, ids, positions, (19,))[:, -1:]
+    assert relative_error(logits, whole.expand(3, -1, -1)) < 1e-5
 
 
 def test_full_size_names_and_shapes_are_the_references():

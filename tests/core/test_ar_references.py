@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from ar_pair import PLACE, pair
-from glm_image.glm_core.ar_sampler import Forced, SamplingOptions, sample_from_references
+from ar_pair import pair, run
+from glm_image.glm_core.ar_sampler import Forced, sample_from_references
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.grids import text_positions, upsample_tokens
+from glm_image.glm_core.logits import SamplingOptions
 from glm_image.glm_core.prompt import Prompt, PromptTokenizer
 from glm_image.glm_core.reference_image import vision_pixels
 from PIL import Image
@@ -56,12 +57,12 @@ def test_tokens_of_and_from_references_are_the_references(shape, count):
     assert torch.cat(upsampled).tolist() == ids[0].tolist()
 
     prompt = both.tokenizer.image_to_image("x", GRID, ours)
-    written = sample_from_references(both.model, prompt, GRID, 0, 1, GREEDY, **PLACE)
+    written = sample_from_references(both.model, prompt, GRID, run(options=GREEDY))
     assert written.shape == (1, *GRID)
     assert upsample_tokens(written).flatten().tolist() == tokens.flatten().tolist()
     assert len(written.unique()) > 2  # greedy on random weights repeats itself, but
     elsewhere = Prompt(prompt.ids, text_positions(len(prompt)))
-    moved = sample_from_references(both.model, elsewhere, GRID, 0, 1, GREEDY, **PLACE)
+    moved = sample_from_references(both.model, elsewhere, GRID, run(options=GREEDY))
     assert (moved != written).sum() > 8  # positions decide what it writes
 
 
@@ -123,7 +124,7 @@ def test_references_change_what_is_written_and_so_does_their_order():
 
     def written(references):
         prompt = both.tokenizer.image_to_image("a cat", (4, 4), references)
-        return sample_from_references(both.model, prompt, (4, 4), 0, 1, GREEDY, **PLACE).tolist()
+        return sample_from_references(both.model, prompt, (4, 4), run(options=GREEDY)).tolist()
 
     runs = [written(codes), written(codes[::-1]), written(codes[:1])]
     assert runs[0] != runs[1] != runs[2] != runs[0]
@@ -134,10 +135,9 @@ def test_a_batch_is_single_runs_and_forced_cells_stay():
     prompt = both.tokenizer.image_to_image("a cat", (3, 4), [torch.arange(6).view(2, 3)])
     options = SamplingOptions(temperature=1.5, top_p=1.0)
 
-    def written(seed, batch, **kwargs):
-        return sample_from_references(
-            both.model, prompt, (3, 4), seed, batch, options, **PLACE, **kwargs
-        )
+    def written(seed, batch, **forced):
+        how = run(seed, batch, options)
+        return sample_from_references(both.model, prompt, (3, 4), how, **forced)
 
     batch = written(11, 3)
     assert torch.equal(batch, torch.cat([written(11 + i, 1) for i in range(3)]))

@@ -5,17 +5,12 @@ import itertools
 import pytest
 import reference
 import torch
-from ar_pair import PLACE, pair
-from glm_image.glm_core import ar_sampler
-from glm_image.glm_core.ar_sampler import (
-    Forced,
-    SamplingOptions,
-    draw_token,
-    filter_logits,
-    sample_tokens,
-)
+from ar_pair import PLACE, pair, run
+from glm_image.glm_core import ar_sampler, ar_step
+from glm_image.glm_core.ar_sampler import Forced, sample_tokens
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.grids import preview_grid
+from glm_image.glm_core.logits import SamplingOptions, draw_token, filter_logits
 from glm_image.glm_core.philox import gumbel, sample_keys
 from glm_image.glm_core.tokens import UNKNOWN
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -83,16 +78,16 @@ def test_draws_follow_the_references_filtered_probabilities(options):
     """Chi-square goodness of fit at one position of a real sequence, over 40,000 seeds."""
     both = pair("wide")
     seen = []
-    original = ar_sampler.draw_token
+    original = draw_token
 
     def keep(logits, noise, opts):
         seen.append(logits)
         return original(logits, noise, opts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ar_sampler, "draw_token", keep)
+        patch.setattr(ar_step, "draw_token", keep)
         both.tokens(PROMPT, (1, 1), options=options)
-    logits = seen[100]
+    logits = seen[100][:, 0]
     probabilities = reference_filter(logits, options).softmax(-1)[0]
     draws = 40_000
     noise = gumbel(sample_keys(99, draws, PLACE["device"]), 0, 3, torch.tensor([4]), 96)[:, 0]
@@ -127,9 +122,9 @@ def recorded_noise(both, prompt, monkeypatch, **kwargs):
         noise.append(cell_noise)
         return original(logits, cell_noise, options)
 
-    monkeypatch.setattr(ar_sampler, "draw_token", keep)
+    monkeypatch.setattr(ar_step, "draw_token", keep)
     both.tokens(prompt, (2, 3), seed=5, **kwargs)
-    return torch.stack(noise, dim=1)
+    return torch.cat(noise, dim=1)
 
 
 def test_the_noise_is_the_same_whatever_the_prompt_and_what_is_forced(monkeypatch):
@@ -262,11 +257,10 @@ def test_weights_of_another_dtype_than_the_computation():
     model.load_state_dict(
         {k: v.bfloat16() for k, v in both.model.state_dict().items()}, assign=True
     )
-    place = {"device": PLACE["device"], "dtype": torch.float32}
-    tokens, _ = sample_tokens(model, prompt, (2, 2), 0, 1, SamplingOptions(), **place)
+    tokens, _ = sample_tokens(model, prompt, (2, 2), run())
     rounded = type(both.model)(both.model.config)
     rounded.load_state_dict({k: v.bfloat16().float() for k, v in both.model.state_dict().items()})
-    expected, _ = sample_tokens(rounded, prompt, (2, 2), 0, 1, SamplingOptions(), **place)
+    expected, _ = sample_tokens(rounded, prompt, (2, 2), run())
     assert torch.equal(tokens, expected)
 
 

@@ -6,8 +6,8 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core.ar_sampler import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.logits import SamplingOptions
 from helpers import relative_error, same, stages
 from safetensors.torch import save_file
 

@@ -1,0 +1,128 @@
+"""The AR model's KV cache, and the two ways a pass meets it: a block of ids, or one static step.
+
+A pass writes its keys and values and attends to all that has been written so far.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPAN = 256
+"""A step attends to a multiple of this many positions, so that few shapes serve a whole image."""
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once: [layer, (k, v), B, kv_heads, length, D].
+
+    Zeros, for a step weighs positions that nobody has written with 0, and 0 * NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (layers, 2, batch, kv_heads, length, head_dim)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def length(self) -> int:
+        return self.data.shape[4]
+
+    def copy_prefix(self, other: "KVCache", length: int) -> None:
+        """Begin with the first `length` positions of `other`, of this batch or of batch 1."""
+        self.data[..., :length, :] = other.data[..., :length, :]
+
+
+class Pass(Protocol):
+    """What attention is given: the cache, and where this pass stands in it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
+
+
+class BlockPass:
+    """Ids that continue a sequence of `start` positions, each attending to itself and before."""
+
+    def __init__(self, cache: KVCache, start: int) -> None:
+        self.cache = cache
+        self.start = start
+        self._mask: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, heads = q.shape[1:3]
+        end = self.start + length
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        written = self.cache.data[layer, ..., :end, :]
+        written[0, :, :, self.start :] = k
+        written[1, :, :, self.start :] = v
+        # Every query head its own keys: no kernel but CUDA's unmasked one shares them as fast.
+        keys, values = written.repeat_interleave(heads // k.shape[1], dim=2)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=self._causal(length, q.device),
+            is_causal=self.start == 0 and length > 1,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _causal(self, length: int, device: torch.device) -> Tensor | None:
+        """[L, start + L], made once a pass; where the block starts a sequence there is none."""
+        if self.start == 0 or length == 1:
+            return None
+        if self._mask is None:
+            ones = torch.ones(length, self.start + length, dtype=torch.bool, device=device)
+            self._mask = ones.tril(self.start)
+        return self._mask
+
+
+@dataclass(frozen=True)
+class StepPass:
+    """One id for every sample at a position that only the device knows: nothing here depends on it.
+
+    Args:
+        position: int64 [1].
+        mask: 0 or -inf in the model's dtype [1, 1, 1, span], see `step_mask`.
+    """
+
+    cache: KVCache
+    position: Tensor
+    mask: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, _, kv_heads, head_dim = k.shape
+        keys, values = self.cache.data[layer]
+        keys.index_copy_(2, self.position, k.transpose(1, 2))
+        values.index_copy_(2, self.position, v.transpose(1, 2))
+        span = self.mask.shape[-1]
+        # The heads that share keys stand as queries of one head: their keys are read once.
+        out = F.scaled_dot_product_attention(
+            q.view(batch, kv_heads, -1, head_dim),
+            keys[:, :, :span],
+            values[:, :, :span],
+            attn_mask=self.mask,
+        )
+        return out.reshape(batch, 1, -1)
+
+
+def step_mask(position: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """What a step at `position` (int64 [1]) sees of the first `span` positions: [1, 1, 1, span]."""
+    unseen = torch.arange(span, device=position.device) > position
+    return torch.zeros(span, dtype=dtype, device=position.device).masked_fill_(unseen, -torch.inf)[
+        None, None, None
+    ]
+
+
+def span_of(positions: int) -> int:
+    """The fewest positions, a multiple of `SPAN`, that hold so many."""
+    return -(-positions // SPAN) * SPAN
