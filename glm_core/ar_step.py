@@ -105,3 +105,41 @@ class EagerRunner:
 
     def run(self, step: Callable[[], None], span: int) -> None:
         step()
+
+
+class ReplayRunner:
+    """Records a step once for each span and replays it, also for later prompts of that shape.
+
+    What is recorded holds addresses, so it is dropped when the shape, the options or the place of
+    any weight is another than when it was made.
+
+    Args:
+        record: takes a step, does its work or not, and gives a function that does it again.
+    """
+
+    def __init__(self, record: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        self._record = record
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the buffers and of all that was recorded."""
+        self._made_for: tuple | None = None
+        self._buffers: StepBuffers | None = None
+        self._seen: set[int] = set()
+        self._recorded: dict[int, Callable[[], None]] = {}
+
+    def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
+        made_for = shape, tuple(weight.data_ptr() for weight in model.parameters())
+        if self._buffers is None or made_for != self._made_for:
+            self.drop()
+            self._buffers, self._made_for = StepBuffers(model, shape), made_for
+        return self._buffers
+
+    def run(self, step: Callable[[], None], span: int) -> None:
+        if span not in self._seen:  # the first one finds what a recording may not: kernels, room
+            self._seen.add(span)
+            step()
+            return
+        if span not in self._recorded:
+            self._recorded[span] = self._record(step)
+        self._recorded[span]()

@@ -32,6 +32,7 @@ from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
 from .palette import CodePalette
 from .progress import TokenProgress, check_interrupt
+from .step_graphs import StepGraphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 
@@ -46,16 +47,18 @@ class HostAR:
         dtype: torch.dtype,
         vision: HostVision,
         palette: CodePalette,
+        graphs: StepGraphs,
     ) -> None:
         self.patcher = patcher
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.vision = vision
         self.palette = palette
+        self.graphs = graphs
 
     def with_patcher(self, patcher: Any) -> "HostAR":
         """The same model under another patcher, such as a clone that carries a LoRA."""
-        return HostAR(patcher, self.tokenizer, self.dtype, self.vision, self.palette)
+        return HostAR(patcher, self.tokenizer, self.dtype, self.vision, self.palette, self.graphs)
 
     @property
     def config(self) -> ARConfig:
@@ -193,6 +196,7 @@ class HostAR:
             options,
             device=self.patcher.load_device,
             dtype=self.dtype,
+            runner=self.graphs.runner(self.patcher),
             progress=progress.update,
             show=progress.show,
             check_interrupt=check_interrupt,
@@ -273,7 +277,9 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
     dtype = precision(component, weight_dtype, patcher.load_device).compute
     vision = HostVision(component, model_name, weight_dtype)
     palette = CodePalette(component, patcher.model.config.codebook)
-    return HostAR(patcher, tokenizer, dtype, vision, palette)
+    graphs = StepGraphs()
+    graphs.watch(patcher)
+    return HostAR(patcher, tokenizer, dtype, vision, palette, graphs)
 
 
 def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):

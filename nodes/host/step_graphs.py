@@ -1,0 +1,71 @@
+"""The AR model's step as a CUDA graph, where the host has all of its weights on the GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+
+from ...glm_core.ar_step import EagerRunner, ReplayRunner, Runner
+
+
+class StepGraphs:
+    """Chooses how a patcher's steps are run, and forgets its graphs when the model is unloaded."""
+
+    def __init__(self) -> None:
+        self._replay = ReplayRunner(CudaGraphs())
+
+    def watch(self, patcher: Any) -> None:
+        """Called once; clones of the patcher inherit the callback."""
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, self._on_detach)
+
+    def runner(self, patcher: Any) -> Runner:
+        """For the run that begins now, after the patcher was loaded."""
+        if runs_graphs(patcher.load_device) and is_resident(patcher):
+            return self._replay
+        self._replay.drop()
+        return EagerRunner()
+
+    def _on_detach(self, *_: Any) -> None:
+        self._replay.drop()
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """CUDA's and ROCm's devices, which torch reaches under one name."""
+    management = comfy.model_management
+    return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
+
+
+def is_resident(patcher: Any) -> bool:
+    """Whether every weight lies on the load device and no layer fetches or patches one as it runs.
+
+    Hosts with dynamic patchers (since 0.4) move weights during a run.
+    """
+    dynamic = getattr(patcher, "is_dynamic", None)
+    if dynamic is not None and dynamic():
+        return False
+    model = patcher.model
+    patched_late = any(
+        getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
+        for module in model.modules()
+    )
+    return not patched_late and all(
+        weight.device == patcher.load_device for weight in model.parameters()
+    )
+
+
+class CudaGraphs:
+    """Records steps as graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the server's other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
