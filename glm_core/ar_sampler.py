@@ -18,7 +18,8 @@ from .ar_step import EagerRunner, Runner, StepShape
 from .errors import GLMImageError
 from .grids import Grid, grid_positions, preview_grid
 from .kv_cache import BlockPass, span_of
-from .logits import SamplingOptions
+from .logits import SamplingOptions, draw_token
+from .lookahead import accepted, guess_row
 from .philox import gumbel, sample_keys
 from .prompt import Prompt
 from .tokens import UNKNOWN
@@ -34,8 +35,8 @@ class Run:
     Args:
         seed: of sample 0; sample i draws with (seed + i) mod 2^64.
         device, dtype: where and in what to compute.
-        lookahead: cells that one pass of the model may write by guessing them, see `lookahead`;
-            1 writes one cell a pass. The tokens are the same.
+        lookahead: cells that one pass of the model may write, all but the first if they are
+            guessed right, see `lookahead.py`; 1 writes one a pass. The tokens are the same.
         runner: runs the steps that write one cell.
         progress: called with (cells drawn, cells to draw), at most every 100 ms and at the end.
         show: called before each progress with the grids so far, int64 [B, rows, columns] on the
@@ -121,6 +122,10 @@ class _Plan:
     grid: Grid
     forced: Forced | None
 
+    @property
+    def cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
     def tokens(self, batch: int) -> Tensor:
         """int64 [B, rows * columns]: the forced cells filled in, the others 0."""
         tokens = torch.zeros(batch, *self.grid, dtype=torch.int64)
@@ -152,15 +157,15 @@ def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], run: Run) -> list[
         int64 [B, rows, columns] for each grid.
     """
     sequence = _Sequence(model, prompt, plan, run)
+    write = sequence.write if run.lookahead == 1 else sequence.write_ahead
     report = _Report(sequence, plan, run)
-    row_start = 0
     for p in plan:
         for row, free in enumerate(p.free()):
             if free.any():
                 sequence.begin_row(p, row)
             for columns in _runs(free.tolist()):
-                sequence.write(row_start, columns, report)
-            row_start += p.grid[1]
+                for cell, cells in write(columns):
+                    report.wrote(cell, cells)
     return _grids(sequence.tokens.clone(), plan)
 
 
@@ -177,7 +182,7 @@ def _runs(free: list[bool]) -> Iterator[range]:
 
 def _grids(cells: Tensor, plan: list[_Plan]) -> list[Tensor]:
     """[B, cells of all grids] to [B, rows, columns] for each grid."""
-    flat = cells.split([p.grid[0] * p.grid[1] for p in plan], dim=1)
+    flat = cells.split([p.cells for p in plan], dim=1)
     return [
         rearrange(part, "b (h w) -> b h w", w=p.grid[1]) for p, part in zip(plan, flat, strict=True)
     ]
@@ -188,6 +193,7 @@ class _Sequence:
 
     def __init__(self, model: ARModel, prompt: Prompt, plan: list[_Plan], run: Run) -> None:
         self._model = model
+        self._plan = plan
         self._run = run
         self._prompt = prompt.ids[None].to(run.device)
         self._keys = sample_keys(run.seed, run.batch_size, run.device)
@@ -207,6 +213,8 @@ class _Sequence:
         self._rope = rope_table(model.config, positions, run.dtype)
         self._buffers.rope[:, : positions.shape[1]] = self._rope
         self._filled = 0  # positions read so far
+        self._row_start = 0  # the first cell of the row being written
+        self._guesses: Tensor | None = None  # of the row being written: int64 [B, columns]
 
     @property
     def tokens(self) -> Tensor:
@@ -214,7 +222,12 @@ class _Sequence:
         return self._buffers.tokens
 
     def begin_row(self, plan: "_Plan", row: int) -> None:
-        """Make the noise of a row: a sample at a time, which is all the memory it needs."""
+        """Turn to a row: its noise, a sample at a time, which is all the memory it needs, and
+        where the run looks ahead, its guesses."""
+        first = sum(p.cells for p in self._plan[: self._plan.index(plan)])
+        self._row_start = first + row * plan.grid[1]
+        if self._run.lookahead > 1:
+            self._guesses = self._guess(plan, row)
         if self._buffers.noise is None:
             return
         columns = torch.arange(plan.grid[1], device=self._run.device)
@@ -222,12 +235,55 @@ class _Sequence:
         for noise, key in zip(self._buffers.noise, self._keys, strict=True):
             noise[: len(columns)] = gumbel(key[None], plan.number, row, columns, codebook)[0]
 
-    def write(self, row_start: int, columns: range, report: "_Report") -> None:
-        """Draw the free cells of a row's `columns`, which follow each other."""
+    def _guess(self, plan: "_Plan", row: int) -> Tensor:
+        start, width = self._row_start, plan.grid[1]
+        above = self.tokens[:, start - width : start] if row else None
+        preview = None
+        if plan.number == _LARGE and len(self._plan) > 1:
+            preview = _grids(self.tokens, self._plan)[0]
+        guesses = guess_row(above, preview, plan.grid, row)
+        if guesses is None:
+            return self.tokens.new_zeros(self.tokens.shape[0], width)
+        return guesses.clone()
+
+    def write(self, columns: range) -> Iterator[tuple[int, int]]:
+        """Draw free cells of the row, which follow each other, one a pass.
+
+        Yields:
+            the last cell that was drawn, and how many were
+        """
         for column in columns:
             self._run.check_interrupt()
-            self._write_one(row_start + column, column)
-            report.wrote(row_start + column, 1)
+            self._write_one(self._row_start + column, column)
+            yield self._row_start + column, 1
+
+    def write_ahead(self, columns: range) -> Iterator[tuple[int, int]]:
+        """As `write`, with up to `lookahead` cells a pass: the next, and those guessed right."""
+        start, stop = columns.start, columns.stop
+        while start < stop:
+            self._run.check_interrupt()
+            draws = self._draw_ahead(start, min(start + self._run.lookahead, stop))
+            end = start + draws.shape[1]
+            final = accepted(draws, self._guesses[:, start : end - 1])
+            cell = self._row_start + start
+            self.tokens[:, cell : cell + final] = draws[:, :final]
+            self._guesses[:, start:end] = draws
+            self._filled = self._prompt.shape[1] + cell + final - 1
+            start += final
+            yield cell + final - 1, final
+
+    def _draw_ahead(self, start: int, stop: int) -> Tensor:
+        """Draws [B, W] for columns from `start` on, each after the guesses before it."""
+        cell = self._row_start + start
+        if self._filled == 0:
+            logits = self._read_prompt()
+        if cell:
+            guesses = self._guesses[:, start : stop - 1]
+            self.tokens[:, cell : cell + guesses.shape[1]] = guesses
+            logits = self._read_up_to(cell + guesses.shape[1], tail=stop - start)
+        noise = self._buffers.noise
+        noise = None if noise is None else noise[:, start : start + logits.shape[1]]
+        return draw_token(logits, noise, self._run.options)
 
     def _write_one(self, cell: int, column: int) -> None:
         before = self._prompt.shape[1] + cell - 1  # the position of the id before the cell
@@ -244,14 +300,15 @@ class _Sequence:
         else:
             self._buffers.draw(self._read_up_to(cell))
 
-    def _read_up_to(self, cell: int) -> Tensor:
-        """Logits [B, 1, codebook] of a cell; the cells before it not read yet go in one pass."""
+    def _read_up_to(self, cell: int, tail: int = 1) -> Tensor:
+        """Logits [B, tail, codebook] of a cell and those before it; what is before the cell and
+        has not been read yet goes in one pass."""
         start, length = self._filled, self._prompt.shape[1]
         self._filled = length + cell
         block = self.tokens[:, start - length : cell]
         rope = self._rope[:, start : self._filled]
         reading = BlockPass(self._buffers.cache, start)
-        return self._model(block, rope, reading, self._run.dtype)
+        return self._model(block, rope, reading, self._run.dtype, tail)
 
     def _read_prompt(self) -> Tensor:
         """Read the prompt once for the whole batch, then give each sample its copy."""

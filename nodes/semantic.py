@@ -55,6 +55,7 @@ class SampleTokens(io.ComfyNode):
                     tooltip="With tokens: the region to draw anew. Of any size; a cell belongs to "
                     "it from half its area on.",
                 ),
+                lookahead_input(),
             ],
             outputs=[
                 Tokens.Output(display_name="tokens"),
@@ -78,6 +79,7 @@ class SampleTokens(io.ComfyNode):
         references: ReferenceData | None = None,
         tokens: SemanticTokens | None = None,
         mask: torch.Tensor | None = None,
+        lookahead: int = 1,
     ) -> io.NodeOutput:
         request = (
             prompt,
@@ -87,15 +89,15 @@ class SampleTokens(io.ComfyNode):
             batch_size,
             SamplingOptions(temperature, top_p, top_k),
         )
-        region = {"tokens": tokens, "mask": mask}
+        extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
         if references is None:
-            return io.NodeOutput(*ar.sample(*request, layout=layout, **region))
+            return io.NodeOutput(*ar.sample(*request, layout=layout, **extra))
         if layout is not None:
             raise GLMImageError(
                 "A layout and references cannot be used together, since with references there is "
                 "no preview stage; disconnect one of them."
             )
-        edited = ar.sample_from_references(*request, references, **region)
+        edited = ar.sample_from_references(*request, references, **extra)
         return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT))
 
 
@@ -117,6 +119,7 @@ class SampleLayout(io.ComfyNode):
                     tooltip="Its locked cells are kept, the others are drawn anew. "
                     + BATCH_OF_LAYOUTS,
                 ),
+                lookahead_input(),
             ],
             outputs=[Layout.Output(display_name="layout")],
         )
@@ -134,9 +137,12 @@ class SampleLayout(io.ComfyNode):
         top_k: int,
         batch_size: int,
         layout: LayoutData | None = None,
+        lookahead: int = 1,
     ) -> io.NodeOutput:
         options = SamplingOptions(temperature, top_p, top_k)
-        sampled = ar.sample_layout(prompt, height, width, seed, batch_size, options, layout=layout)
+        sampled = ar.sample_layout(
+            prompt, height, width, seed, batch_size, options, layout=layout, lookahead=lookahead
+        )
         return io.NodeOutput(sampled)
 
 
@@ -191,6 +197,19 @@ def _sampling_inputs() -> list[io.Input]:
             tooltip="Images written together; the weights are read once for all of them.",
         ),
     ]
+
+
+def lookahead_input() -> io.Int.Input:
+    return io.Int.Input(
+        "lookahead",
+        default=1,
+        min=1,
+        max=64,
+        optional=True,
+        tooltip="Write up to this many tokens in one pass, those that were guessed right from the "
+        "row above or the preview. The tokens are the same; whether it is faster depends on the "
+        "picture. 1 is off.",
+    )
 
 
 def size_inputs() -> list[io.Input]:

@@ -76,12 +76,14 @@ class HostAR:
         layout: Layout | None = None,
         tokens: SemanticTokens | None = None,
         mask: Tensor | None = None,
+        lookahead: int = 1,
     ) -> tuple[SemanticTokens, Layout]:
         """The preview, then the large grid, `batch_size` times for each layout.
 
         Args:
             layout: its locked cells are kept.
             tokens, mask: large grids of which only the cells under the mask are drawn.
+            lookahead: see `ar_sampler.Run`.
 
         Raises:
             GLMImageError: the prompt is empty, the size has no grid, or what is to be kept is not
@@ -98,6 +100,7 @@ class HostAR:
             seed,
             samples,
             options,
+            lookahead,
             preview=self._locked(layout, samples, height, width),
             large=None if tokens is None else cells_outside(mask, tokens, samples),
         )
@@ -118,6 +121,7 @@ class HostAR:
         *,
         tokens: SemanticTokens | None = None,
         mask: Tensor | None = None,
+        lookahead: int = 1,
     ) -> SemanticTokens:
         """The large grid alone: with references there is no preview stage.
 
@@ -144,6 +148,7 @@ class HostAR:
                 (seed + run.start) % 2**64,
                 run.stop - run.start,
                 options,
+                lookahead,
                 large=large and Forced(large.values[run], large.mask),
             )
             for run in runs
@@ -160,6 +165,7 @@ class HostAR:
         options: SamplingOptions,
         *,
         layout: Layout | None = None,
+        lookahead: int = 1,
     ) -> Layout:
         """The preview stage of `sample` alone."""
         samples = batch_size * (1 if layout is None else len(layout.preview))
@@ -170,6 +176,7 @@ class HostAR:
             seed,
             samples,
             options,
+            lookahead,
             preview=self._locked(layout, samples, height, width),
         )
         return self._layout(preview, layout, height, width)
@@ -182,6 +189,7 @@ class HostAR:
         seed: int,
         samples: int,
         options: SamplingOptions,
+        lookahead: int,
         **forced: Forced | None,
     ) -> Any:
         """What one of `ar_sampler`'s functions writes with this model."""
@@ -196,6 +204,7 @@ class HostAR:
             options,
             device=self.patcher.load_device,
             dtype=self.dtype,
+            lookahead=lookahead,
             runner=self.graphs.runner(self.patcher),
             progress=progress.update,
             show=progress.show,

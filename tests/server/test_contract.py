@@ -12,11 +12,11 @@ CONTRACT = {
     "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
     "GLMImageSampleTokens": (
         "ar prompt width height seed temperature top_p top_k batch_size"
-        " [layout] [references] [tokens] [mask]",
+        " [layout] [references] [tokens] [mask] [lookahead]",
         "GLM_TOKENS GLM_LAYOUT",
     ),
     "GLMImageSampleLayout": (
-        "ar prompt width height seed temperature top_p top_k batch_size [layout]",
+        "ar prompt width height seed temperature top_p top_k batch_size [layout] [lookahead]",
         "GLM_LAYOUT",
     ),
     "GLMImageLockLayout": ("layout lock batch_index [mask]", "GLM_LAYOUT"),
@@ -48,12 +48,13 @@ CONTRACT = {
         "GLM_DEVICE_PLAN STRING",
     ),
 }
+SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
     "GLMImageLoadLora": {"strength_model": 1.0, "strength_ar": 1.0},
-    "GLMImageSampleTokens": {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1},
-    "GLMImageSampleLayout": {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1},
+    "GLMImageSampleTokens": SAMPLING,
+    "GLMImageSampleLayout": SAMPLING,
     "GLMImageLockLayout": {"batch_index": 0},
     "GLMImageComposeLayouts": {"row": 0, "column": 0},
     "GLMImageShowTokens": {"cell_size": 16},
