@@ -107,17 +107,18 @@ class EagerRunner:
         step()
 
 
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Takes a step, does its work or not, and gives a function that does it again."""
+
+
 class ReplayRunner:
     """Records a step once for each span and replays it, also for later prompts of that shape.
 
     What is recorded holds addresses, so it is dropped when the shape, the options or the place of
     any weight is another than when it was made.
-
-    Args:
-        record: takes a step, does its work or not, and gives a function that does it again.
     """
 
-    def __init__(self, record: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+    def __init__(self, record: Recorder) -> None:
         self._record = record
         self.drop()
 

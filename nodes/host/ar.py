@@ -32,7 +32,7 @@ from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
 from .palette import CodePalette
 from .progress import TokenProgress, check_interrupt
-from .step_graphs import StepGraphs
+from .step_graphs import CudaGraphs, StepGraphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 
@@ -286,7 +286,7 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
     dtype = precision(component, weight_dtype, patcher.load_device).compute
     vision = HostVision(component, model_name, weight_dtype)
     palette = CodePalette(component, patcher.model.config.codebook)
-    graphs = StepGraphs()
+    graphs = StepGraphs(CudaGraphs())
     graphs.watch(patcher)
     return HostAR(patcher, tokenizer, dtype, vision, palette, graphs)
 

@@ -7,14 +7,14 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
-from ...glm_core.ar_step import EagerRunner, ReplayRunner, Runner
+from ...glm_core.ar_step import EagerRunner, Recorder, ReplayRunner, Runner
 
 
 class StepGraphs:
     """Chooses how a patcher's steps are run, and forgets its graphs when the model is unloaded."""
 
-    def __init__(self) -> None:
-        self._replay = ReplayRunner(CudaGraphs())
+    def __init__(self, record: Recorder) -> None:
+        self._replay = ReplayRunner(record)
 
     def watch(self, patcher: Any) -> None:
         """Called once; clones of the patcher inherit the callback."""
@@ -27,8 +27,11 @@ class StepGraphs:
         self._replay.drop()
         return EagerRunner()
 
-    def _on_detach(self, *_: Any) -> None:
-        self._replay.drop()
+    def _on_detach(self, patcher: Any, unpatch_all: bool) -> None:
+        if (
+            unpatch_all
+        ):  # a clone that is deleted detaches too, and leaves the weights where they are
+            self._replay.drop()
 
 
 def runs_graphs(device: torch.device) -> bool:

@@ -1,9 +1,4 @@
-"""The static step: recorded once and replayed, it writes what running it anew writes.
-
-`Tape` records what a CUDA graph does, the operations with the addresses they read and write, so
-whatever a step takes from the host, be it a number or a shape, is baked in and shows as wrong
-tokens. It refuses to let a step read the device.
-"""
+"""The static step: recorded once and replayed, it writes what running it anew writes."""
 
 import pytest
 import reference
@@ -13,53 +8,14 @@ from glm_image.glm_core.ar_sampler import Forced
 from glm_image.glm_core.ar_step import ReplayRunner, StepBuffers, StepShape
 from glm_image.glm_core.grids import preview_grid
 from glm_image.glm_core.logits import SamplingOptions
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tape import DeviceReadError, Recorder, Tape
 
 PROMPT = "a cat at the mat"
-READS_OF_THE_DEVICE = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 OPTIONS = [
     SamplingOptions(),
     SamplingOptions(temperature=0),
     SamplingOptions(temperature=1.4, top_p=1.0, top_k=7),
 ]
-
-
-class DeviceReadError(Exception):
-    pass
-
-
-class Tape(TorchDispatchMode):
-    """A step's operations; calling the tape does them again on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in READS_OF_THE_DEVICE:
-            raise DeviceReadError(func._schema.name)
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, tree_leaves(out)))
-        return out
-
-    def __call__(self):
-        for func, args, kwargs, outputs in self.calls:
-            for kept, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
-                    kept.copy_(new)
-
-
-class Recorder:
-    def __init__(self):
-        self.tapes = []
-
-    def __call__(self, step):
-        tape = Tape()
-        with tape:
-            step()
-        self.tapes.append(tape)
-        return tape
 
 
 def forced_half(grid, codebook):
@@ -146,13 +102,8 @@ def test_a_step_that_reads_the_device_is_caught():
     options = SamplingOptions()
     buffers = StepBuffers(model, StepShape(1, 9, 3, 256, options, PLACE["device"], PLACE["dtype"]))
 
-    class Careless:
-        def run(self, step, span):
-            with Tape():
-                int(buffers.position)
-
-    with pytest.raises(DeviceReadError):
-        Careless().run(None, 256)
+    with pytest.raises(DeviceReadError), Tape():
+        int(buffers.position)
     buffers.aim(4, 1, 20)
     with Tape():
         buffers.step(model, 256)

@@ -1,0 +1,112 @@
+"""When steps are replayed, and that nothing of a recording outlives what it was made for.
+
+There is no GPU: a tape of operations stands for the CUDA graph, in the place where one is made.
+"""
+
+import comfy.model_management
+import pytest
+import torch
+from glm_image.glm_core.ar_step import EagerRunner, ReplayRunner
+from glm_image.nodes.host import step_graphs
+from helpers import same
+from safetensors.torch import save_file
+from tape import Recorder
+
+PROMPT = "a cat at the mat"
+LAYER = "model.language_model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    """Every AR model loaded in the test records on tapes, as on a GPU it would record graphs."""
+    recorder = Recorder()
+    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda: recorder)
+    monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
+    return recorder
+
+
+def load(nodes):
+    return nodes["GLMImageLoadAR"].execute("small", "default").result[0]
+
+
+def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1):
+    sampling = (width, 64, seed, 0.9, 0.75, 0, batch)
+    return nodes["GLMImageSampleTokens"].execute(ar, PROMPT, *sampling).result[0].tokens
+
+
+def test_replayed_tokens_are_the_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:
+    eager, ar = load(nodes), load(nodes)
+    eager.graphs._replay = EagerRunner()
+    eager.graphs.runner = lambda patcher: EagerRunner()
+    rows, columns = ar.patcher.model.get_submodule(LAYER).weight.shape
+    down, up = torch.randn(2, columns), torch.randn(rows, 2)
+    lora = {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up}
+    save_file(lora, loras / "graphs.safetensors")
+
+    def with_lora(model):
+        load_lora = nodes["GLMImageLoadLora"].execute
+        return load_lora("graphs.safetensors", 1.0, 1.0, None, model).result[1]
+
+    adapted, adapted_eager = with_lora(ar), with_lora(eager)
+    plain = sample(nodes, ar, 1)
+    assert recorder.tapes
+    for ours, expected, how in (
+        (ar, eager, {"seed": 1}),
+        (adapted, adapted_eager, {"seed": 1}),
+        (ar, eager, {"seed": 2}),
+        (ar, eager, {"seed": 2, "width": 160}),
+        (adapted, adapted_eager, {"seed": 3, "batch": 2}),
+        (ar, eager, {"seed": 1}),
+    ):
+        assert same(sample(nodes, ours, **how), sample(nodes, expected, **how))
+    assert not same(plain, sample(nodes, adapted, 1))
+
+
+def test_a_second_prompt_of_a_size_records_nothing(nodes, recorder) -> None:
+    ar = load(nodes)
+    sample(nodes, ar, 1)
+    recorded = len(recorder.tapes)
+    assert recorded
+    sample(nodes, ar, 2)
+    assert len(recorder.tapes) == recorded
+
+
+def test_unloading_the_model_drops_recordings_and_buffers(nodes, recorder) -> None:
+    ar = load(nodes)
+    sample(nodes, ar, 1)
+    assert ar.graphs._replay._buffers is not None
+    comfy.model_management.unload_all_models()
+    assert ar.graphs._replay._buffers is None
+    assert not ar.graphs._replay._recorded
+
+
+def test_only_resident_weights_are_recorded(nodes, recorder) -> None:
+    ar = load(nodes)
+    comfy.model_management.load_models_gpu([ar.patcher])
+    assert isinstance(ar.graphs.runner(ar.patcher), ReplayRunner)
+    layer = ar.patcher.model.get_submodule(LAYER)
+    layer.weight_function = [lambda weight: weight]  # as the host patches what it streams
+    try:
+        assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
+    finally:
+        layer.weight_function = []
+    weight = layer.weight
+    layer.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)  # another device
+    try:
+        assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
+    finally:
+        layer.weight = weight
+
+
+def test_a_dynamic_patcher_is_not_recorded(nodes, recorder, monkeypatch) -> None:
+    ar = load(nodes)
+    comfy.model_management.load_models_gpu([ar.patcher])
+    monkeypatch.setattr(type(ar.patcher), "is_dynamic", lambda self: True, raising=False)
+    assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
+
+
+def test_a_cpu_records_nothing(nodes) -> None:
+    ar = load(nodes)
+    comfy.model_management.load_models_gpu([ar.patcher])
+    assert step_graphs.is_resident(ar.patcher)
+    assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)

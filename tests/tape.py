@@ -1,0 +1,49 @@
+"""A recording of a step on the CPU, in the place of a CUDA graph.
+
+It keeps what a graph keeps, the operations with the addresses they read and write, so whatever a
+step takes from the host, be it a number or a shape, is baked in and shows as wrong tokens. It
+refuses to let a step read the device.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS_OF_THE_DEVICE = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+
+
+class DeviceReadError(Exception):
+    pass
+
+
+class Tape(TorchDispatchMode):
+    """A step's operations; calling the tape does them again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in READS_OF_THE_DEVICE:
+            raise DeviceReadError(func._schema.name)
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+    def __call__(self):
+        for func, args, kwargs, outputs in self.calls:
+            for kept, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class Recorder:
+    def __init__(self):
+        self.tapes = []
+
+    def __call__(self, step):
+        tape = Tape()
+        with tape:
+            step()
+        self.tapes.append(tape)
+        return tape
