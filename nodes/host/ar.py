@@ -16,6 +16,7 @@ from ...glm_core.ar_sampler import (
     sample_layout,
     sample_tokens,
 )
+from ...glm_core.cuda_graphs import CudaGraphs
 from ...glm_core.errors import GLMImageError
 from ...glm_core.grids import preview_grid, token_grid
 from ...glm_core.layout import (
@@ -32,7 +33,7 @@ from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
 from .palette import CodePalette
 from .progress import TokenProgress, check_interrupt
-from .step_graphs import CudaGraphs, StepGraphs
+from .step_graphs import StepGraphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 

@@ -1,6 +1,5 @@
-"""The AR model's step as a CUDA graph, where the host has all of its weights on the GPU."""
+"""The AR model's step as a graph, where the host has all of its weights on the GPU."""
 
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -56,19 +55,3 @@ def is_resident(patcher: Any) -> bool:
     return not patched_late and all(
         weight.device == patcher.load_device for weight in model.parameters()
     )
-
-
-class CudaGraphs:
-    """Records steps as graphs that share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the server's other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
-        return graph.replay

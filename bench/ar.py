@@ -1,0 +1,231 @@
+"""The AR model: whole grids, one step, a block of ids, batches, and looking ahead."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig
+
+from glm_core.ar_model import ARModel, rope_table
+from glm_core.ar_sampler import Run, sample_tokens
+from glm_core.ar_step import EagerRunner, ReplayRunner, Runner, StepShape
+from glm_core.cuda_graphs import CudaGraphs
+from glm_core.grids import Grid, preview_grid, text_positions, token_grid
+from glm_core.kv_cache import BlockPass, span_of
+from glm_core.logits import SamplingOptions
+from glm_core.prompt import Prompt
+
+from .measure import Bench, Row
+from .networks import ar_pair
+from .presets import Preset
+
+PROMPT_LENGTH = 40
+LAYOUTS = 8
+LOOKAHEAD = 8
+
+
+def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
+    ours, reference = ar_pair(preset.ar, bench.device, preset.ar_dtype)
+    ar = ARBench(bench, ours, reference, preset.ar_dtype)
+    ar.require_agreement()
+    yield from ar.step_rows(token_grid(*preset.sizes[0]))
+    yield ar.block_row(preset.block)
+    if preset.generate:
+        for size in preset.sizes:
+            for batch in preset.batches:
+                yield from ar.grid_rows(token_grid(*size), batch)
+    yield ar.batch_row(token_grid(*preset.sizes[0]))
+    if preset.generate:
+        yield from ar.lookahead_rows(token_grid(*preset.sizes[0]))
+
+
+class ARBench:
+    def __init__(self, bench: Bench, ours: ARModel, reference, dtype: torch.dtype) -> None:
+        self.bench = bench
+        self.ours = ours
+        self.reference = reference
+        self.dtype = dtype
+        self.runner = self.new_runner()
+        config = ours.config
+        generator = torch.Generator().manual_seed(0)
+        first, last = config.visual_size + 2, config.vocab_size  # no id that means something
+        ids = torch.randint(first, last, (PROMPT_LENGTH,), generator=generator)
+        self.prompt = Prompt(ids, text_positions(PROMPT_LENGTH))
+
+    def new_runner(self) -> Runner:
+        return EagerRunner() if self.bench.on_cpu else ReplayRunner(CudaGraphs())
+
+    def run(self, batch: int = 1, **how) -> Run:
+        options = how.pop("options", SamplingOptions())
+        how.setdefault("runner", self.runner)
+        return Run(0, batch, options, self.bench.device, self.dtype, **how)
+
+    def generate(self, grid: Grid, batch: int, cells: int, greedy: bool = False) -> Tensor:
+        """`transformers.generate`, told not to write what is no semantic token."""
+        config, device = self.ours.config, self.bench.device
+        legal = GenerationConfig(
+            do_sample=not greedy, temperature=None if greedy else 0.9,
+            top_p=None if greedy else 0.75, top_k=None if greedy else config.visual_size,
+            eos_token_id=config.image_end, pad_token_id=config.visual_size,
+            suppress_tokens=list(range(config.codebook, config.visual_size)),
+            min_new_tokens=cells, max_new_tokens=cells,
+        )  # fmt: skip
+        ids = self.prompt.ids.to(device).expand(batch, -1)
+        grids = torch.tensor([[1, *grid], [1, *preview_grid(grid)]] * batch, device=device)
+        written = self.reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            image_grid_thw=grids,
+            images_per_sample=torch.tensor([2] * batch, device=device),
+            generation_config=legal,
+        )
+        return written[:, PROMPT_LENGTH:]
+
+    def require_agreement(self) -> None:
+        """Greedy tokens of both, so that what is timed is the same work."""
+        grid = (2, 2)
+        theirs = self.generate(grid, 1, 8, greedy=True)
+        _, preview = sample_tokens(
+            self.ours, self.prompt, grid, self.run(options=SamplingOptions(0))
+        )
+        ours = preview.flatten()[:8]
+        same = (theirs.flatten() == ours).sum().item()
+        if same < (8 if self.dtype == torch.float32 else 1):  # bf16 rounds apart sooner or later
+            raise RuntimeError(f"The AR models disagree: {ours.tolist()}, {theirs.tolist()}.")
+
+    def grid_rows(self, grid: Grid, batch: int) -> Iterator[Row]:
+        cells = math.prod(grid) + math.prod(preview_grid(grid))
+        name = f"AR, {grid[1] * 32}x{grid[0] * 32}, batch {batch}"
+
+        def ours():
+            return sample_tokens(self.ours, self.prompt, grid, self.run(batch))
+
+        def theirs():
+            return self.generate(grid, batch, cells)
+
+        seconds = self.least_seconds() * cells
+        yield self.bench.row(
+            name, ours, theirs, unit="tokens/s", work=batch * cells, floor_seconds=seconds
+        )
+        yield self.bench.memory(name, ours, theirs)
+
+    def step_rows(self, grid: Grid) -> Iterator[Row]:
+        """One token in the middle of the large grid, and what of it the linear layers take."""
+        step, linears = self.our_step(grid, 1), self.linear_layers()
+        theirs = self.their_step(self.middle(grid))
+        yield self.bench.row("AR step", step, theirs, floor_seconds=self.least_seconds())
+        yield self.bench.row("AR step, beside its linear layers alone", step, linears)
+        yield self.bench.row("transformers' step, beside the linear layers alone", theirs, linears)
+
+    @staticmethod
+    def middle(grid: Grid) -> int:
+        """A position in the middle of what is written."""
+        return PROMPT_LENGTH + (math.prod(grid) + math.prod(preview_grid(grid))) // 2
+
+    def our_step(self, grid: Grid, batch: int) -> Callable[[], None]:
+        runner, at = self.new_runner(), self.middle(grid)
+        shape = StepShape(
+            batch, 2 * at, max(grid[1], preview_grid(grid)[1]), span_of(2 * at),
+            SamplingOptions(), self.bench.device, self.dtype,
+        )  # fmt: skip
+        buffers = runner.buffers(self.ours, shape)
+        positions = text_positions(shape.length).to(self.bench.device)
+        buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
+        buffers.aim(at - PROMPT_LENGTH + 1, 0, at)
+        span = span_of(at + 1)
+
+        def step() -> None:
+            runner.run(lambda: buffers.step(self.ours, span), span)
+
+        return step
+
+    def their_step(self, at: int) -> Callable[[], Tensor]:
+        """transformers' forward of one id on a cache of `at` positions, and its own sampling."""
+        device = self.bench.device
+        ids = torch.zeros(1, at, dtype=torch.long, device=device)
+        positions = torch.arange(at, device=device).expand(3, 1, at)
+        read = self.reference(input_ids=ids, position_ids=positions, use_cache=True)
+        cache = read.past_key_values
+        one = torch.zeros(1, 1, dtype=torch.long, device=device)
+        here = torch.full((3, 1, 1), at, device=device)
+
+        def step() -> Tensor:
+            logits = self.reference(
+                input_ids=one, position_ids=here, past_key_values=cache, use_cache=True
+            ).logits[:, -1]
+            cache.crop(-1)
+            scores = logits.float() / 0.9
+            ascending, order = scores.sort(dim=-1)
+            drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 0.25
+            scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+            return torch.multinomial(scores.softmax(dim=-1), 1)
+
+        return step
+
+    def linear_layers(self) -> Callable[[], None]:
+        """All linear layers of a step on one row each, and nothing else."""
+        layers = [m for m in self.ours.modules() if isinstance(m, torch.nn.Linear)]
+        place = {"device": self.bench.device, "dtype": self.dtype}
+        rows = [torch.zeros(1, 1, layer.in_features, **place) for layer in layers]
+
+        def linears() -> None:
+            for layer, row in zip(layers, rows, strict=True):
+                F.linear(row, layer.weight, layer.bias)
+
+        return linears
+
+    def least_seconds(self) -> float:
+        """Reading every weight of a step once, as fast as the device reads."""
+        weights = sum(p.nbytes for n, p in self.ours.named_parameters() if "embed_tokens" not in n)
+        return weights / self.bench.bandwidth()
+
+    def block_row(self, length: int) -> Row:
+        """So many ids in one pass, as a prompt or a locked layout is read."""
+        device = self.bench.device
+        ids = torch.zeros(1, length, dtype=torch.long, device=device)
+        positions = torch.arange(length, device=device)
+        rope = rope_table(self.ours.config, positions.expand(3, -1), self.dtype)
+        cache = self.ours.new_cache(1, length, device, self.dtype)
+
+        def ours():
+            return self.ours(ids, rope, BlockPass(cache, 0), self.dtype)
+
+        def theirs():
+            return self.reference(
+                input_ids=ids, position_ids=positions.expand(3, 1, -1), logits_to_keep=1
+            )
+
+        return self.bench.row(f"AR, {length} ids in one pass", ours, theirs, rounds=3)
+
+    def batch_row(self, grid: Grid) -> Row:
+        """A step of eight samples, as eight layouts are written, beside eight steps of one."""
+        together, alone = (self.our_step(grid, batch) for batch in (LAYOUTS, 1))
+        return self.bench.row(
+            f"AR step of {LAYOUTS} samples, beside {LAYOUTS} steps of one",
+            together,
+            lambda: [alone() for _ in range(LAYOUTS)],
+            rounds=5,
+        )
+
+    def lookahead_rows(self, grid: Grid) -> Iterator[Row]:
+        """Looking ahead, beside one cell a pass; random weights guess worse than trained ones."""
+        for name, options in (("sampled", SamplingOptions()), ("greedy", SamplingOptions(0))):
+
+            def write(ahead: int, options: SamplingOptions = options) -> Tensor:
+                how = self.run(options=options, lookahead=ahead)
+                return sample_tokens(self.ours, self.prompt, grid, how)[0]
+
+            passes: list[int] = []
+            run = self.run(
+                options=options, lookahead=LOOKAHEAD, check_interrupt=lambda p=passes: p.append(1)
+            )
+            tokens, preview = sample_tokens(self.ours, self.prompt, grid, run)
+            each = (tokens.numel() + preview.numel()) / len(passes)
+            yield self.bench.row(
+                f"lookahead {LOOKAHEAD}, {name}: {each:.2f} tokens a pass",
+                lambda: write(LOOKAHEAD),
+                lambda: write(1),
+                rounds=3,
+            )
