@@ -287,10 +287,13 @@ class Block(nn.Module):
             [modulated_norm(txt, scale_txt, shift_txt), modulated_norm(img, scale, shift)], dim=1
         )
         attended = self.attn1(joint, pe, transformer_options, references, keep)
-        txt = txt + gate_txt * attended[:, : txt.shape[1]]
-        img = img + gate * attended[:, txt.shape[1] :]
-        img = img + ff_gate * self.ff(modulated_norm(img, ff_scale, ff_shift))
-        txt = txt + ff_gate_txt * self.ff(modulated_norm(txt, ff_scale_txt, ff_shift_txt))
+        # addcmul: one pass over memory where a product and a sum are two
+        img = torch.addcmul(img, gate, attended[:, txt.shape[1] :])
+        txt = torch.addcmul(txt, gate_txt, attended[:, : txt.shape[1]])
+        img = torch.addcmul(img, ff_gate, self.ff(modulated_norm(img, ff_scale, ff_shift)))
+        txt = torch.addcmul(
+            txt, ff_gate_txt, self.ff(modulated_norm(txt, ff_scale_txt, ff_shift_txt))
+        )
         return img, txt
 
     def from_args(
@@ -491,7 +494,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Weightless LayerNorm, then an affine map given by the conditioning."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:
@@ -508,7 +511,8 @@ def rotary(grid: tuple[int, int], text: int, head_dim: int, device: Any) -> Rope
     Each axis has head_dim / 4 frequencies 10000^(-2i / (head_dim / 2)).
 
     Returns:
-        cos, sin: float32 [text + rows * cols, head_dim]
+        cos, sin: float32 [text + rows * cols, head_dim], for `rotate`: the first half of the sines
+        is negative.
     """
     rows, cols = grid
     half = head_dim // 2
@@ -522,13 +526,13 @@ def rotary(grid: tuple[int, int], text: int, head_dim: int, device: Any) -> Rope
         ],
         dim=-1,
     )
-    angles = rearrange(angles, "h w d -> (h w) d").repeat(1, 2)
-    angles = F.pad(angles, (0, 0, text, 0))
-    return angles.cos(), angles.sin()
+    angles = F.pad(rearrange(angles, "h w d -> (h w) d"), (0, 0, text, 0))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, pe: Rope) -> Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of x [B, heads, L, head_dim], in float32."""
     cos, sin = pe
     left, right = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)
