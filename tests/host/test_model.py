@@ -1,5 +1,7 @@
 """The decoder as a native MODEL: what other nodes do to one works on ours, and means the same."""
 
+from collections import Counter
+
 import comfy.hooks
 import comfy.model_management
 import comfy.patcher_extension
@@ -15,7 +17,8 @@ from comfy_extras.nodes_custom_sampler import (
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-from glm_image.glm_core.decoder import DROPPED
+from glm_image.glm_core import decoder
+from glm_image.glm_core.decoder import DROPPED, rotary
 from helpers import relative_error, same, stages
 from torch import Tensor
 
@@ -136,15 +139,32 @@ def test_tokens_are_cropped_with_the_area(nodes, run) -> None:
     assert same(tokens[0, 0, ::4, ::4].long(), run.tokens.tokens[0, 1:2, 1:3].long())
 
 
-def test_what_does_not_change_between_steps_is_computed_once_and_then_freed(nodes, run) -> None:
-    network = run.model.model.diffusion_model
-    calls = []
-    handle = network.prior_projector.register_forward_hook(lambda *_: calls.append(1))
+INVARIANT = ("glyph_projector", "prior_token_embedding", "prior_projector")
+
+
+def test_what_does_not_change_between_steps_is_computed_once_and_then_freed(
+    nodes, run, monkeypatch
+) -> None:
+    network, calls = run.model.model.diffusion_model, []
+
+    def counted(name: str):
+        return lambda *_: calls.append(name)
+
+    def counted_rotary(*args):
+        calls.append("rotary")
+        return rotary(*args)
+
+    monkeypatch.setattr(decoder, "rotary", counted_rotary)
+    handles = [getattr(network, n).register_forward_hook(counted(n)) for n in INVARIANT]
+    handles.append(network.transformer_blocks[0].register_forward_hook(counted("step")))
     try:
         decode(nodes, run, steps=5)
     finally:
-        handle.remove()
-    assert len(calls) == 2  # the conditional and the unconditional pass
+        for handle in handles:
+            handle.remove()
+    passes = 2  # the conditional and the unconditional one
+    expected = dict.fromkeys((*INVARIANT, "rotary"), passes) | {"step": 5 * passes}
+    assert Counter(calls) == expected
     assert network.reuse._kept == []
 
 
