@@ -1,4 +1,4 @@
-"""The decoder under ComfyUI's torch.compile: the same picture, and no compiling once it knows a size."""
+"""The decoder under torch.compile: the same picture, and no compiling once it knows a size."""
 
 import pytest
 import torch
