@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import GLMImageError
+from .quant import FORMATS, packing
 
 FORMAT = "glm_image_checkpoint"
 HUB_NAME = "zai-org/GLM-Image"
@@ -31,6 +32,7 @@ class ComponentKind:
         folder: its folder in a hub snapshot.
         stem: the weight files' name before `.safetensors`.
         identity: a key of config.json and the value that says it is this component.
+        files: the folder of ComfyUI's models that single files of it go into.
         tied: alias -> name of weights that the checkpoint may hold under either name, or both.
     """
 
@@ -38,18 +40,24 @@ class ComponentKind:
     folder: str
     stem: str
     identity: tuple[str, str]
+    files: str
     tied: tuple[tuple[str, str], ...] = ()
 
 
 COMPONENTS: dict[str, ComponentKind] = {
     "ar": ComponentKind(
-        "AR model", "vision_language_encoder", "model", ("model_type", "glm_image")
+        "AR model",
+        "vision_language_encoder",
+        "model",
+        ("model_type", "glm_image"),
+        "text_encoders",
     ),
     "decoder": ComponentKind(
         "diffusion decoder",
         "transformer",
         "diffusion_pytorch_model",
         ("_class_name", "GlmImageTransformer2DModel"),
+        "diffusion_models",
     ),
     # T5 ties its input embedding: files hold `shared.weight`, the encoder's alias, or both.
     "glyph": ComponentKind(
@@ -57,10 +65,15 @@ COMPONENTS: dict[str, ComponentKind] = {
         "text_encoder",
         "model",
         ("model_type", "t5"),
+        "text_encoders",
         (("encoder.embed_tokens.weight", "shared.weight"),),
     ),
-    "vae": ComponentKind("VAE", "vae", "diffusion_pytorch_model", ("_class_name", "AutoencoderKL")),
+    "vae": ComponentKind(
+        "VAE", "vae", "diffusion_pytorch_model", ("_class_name", "AutoencoderKL"), "vae"
+    ),
 }
+
+QUANTISABLE = ("ar", "decoder")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -76,6 +89,13 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+QUANTISATION = "_quantization_metadata"
+"""Metadata key of a quantised file, as ComfyUI has it: {"layers": {name: {"format": ...}}}."""
+FILE_FORMATS = {"float8_e4m3fn": "fp8_e4m3fn", "glm_int8": "int8", "glm_int4": "int4"}
+"""The names of formats in files, and our loaders' names for them."""
+SCALE = "weight_scale"
+"""Beside the weight of an fp8 layer: a number to multiply it by."""
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -123,6 +143,8 @@ class Component:
         processor: the AR model's, None for the others.
         scheduler: the decoder's scheduler config, None for the others.
         vae: the config of the VAE whose latents the decoder was trained on, None for the others.
+        quantisation: the format of the file's quantised layers, a value of `FILE_FORMATS`.
+        quantised: the names of those layers.
     """
 
     name: str
@@ -132,6 +154,8 @@ class Component:
     processor: Processor | None = None
     scheduler: dict[str, Any] | None = None
     vae: dict[str, Any] | None = None
+    quantisation: str | None = None
+    quantised: frozenset[str] = frozenset()
 
     @property
     def title(self) -> str:
@@ -144,9 +168,10 @@ class Component:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights' bytes have."""
+        """The dtype that most of the bytes have, quantised layers left out."""
         nbytes: dict[torch.dtype, int] = {}
-        for info in self.tensors.values():
+        kept = [t for key, t in self.tensors.items() if layer_of(key) not in self.quantised]
+        for info in kept:
             nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
         return max(nbytes, key=nbytes.__getitem__)
 
@@ -163,6 +188,9 @@ class Component:
             GLMImageError: keys are missing or unexpected, or have other shapes.
         """
         found = _without(self.tensors, ignored_prefixes)
+        if self.quantisation not in (None, *FORMATS):
+            scales = dict.fromkeys((f"{layer}.{SCALE}" for layer in self.quantised), torch.Size())
+            expected = {**expected, **scales}
         missing = [key for key in expected if key not in found]
         unexpected = [
             f"{key} in {info.file.name}" for key, info in found.items() if key not in expected
@@ -170,7 +198,7 @@ class Component:
         reshaped = [
             f"{key} is {list(found[key].shape)} and not {list(shape)} in {found[key].file.name}"
             for key, shape in expected.items()
-            if key in found and found[key].shape != shape
+            if key in found and not self._has_shape(key, shape)
         ]
         problems = [
             f"{what} {len(items)} ({first_few(items)})"
@@ -186,6 +214,14 @@ class Component:
                 f"The {self.title} in {self.path} does not fit its config: {'; '.join(problems)}. "
                 "Download its weights and config again, from one and the same checkpoint."
             )
+
+    def _has_shape(self, key: str, shape: torch.Size) -> bool:
+        """Whether a stored weight is one of this shape; int8 and int4 hold it as a run of bytes."""
+        info = self.tensors[key]
+        if self.quantisation in FORMATS and layer_of(key) in self.quantised:
+            fits = len(shape) == 2 and packing(tuple(shape), self.quantisation).nbytes
+            return info.shape == (fits,)
+        return info.shape == shape
 
     def state_dict(self, ignored_prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """The weights on the CPU as views of the mapped files: pages are read when first used.
@@ -363,6 +399,7 @@ def _open_single_file(file: Path, component: str) -> Component:
 
     config = parse("config")
     _check_identity(config, kind, file)
+    quantisation, quantised = _read_quantisation(file, component, tensors, metadata)
     return Component(
         name=component,
         path=file,
@@ -380,7 +417,51 @@ def _open_single_file(file: Path, component: str) -> Component:
             else None
         ),
         **({key: parse(key) for key in ("scheduler", "vae")} if component == "decoder" else {}),
+        quantisation=quantisation,
+        quantised=quantised,
     )
+
+
+def _read_quantisation(
+    file: Path, component: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[str | None, frozenset[str]]:
+    """The format of a file's quantised layers, and their names."""
+    saved = parse_json(metadata.get(QUANTISATION, "{}"), f"The {QUANTISATION} of {file}")
+    layers = saved.get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        raise GLMImageError(f"The {QUANTISATION} of {file} is broken; convert the snapshot again.")
+    unsaid = [
+        key
+        for key, info in tensors.items()
+        if info.dtype in (torch.int8, torch.uint8) and layer_of(key) not in layers
+    ]
+    if unsaid:
+        raise GLMImageError(
+            f"{file} holds {len(unsaid)} quantised weights ({first_few(unsaid)}) and does not say "
+            "in which format; convert the snapshot with `python -m glm_core.convert`."
+        )
+    if not layers:
+        return None, frozenset()
+    found = {str(layer.get("format")) for layer in layers.values()}
+    if len(found) > 1 or not found <= FILE_FORMATS.keys() or component not in QUANTISABLE:
+        raise GLMImageError(
+            f"{file} holds the {COMPONENTS[component].title} quantised as "
+            f"{' and '.join(sorted(found))}; what can be read is the AR model or the decoder in "
+            f"one of {', '.join(FILE_FORMATS)}."
+        )
+    quantisation = FILE_FORMATS[found.pop()]
+    stored = torch.uint8 if quantisation in FORMATS else torch.float8_e4m3fn
+    broken = [
+        layer
+        for layer in layers
+        if (info := tensors.get(f"{layer}.weight")) is None or info.dtype != stored
+    ]
+    if broken:
+        raise GLMImageError(
+            f"{file} says that {len(broken)} layers are {quantisation} ({first_few(broken)}), and "
+            "they are missing or of another kind; convert the snapshot again."
+        )
+    return quantisation, frozenset(layers)
 
 
 def _metadata(metadata: Mapping[str, str], key: str, file: Path) -> str:
@@ -485,6 +566,11 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
 
 
 # ---- shared ------------------------------------------------------------------------------------
+
+
+def layer_of(key: str) -> str:
+    """The layer that a weight belongs to, or the scale beside it."""
+    return key.removesuffix(f".{SCALE}").removesuffix(".weight")
 
 
 def _check_identity(config: Mapping[str, Any], kind: ComponentKind, source: Path) -> None:

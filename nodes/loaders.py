@@ -25,8 +25,9 @@ def _weight_dtype() -> io.Combo.Input:
         "weight_dtype",
         options=list(WEIGHT_DTYPES),
         default="default",
-        tooltip="How the weights are kept. default: as the file has them. fp8 halves the memory of "
-        "the layers' matrices and is computed in bf16 or fp32. fp16 is not offered: it overflows.",
+        tooltip="How the weights are kept. default: as the file has them. fp8 and int8 halve the "
+        "memory of the layers' matrices, int4 quarters it; both are quantised while loading, which "
+        "`python -m glm_core.convert` does once for all. fp16 is not offered: it overflows.",
     )
 
 

@@ -10,12 +10,6 @@ from ...glm_core.checkpoint import COMPONENTS, FORMAT, read_header
 from ...glm_core.errors import GLMImageError
 
 SNAPSHOTS = "glm_image"
-FILE_FOLDERS = {
-    "ar": "text_encoders",
-    "decoder": "diffusion_models",
-    "glyph": "text_encoders",
-    "vae": "vae",
-}
 
 
 def register() -> None:
@@ -29,7 +23,7 @@ def model_names(component: str) -> list[str]:
     """Snapshot folders that hold the component, then single files whose metadata says so."""
     folder = COMPONENTS[component].folder
     snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
-    folder = FILE_FOLDERS[component]
+    folder = COMPONENTS[component].files
     files = folder_paths.get_filename_list(folder)
     paths = {name: Path(folder_paths.get_full_path_or_raise(folder, name)) for name in files}
     return snapshots + [name for name, path in paths.items() if _holds(path) == component]
@@ -46,14 +40,14 @@ def find_model(component: str, name: str) -> Path:
         snapshot = Path(root) / name
         if name in _children(Path(root)) and snapshot.is_dir():
             return snapshot
-    file = folder_paths.get_full_path(FILE_FOLDERS[component], name) if name else None
+    file = folder_paths.get_full_path(kind.files, name) if name else None
     if file is not None:
         return Path(file)
     names = model_names(component)
     known = f"installed are: {', '.join(names)}" if names else "none is installed"
     raise GLMImageError(
         f"No {kind.title} is called '{name}' ({known}); put a snapshot of zai-org/GLM-Image into "
-        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{FILE_FOLDERS[component]}/."
+        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{kind.files}/."
     )
 
 

@@ -1,6 +1,5 @@
 """From a component on disk to a network in a ModelPatcher, each weight held once."""
 
-import re
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -9,28 +8,46 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.checkpoint import Component, open_component
+from ...glm_core.checkpoint import Component, layer_of, open_component
+from ...glm_core.errors import GLMImageError
+from ...glm_core.packed_linear import pack_layers
+from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
 from .paths import find_model
+from .quant import HostPackedLinear, PackedPatcher, fp8_operations, is_packed, with_formats
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
     "bf16": torch.bfloat16,
     "fp32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+    "int8": None,
+    "int4": None,
 }
-
-LAYER_MATRIX = re.compile(r"(?:layers|blocks)\.\d+\.(?!norm)")
+"""What the loaders offer, and the dtype of its weights; None: the file's own, or packed."""
 
 
 class Precision(NamedTuple):
-    """How weights are kept, and in what they are computed with."""
+    """How weights are kept, and in what they are computed with.
+
+    Args:
+        storage: the dtype of weights that are not quantised.
+        compute: what activations have.
+        quantisation: the format of quantised layers: of `quant.FORMATS`, or the host's scaled fp8.
+        quantised: their names.
+        device: where they are used.
+    """
 
     storage: torch.dtype
     compute: torch.dtype
+    quantisation: str | None = None
+    quantised: frozenset[str] = frozenset()
+    device: torch.device | None = None
 
     @property
     def operations(self) -> Any:
         """ComfyUI's layers: plain where weights are used as they lie, casting otherwise."""
+        if self.quantisation not in (None, *FORMATS):
+            return fp8_operations(self.quantised, self.storage, self.compute, self.device)
         return comfy.ops.pick_operations(self.storage, self.compute)
 
 
@@ -39,12 +56,35 @@ def open_model(component: str, model_name: str) -> Component:
 
 
 def precision(component: Component, weight_dtype: str, device: torch.device) -> Precision:
-    """bf16 where the device computes in it, else float32; never fp16, which overflows."""
-    storage = WEIGHT_DTYPES[weight_dtype] or component.dtype
-    if storage == torch.float32:
-        return Precision(storage, torch.float32)
-    bf16 = comfy.model_management.should_use_bf16(device)
-    return Precision(storage, torch.bfloat16 if bf16 else torch.float32)
+    """bf16 where the device computes in it, else float32; never fp16, which overflows.
+
+    Raises:
+        GLMImageError: the file is quantised, and another format is asked for.
+    """
+    own = component.quantisation
+    if own is not None and weight_dtype not in ("default", own):
+        raise GLMImageError(
+            f"{component.path} holds the {component.title} in {own}, which cannot be turned into "
+            f"{weight_dtype}; set weight_dtype to default, or load the snapshot it was made from."
+        )
+    storage = WEIGHT_DTYPES[weight_dtype]
+    if storage is None or own is not None:
+        storage = component.dtype
+    bf16 = storage != torch.float32 and comfy.model_management.should_use_bf16(device)
+    compute = torch.bfloat16 if bf16 else torch.float32
+    return Precision(storage, compute, *_quantisation(component, weight_dtype), device)
+
+
+def _quantisation(component: Component, weight_dtype: str) -> tuple[str | None, frozenset[str]]:
+    """The format of the layers that are quantised, in the file or on loading, and their names."""
+    if component.quantisation is not None or weight_dtype not in FORMATS:
+        return component.quantisation, component.quantised
+    layers = (
+        layer_of(key)
+        for key, info in component.tensors.items()
+        if is_layer_matrix(key, len(info.shape))
+    )
+    return weight_dtype, frozenset(layers)
 
 
 def check_keys(
@@ -65,11 +105,24 @@ def load_weights(
     weight_dtype: str = "default",
     ignored: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Give a network made on the meta device its weights, as views of the mapped file."""
-    target = WEIGHT_DTYPES[weight_dtype]
+    """Give a network made on the meta device its weights, as views of the mapped file.
+
+    What is quantised here is so matrix by matrix: no second copy of the model is ever held.
+    """
     state = component.state_dict(ignored)
-    if target is not None:
-        state = {key: _cast(key, value, target) for key, value in state.items()}
+    quantisation, named = _quantisation(component, weight_dtype)
+    layers = [layer for layer in named if f"{layer}.weight" in state]
+    if quantisation in FORMATS:
+        # The decoder's passes are of thousands of tokens, the AR's mostly of one.
+        pack_layers(network, layers, quantisation, component.name == "ar", HostPackedLinear)
+    if component.quantisation is None:
+        keys = {f"{layer}.weight" for layer in layers}
+        state = {
+            key: quantise(value, quantisation) if key in keys else _cast(key, value, weight_dtype)
+            for key, value in state.items()
+        }
+    elif quantisation not in FORMATS:
+        state = with_formats(state, layers)
     network.load_state_dict(state, assign=True)
     remember = getattr(comfy.model_management, "archive_model_dtypes", None)
     if remember is not None:  # hosts since 0.4 cast to the dtypes that they saw at first
@@ -77,12 +130,12 @@ def load_weights(
     return network.eval().requires_grad_(False)
 
 
-def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(key: str, value: Tensor, weight_dtype: str) -> Tensor:
     """fp8 is for the layers' own matrices: embeddings, heads, projectors and what modulates or
     normalises do not bear it."""
-    if dtype == torch.float8_e4m3fn and (value.ndim < 2 or not LAYER_MATRIX.search(key)):
-        return value
-    return value.to(dtype)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    kept = dtype == torch.float8_e4m3fn and not is_layer_matrix(key, value.ndim)
+    return value if dtype is None or kept else value.to(dtype)
 
 
 def make_patcher(
@@ -94,4 +147,6 @@ def make_patcher(
     """ComfyUI's patcher; its dynamic one (hosts since 0.4) where that is on and allowed."""
     plain = comfy.model_patcher.ModelPatcher
     kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    if is_packed(model):
+        kind = PackedPatcher
     return kind(model, load_device=load_device, offload_device=offload_device)
