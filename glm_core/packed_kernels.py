@@ -237,13 +237,15 @@ def kernel_for(form: Packing, device: torch.device) -> Kernel | None:
 @cache
 def kernels_of(device: torch.device) -> tuple[Kernel, ...]:
     """The kernels that a device has and that pass their trial there, best first."""
+    return tuple(k for k in KERNELS if _has(k, device) and passes_trial(k, device))
+
+
+def _has(kernel: Kernel, device: torch.device) -> bool:
+    """Whether this torch knows the product, and has it for this kind of device."""
     key = torch._C._dispatch_key_for_device(device.type)
-    return tuple(
-        kernel
-        for kernel in KERNELS
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{kernel.operation}", key)
-        and passes_trial(kernel, device)
-    )
+    return hasattr(
+        torch.ops.aten, kernel.operation
+    ) and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{kernel.operation}", key)
 
 
 def passes_trial(kernel: Kernel, device: torch.device) -> bool:

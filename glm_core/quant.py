@@ -19,7 +19,7 @@ from .errors import GLMImageError
 FORMATS = ("int8", "int4")
 GROUPS = (128, 64, 32)
 ALIGNMENT = 64  # bytes; packed matrices are padded to it, so that the next one in a file is aligned
-SLICE = 1 << 22  # numbers quantised at a time: their float32 copies stay below 100 MB
+SLICE = 1 << 20  # numbers quantised at a time: their float32 copies stay below 50 MB
 TINY = torch.finfo(torch.bfloat16).tiny  # the scale of numbers that are all the same
 
 LAYER_MATRIX = re.compile(r"(?:layers|blocks)\.\d+\.(?!norm).*\.weight$")

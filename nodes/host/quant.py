@@ -30,8 +30,7 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         comfy.ops.run_every_op()
         if self.comfy_cast_weights or self.weight_function or self.bias_function:
             return self._streamed(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self.multiply(x, self.weight, bias)
+        return super().forward(x)
 
     def _streamed(self, x: Tensor) -> Tensor:
         """With the weight fetched by the host for this pass, and patched where it has functions.

@@ -1,0 +1,369 @@
+"""Converted checkpoints: what they hold, broken runs taken up again, and what converting costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from glm_image.glm_core import convert as converter
+from glm_image.glm_core.checkpoint import (
+    COMPONENTS,
+    FORMAT,
+    QUANTISATION,
+    Component,
+    open_component,
+    read_header,
+)
+from glm_image.glm_core.convert import CHOICES, convert
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.quant import FORMATS, dequantise, is_layer_matrix, packing, quantise
+from reference import reference_snapshot
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+QUANTISED = ("ar", "decoder")
+FOLDERS = {
+    "ar": "text_encoders",
+    "decoder": "diffusion_models",
+    "glyph": "text_encoders",
+    "vae": "vae",
+}
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("snapshots") / "GLM-Random"
+    reference_snapshot(folder, "small")
+    return folder
+
+
+def quiet(done: int, total: int) -> None:
+    """No progress."""
+
+
+def converted(snapshot: Path, name: str, dtype: str, out: Path) -> tuple[Component, Component]:
+    """The component in the snapshot, and in the file made of it."""
+    source = open_component(snapshot, name)
+    return source, open_component(convert(source, dtype, out, quiet), name)
+
+
+def restored(component: Component, key: str, shape: torch.Size) -> torch.Tensor:
+    """A weight in float32, whatever its format."""
+    weight = component.tensor(key)
+    if weight.dtype == torch.uint8:
+        return dequantise(weight, packing(tuple(shape), component.quantisation), torch.float32)
+    if weight.dtype == torch.float8_e4m3fn:
+        return weight.float() * component.tensor(key.replace(".weight", ".weight_scale"))
+    return weight.float()
+
+
+# ---- what is written ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", CHOICES)
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_weight_is_there_and_near(snapshot, tmp_path, name, dtype) -> None:
+    source, target = converted(snapshot, name, dtype, tmp_path)
+    assert target.path.parent == tmp_path / FOLDERS[name]
+    expected = source.state_dict()
+    target.check({key: value.shape for key, value in expected.items()})
+    limits = {"bf16": 0.003, "fp8": 0.04, "int8": 0.01, "int4": 0.12}
+    for key, weight in expected.items():
+        narrow = name in QUANTISED and dtype != "bf16" and is_layer_matrix(key, weight.ndim)
+        assert (key.removesuffix(".weight") in target.quantised) == narrow
+        error = (restored(target, key, weight.shape) - weight).norm() / weight.norm()
+        assert error <= (limits[dtype] if narrow else limits["bf16"]), key
+        assert name != "glyph" or error == 0
+    assert target.dtype == (torch.float32 if name == "glyph" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_bytes_are_those_of_quantising(snapshot, tmp_path, name) -> None:
+    source, target = converted(snapshot, "ar", name, tmp_path)
+    assert target.quantisation == name
+    for layer in target.quantised:
+        key = f"{layer}.weight"
+        assert torch.equal(target.tensor(key), quantise(source.tensor(key), name))
+
+
+def test_fp8_uses_its_whole_range_in_comfyuis_own_format(snapshot, tmp_path) -> None:
+    _, target = converted(snapshot, "decoder", "fp8", tmp_path)
+    stored = load_file(target.path)
+    saved = json.loads(read_header(target.path)[1][QUANTISATION])
+    assert saved["layers"] == {layer: {"format": "float8_e4m3fn"} for layer in target.quantised}
+    for layer in target.quantised:
+        assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
+        assert stored[f"{layer}.weight"].float().abs().max() == 448
+        scale = stored[f"{layer}.weight_scale"]
+        assert scale.dtype == torch.float32
+        assert scale.shape == ()
+
+
+def test_a_matrix_of_zeros_stays_one(snapshot, tmp_path) -> None:
+    file = tmp_path / "zeros.safetensors"
+    source = open_component(convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet), "ar")
+    state = {key: torch.zeros_like(value) for key, value in source.state_dict().items()}
+    save_file(state, file, read_header(source.path)[1])
+    for dtype in ("fp8", *FORMATS):
+        target = open_component(convert(open_component(file, "ar"), dtype, tmp_path, quiet), "ar")
+        for key, value in state.items():
+            assert not restored(target, key, value.shape).any()
+
+
+def test_configs_and_provenance_come_along(snapshot, tmp_path) -> None:
+    for name in COMPONENTS:
+        source, target = converted(snapshot, name, "int8", tmp_path)
+        for part in ("config", "processor", "scheduler", "vae"):
+            assert getattr(target, part) == getattr(source, part)
+        metadata = read_header(target.path)[1]
+        assert (metadata["format"], metadata["component"]) == (FORMAT, name)
+        provenance = json.loads(metadata["provenance"])
+        assert provenance["source"] == "GLM-Random"
+        assert provenance["dtype"] == "int8"
+        assert provenance["tool"].startswith("glm_core.convert ")
+        sizes = {file.name: file.stat().st_size for file in source.path.glob("*.safetensors")}
+        assert provenance["files"] == sizes
+
+
+def test_every_tensor_begins_where_its_dtype_may(snapshot, tmp_path) -> None:
+    for dtype in CHOICES:
+        _, target = converted(snapshot, "ar", dtype, tmp_path)
+        for info in target.tensors.values():
+            assert info.begin % (64 if info.dtype == torch.uint8 else info.dtype.itemsize) == 0
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_quantised_file_is_not_converted_again(snapshot, tmp_path) -> None:
+    _, target = converted(snapshot, "ar", "int8", tmp_path)
+    with pytest.raises(GLMImageError, match="is int8 already; convert from the snapshot"):
+        convert(target, "int4", tmp_path, quiet)
+
+
+def test_int4_of_an_odd_width_is_refused_before_a_byte_is_written(tmp_path) -> None:
+    reference_snapshot(tmp_path / "deep", "deep")
+    out = tmp_path / "out"
+    with pytest.raises(GLMImageError, match="width 72; choose int8"):
+        convert(open_component(tmp_path / "deep", "ar"), "int4", out, quiet)
+    assert not out.exists()
+
+
+def test_a_full_disk_is_seen_before_writing(snapshot, tmp_path, monkeypatch) -> None:
+    usage = converter.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(GLMImageError, match=r"0\.0 GiB free"):
+        convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet)
+    assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def rewritten(file: Path, change) -> Path:
+    """The file with other metadata or tensors."""
+    metadata, state = read_header(file)[1], load_file(file)
+    change(metadata, state)
+    save_file(state, file, metadata)
+    return file
+
+
+def other_format(metadata: dict, state: dict) -> None:
+    metadata[QUANTISATION] = metadata[QUANTISATION].replace("glm_int8", "nvfp4")
+
+
+def two_formats(metadata: dict, state: dict) -> None:
+    metadata[QUANTISATION] = metadata[QUANTISATION].replace("glm_int8", "glm_int4", 1)
+
+
+def no_format(metadata: dict, state: dict) -> None:
+    del metadata[QUANTISATION]
+
+
+def broken_format(metadata: dict, state: dict) -> None:
+    metadata[QUANTISATION] = '{"layers": {"model": 3}}'
+
+
+def layer_lost(metadata: dict, state: dict) -> None:
+    del state[next(key for key, value in state.items() if value.dtype == torch.uint8)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_format, "quantised as nvfp4; what can be read is"),
+        (two_formats, "quantised as glm_int4 and glm_int8"),
+        (no_format, r"holds \d+ quantised weights .* does not say in which format"),
+        (broken_format, "_quantization_metadata of .* is broken"),
+        (layer_lost, r"says that 1 layers are int8 .* missing or of another kind"),
+    ],
+)
+def test_other_formats_are_refused_when_opened(snapshot, tmp_path, change, message) -> None:
+    _, target = converted(snapshot, "ar", "int8", tmp_path)
+    with pytest.raises(GLMImageError, match=message):
+        open_component(rewritten(target.path, change), "ar")
+
+
+def test_a_matrix_of_another_size_is_refused_before_it_is_read(snapshot, tmp_path) -> None:
+    source, target = converted(snapshot, "ar", "int4", tmp_path)
+    expected = {key: info.shape for key, info in source.tensors.items()}
+    key = f"{sorted(target.quantised)[0]}.weight"
+    rows, columns = expected[key]
+    with pytest.raises(GLMImageError, match=f"weights of another shape: 1 .{key}"):
+        target.check({**expected, key: torch.Size((rows + 64, columns))})
+
+
+def test_a_lost_fp8_scale_is_missed(snapshot, tmp_path) -> None:
+    source, target = converted(snapshot, "ar", "fp8", tmp_path)
+    expected = {key: info.shape for key, info in source.tensors.items()}
+    layer = sorted(target.quantised)[0]
+    lost = rewritten(target.path, lambda _, state: state.pop(f"{layer}.weight_scale"))
+    with pytest.raises(GLMImageError, match=f"weights missing: 1 .{layer}.weight_scale"):
+        open_component(lost, "ar").check(expected)
+
+
+# ---- broken runs -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int4"])
+def test_a_run_broken_anywhere_is_taken_up_and_gives_the_same_file(
+    snapshot, tmp_path, dtype
+) -> None:
+    source = open_component(snapshot, "ar")
+    whole = convert(source, dtype, tmp_path / "whole", quiet)
+    size = whole.stat().st_size
+    partial = tmp_path / "text_encoders" / f"{whole.name}.partial"
+    partial.parent.mkdir()
+    for length in [0, 1, 7, *range(100, size, size // 40), size - 1, size]:
+        partial.write_bytes(whole.read_bytes()[:length])
+        assert open_as_a_loader_lists(partial.parent) == []
+        again = convert(source, dtype, tmp_path, quiet)
+        assert again.read_bytes() == whole.read_bytes()
+        assert not partial.exists()
+        again.unlink()
+
+
+def open_as_a_loader_lists(folder: Path) -> list[Path]:
+    return list(folder.glob("*.safetensors"))
+
+
+def test_what_is_complete_is_not_written_again(snapshot, tmp_path) -> None:
+    source = open_component(snapshot, "decoder")
+    whole = convert(source, "int8", tmp_path / "whole", quiet).read_bytes()
+    seen: list[int] = []
+
+    def stop_half_way(done: int, total: int) -> None:
+        seen.append(done)
+        if done > total // 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(source, "int8", tmp_path, stop_half_way)
+    reached = seen.pop()
+    seen.clear()
+    file = convert(source, "int8", tmp_path, lambda done, total: seen.append(done))
+    assert seen[0] > reached - 1
+    assert file.read_bytes() == whole
+
+
+def test_another_source_or_option_starts_anew(snapshot, tmp_path) -> None:
+    source = open_component(snapshot, "ar")
+    file = convert(source, "int8", tmp_path, quiet)
+    whole = file.read_bytes()
+    partial = file.with_name(f"{file.name}.partial")
+    stale = bytearray(whole)
+    stale[-100:] = bytes(100)
+
+    partial.write_bytes(stale)
+    os.utime(partial, (0, 0))  # older than the snapshot
+    assert convert(source, "int8", tmp_path, quiet).read_bytes() == whole
+
+    stale[40] ^= 1  # in the header
+    partial.write_bytes(stale)
+    assert convert(source, "int8", tmp_path, quiet).read_bytes() == whole
+
+
+def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -> None:
+    """SIGKILL while it writes, at whatever moment that is."""
+    big_snapshot(tmp_path / "big", matrices=12, width=1024)
+    command = [sys.executable, "-m", "glm_core.convert", str(tmp_path / "big")]
+    command += [str(tmp_path / "out"), "--component", "glyph"]
+    file = tmp_path / "out" / "text_encoders" / "big_glyph_f32.safetensors"
+    partial = file.with_name(f"{file.name}.partial")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert file.exists() != partial.exists()  # one or the other, never half a file by its name
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert not partial.exists()
+    source = open_component(tmp_path / "big", "glyph").state_dict()
+    stored = load_file(file)
+    assert stored.keys() == source.keys()
+    assert all(torch.equal(stored[key], value) for key, value in source.items())
+
+
+def big_snapshot(folder: Path, matrices: int, width: int) -> None:
+    """A glyph encoder's folder that holds float32 matrices of whatever name."""
+    weights = folder / "text_encoder"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text('{"model_type": "t5"}')
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"m{i}.weight": torch.randn(width, width, generator=generator) for i in range(matrices)
+    }
+    save_file(state, weights / "model.safetensors")
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+PEAK = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import torch
+    from glm_core.checkpoint import Component, read_header
+    from glm_core.convert import convert
+
+    torch.set_num_threads(1)
+    file, dtype, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+    component = Component("ar", file, {}, read_header(file)[0])
+    before = peak()
+    convert(component, dtype, out, lambda done, total: None)
+    sys.stdout.write(str(peak() - before))
+    """
+)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "int4"])
+def test_memory_is_bounded_by_one_matrix_whatever_the_size(tmp_path, dtype) -> None:
+    """300 MB of weights, the largest 96 MB of an embedding, which is never whole in memory."""
+    state = {
+        f"model.layers.{i}.mlp.down_proj.weight": torch.full((4096, 2048), 0.1 * i).bfloat16()
+        for i in range(12)
+    }
+    state["model.embed_tokens.weight"] = torch.zeros(24000, 2048).bfloat16()
+    file = tmp_path / "source.safetensors"
+    save_file(state, file)
+    matrix, total = 4096 * 2048 * 2, file.stat().st_size
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(file), dtype, str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    limit = 2 * matrix + 80e6  # a matrix and what it becomes; slices of it in float32
+    assert int(run.stdout) < limit < total / 2

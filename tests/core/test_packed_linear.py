@@ -1,0 +1,187 @@
+"""Products with packed matrices: every kernel against the dequantised matrix, in every layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from glm_image.glm_core.packed_kernels import (
+    IN_TILES,
+    GroupedInt4,
+    Int8InNibbles,
+    Kernel,
+    RowwiseInt8,
+    kernel_for,
+    kernels_of,
+    passes_trial,
+)
+from glm_image.glm_core.packed_linear import PackedLinear, lay_out, pack_layers
+from glm_image.glm_core.quant import FORMATS, Packing, dequantise, packing, quantise
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 64), (192, 96), (256, 4096), (128, 160)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    return ((ours.float() - expected).norm() / expected.norm()).item()
+
+
+def cpu_nibbles():
+    """This machine's int4 product."""
+    (kernel,) = (k for k in kernels_of(CPU) if isinstance(k, GroupedInt4))
+    return kernel.nibbles
+
+
+def variants() -> dict[str, Kernel]:
+    """What a CPU has, and what other devices have, by the CPU's product."""
+    nibbles = cpu_nibbles()
+    return {
+        "grouped": GroupedInt4(nibbles),
+        "grouped, unpacked by its product": GroupedInt4(nibbles._replace(unpack=None)),
+        "rowwise": RowwiseInt8(),
+        "int8 in nibbles": Int8InNibbles(nibbles),
+        "int8 in nibbles, unpacked by its product": Int8InNibbles(nibbles._replace(unpack=None)),
+    }
+
+
+def stored_matrix(shape: tuple[int, int], kernel: Kernel) -> tuple[Packing, Tensor]:
+    form = packing(shape, f"int{kernel.bits}")
+    return form, quantise(random(*shape) + 0.1, form.name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", variants())
+def test_a_kernel_multiplies_as_the_dequantised_matrix_does(variant, shape) -> None:
+    kernel = variants()[variant]
+    form, stored = stored_matrix(shape, kernel)
+    assert kernel.takes(form)
+    packed = kernel.pack(form, stored)
+    for rows in (1, 3, 40):
+        x = random(rows, shape[1], seed=1).bfloat16()
+        expected = F.linear(x.float(), dequantise(stored, form, torch.float32))
+        assert relative_error(kernel.product(form, x, packed), expected) < 0.006
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", variants())
+def test_a_layout_gives_the_stored_bytes_back(variant, shape) -> None:
+    kernel = variants()[variant]
+    form, stored = stored_matrix(shape, kernel)
+    packed = kernel.pack(form, stored)
+    assert torch.equal(kernel.unpack(form, packed), stored)
+    assert packed.nbytes <= 1.3 * stored.nbytes  # narrow groups
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cpu_has_a_kernel_for_the_full_sizes(name) -> None:
+    for shape in ((4096, 4096), (256, 4096), (27392, 4096), (4096, 13696)):
+        assert kernel_for(packing(shape, name), CPU) is not None
+
+
+def test_a_kernel_that_orders_numbers_otherwise_is_not_used() -> None:
+    nibbles = cpu_nibbles()
+    swapped = nibbles._replace(pack=lambda joined: nibbles.pack(joined << 4 | joined >> 4))
+    other_rows = nibbles._replace(pack=lambda joined: nibbles.pack(joined.flip(0)))
+    assert passes_trial(GroupedInt4(nibbles), CPU)
+    for wrong in (swapped, other_rows):
+        assert not passes_trial(GroupedInt4(wrong), CPU)
+        assert not passes_trial(Int8InNibbles(wrong), CPU)
+
+
+def test_a_device_that_refuses_its_operation_goes_without() -> None:
+    """IN_TILES is torch's for GPUs, which a CPU has no kernel of."""
+    assert not passes_trial(GroupedInt4(IN_TILES), CPU)
+    assert all(kernel.operation != IN_TILES.operation for kernel in kernels_of(CPU))
+
+
+@pytest.mark.parametrize("kind", [GroupedInt4, Int8InNibbles])
+def test_the_layout_for_gpus_has_the_shapes_that_torch_declares(kind) -> None:
+    """torch's own shape functions check every argument; none of it runs."""
+    kernel = kind(IN_TILES)
+    form = packing((64, 256), f"int{kernel.bits}")
+    with FakeTensorMode():
+        packed = kernel.pack(form, torch.empty(form.nbytes, dtype=torch.uint8))
+        out = kernel.product(form, torch.empty(3, 256, dtype=torch.bfloat16), packed)
+        assert out.shape == (3, 64)
+        assert out.dtype == torch.bfloat16
+        assert kernel.unpack(form, packed).shape == (form.nbytes,)
+
+
+# ---- the layer ---------------------------------------------------------------------------------
+
+
+def layer_of(shape: tuple[int, int], name: str, few_rows: bool) -> tuple[nn.Linear, PackedLinear]:
+    """A plain layer with dequantised weights, and the packed one."""
+    plain = nn.Linear(shape[1], shape[0])
+    plain.weight = nn.Parameter(random(*shape), requires_grad=False)
+    network = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], device="meta")})
+    pack_layers(network, ["layer"], name, few_rows)
+    packed = network["layer"]
+    state = {"weight": quantise(plain.weight, name), "bias": plain.bias}
+    packed.load_state_dict(state, assign=True)
+    plain.weight.copy_(dequantise(packed.weight, packed.form, torch.float32))
+    return plain, packed
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (72, 96), (128, 256)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_as_stored_a_layer_is_the_plain_one(name, shape) -> None:
+    plain, packed = layer_of(shape, name, few_rows=False)
+    lay_out(packed, CPU)
+    assert packed.weight.ndim == 1
+    x = random(2, 5, shape[1], seed=1)
+    torch.testing.assert_close(packed(x), plain(x))
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_laid_out_a_layer_is_the_plain_one_within_bf16(name) -> None:
+    plain, packed = layer_of((128, 256), name, few_rows=True)
+    before = packed.weight.nbytes
+    lay_out(packed, CPU)
+    laid_out = packed.weight
+    assert laid_out.ndim == 2
+    assert laid_out.nbytes == before
+    x = random(2, 5, 256, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = packed(x.to(dtype))
+        assert out.dtype == dtype
+        assert relative_error(out, plain(x)) < 0.01
+    lay_out(packed, CPU)
+    assert packed.weight is laid_out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layer_without_a_kernel_stays_as_stored(name) -> None:
+    """72 rows are no multiple of a block, 40 columns of any kernel's."""
+    shape = (72, 96) if name == "int4" else (72, 40)
+    assert kernel_for(packing(shape, name), CPU) is None
+    plain, packed = layer_of(shape, name, few_rows=True)
+    lay_out(packed, CPU)
+    x = random(1, shape[1], seed=1)
+    torch.testing.assert_close(packed(x), plain(x))
+
+
+@pytest.mark.parametrize("few_rows", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_is_dequantised_and_quantised_again_in_its_layout(name, few_rows) -> None:
+    plain, packed = layer_of((128, 256), name, few_rows)
+    lay_out(packed, CPU)
+    weight = packed.dequantised(packed.weight, torch.float32)
+    assert torch.equal(weight, plain.weight)
+    again = packed.requantised(weight)
+    assert again.shape == packed.weight.shape
+    assert relative_error(packed.dequantised(again, torch.float32), weight) < 0.01
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_step_reads_nothing_back_from_the_device(name) -> None:
+    """A fake tensor has no values: what asks for one raises."""
+    _, packed = layer_of((128, 256), name, few_rows=True)
+    lay_out(packed, CPU)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert packed(torch.empty(1, 1, 256)).shape == (1, 1, 128)
