@@ -20,8 +20,10 @@ from glm_image.glm_core.kv_cache import BlockPass
 from glm_image.glm_core.logits import SamplingOptions
 from glm_image.glm_core.packed_linear import PackedLinear
 from glm_image.glm_core.quant import FORMATS
+from glm_image.nodes.host import step_graphs
 from helpers import relative_error, same, stages
 from safetensors.torch import load_file, save_file
+from tape import Recorder
 from torch import Tensor
 
 PROMPT = "a door with 'PULL' on it"
@@ -327,3 +329,30 @@ def test_a_quantised_patcher_can_be_cloned_and_counted(nodes, files, dtype) -> N
     patcher = load(nodes, "Decoder", files["decoder", dtype])
     assert isinstance(patcher.clone(), ModelPatcher)
     assert patcher.clone().model_size() == patcher.model_size()
+
+
+if hasattr(ModelPatcher, "deepclone_multigpu"):  # not in ComfyUI 0.3.75
+
+    @pytest.mark.parametrize("dtype", FILES)
+    def test_a_deep_clone_computes_the_same(nodes, run, files, dtype) -> None:
+        model = load(nodes, "Decoder", files["decoder", dtype])
+        clone = model.deepclone_multigpu(new_load_device=torch.device("cpu"))
+        assert clone.model is not model.model
+        assert same(decode(nodes, run, clone), decode(nodes, run, model))
+
+
+# ---- replayed steps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_steps_can_be_replayed(nodes, files, name, monkeypatch) -> None:
+    """A tape of operations in the place of a CUDA graph."""
+    recorder = Recorder()
+    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda: recorder)
+    monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
+    replayed = load(nodes, "AR", files["ar", name])
+    tokens = replayed.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())[0].tokens
+    assert recorder.tapes
+    monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: False)
+    eager = load(nodes, "AR", files["ar", name])
+    assert same(eager.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())[0].tokens, tokens)
