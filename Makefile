@@ -2,16 +2,20 @@
 #   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [SEED=...] [MODEL=name or snapshot folder]
 #   make serve  [PORT=8188]
 #   make test   [ARGS="tests/core -k tokens"]
+#   make bench  [PRESET="small medium"]     full on a GPU
 # COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows clean python
+.PHONY: demo serve test lint workflows bench clean python
 
 demo serve lint: python
 	@$(PYTHON) -m scripts $@
 
 workflows: python
 	@$(PYTHON) -m scripts workflows $(ARGS)
+
+bench: python
+	@$(PYTHON) -m scripts bench $(PRESET)
 
 test: lint
 	@$(PYTHON) -m scripts test $(ARGS)

@@ -1,8 +1,8 @@
 """`python -m bench [PRESET ...]`: small and medium, or full on a GPU; leaves `bench/last.json`."""
 
+import argparse
 import json
 import platform
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -17,7 +17,7 @@ LAST = Path(__file__).with_name("last.json")
 HEADER = "| preset | stage | ours | reference | ratio | floor |\n|---|---|---|---|---|---|"
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], out: Path) -> None:
     unknown = set(names) - PRESETS.keys()
     if unknown:
         raise SystemExit(f"No preset is called {', '.join(unknown)}: use {', '.join(PRESETS)}.")
@@ -33,7 +33,7 @@ def main(names: list[str]) -> None:
             for row in measured(name, device):
                 print(as_line(row), flush=True)
                 rows.append(row.as_dict())
-    LAST.write_text(json.dumps(rows, indent=1) + "\n")
+    out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def measured(name: str, device: torch.device) -> Iterator[Row]:
@@ -67,4 +67,8 @@ def machine(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["small", "medium"])
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("presets", nargs="*", metavar="PRESET")
+    parser.add_argument("--out", type=Path, default=LAST, help="where the rows go, as JSON")
+    arguments = parser.parse_args()
+    main(arguments.presets or ["small", "medium"], arguments.out)

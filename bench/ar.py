@@ -16,6 +16,8 @@ from glm_core.grids import Grid, preview_grid, text_positions, token_grid
 from glm_core.kv_cache import BlockPass, span_of
 from glm_core.logits import SamplingOptions
 from glm_core.prompt import Prompt
+from glm_core.quant import FORMATS
+from scripts.measure_quantised import quantised
 
 from .measure import Bench, Row
 from .networks import ar_pair
@@ -31,6 +33,7 @@ def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
     ar = ARBench(bench, ours, reference, preset.ar_dtype)
     ar.require_agreement()
     yield from ar.step_rows(token_grid(*preset.sizes[0]))
+    yield from ar.quantised_rows(token_grid(*preset.sizes[0]))
     yield ar.block_row(preset.block)
     if preset.generate:
         for size in preset.sizes:
@@ -124,20 +127,31 @@ class ARBench:
         """A position in the middle of what is written."""
         return PROMPT_LENGTH + (math.prod(grid) + math.prod(preview_grid(grid))) // 2
 
-    def our_step(self, grid: Grid, batch: int) -> Callable[[], None]:
+    def quantised_rows(self, grid: Grid) -> Iterator[Row]:
+        """A step with fewer bits a weight, beside our own with all of them."""
+        if self.dtype != torch.bfloat16:
+            return
+        for name in FORMATS:
+            packed = self.our_step(grid, 1, quantised(self.ours, name, self.bench.device))
+            yield self.bench.row(
+                f"AR step, {name} weights, beside bf16", packed, self.our_step(grid, 1)
+            )
+
+    def our_step(self, grid: Grid, batch: int, model: ARModel | None = None) -> Callable[[], None]:
+        model = self.ours if model is None else model
         runner, at = self.new_runner(), self.middle(grid)
         shape = StepShape(
             batch, 2 * at, max(grid[1], preview_grid(grid)[1]), span_of(2 * at),
             SamplingOptions(), self.bench.device, self.dtype,
         )  # fmt: skip
-        buffers = runner.buffers(self.ours, shape)
+        buffers = runner.buffers(model, shape)
         positions = text_positions(shape.length).to(self.bench.device)
         buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
         buffers.aim(at - PROMPT_LENGTH + 1, 0, at)
         span = span_of(at + 1)
 
         def step() -> None:
-            runner.run(lambda: buffers.step(self.ours, span), span)
+            runner.run(lambda: buffers.step(model, span), span)
 
         return step
 

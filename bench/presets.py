@@ -79,6 +79,22 @@ _SMALL_GLYPH = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_la
 _SMALL_VAE = {"block_out_channels": [32, 64, 128, 128]}
 
 PRESETS = {
+    # Seconds long, to see that everything runs; its figures say nothing.
+    "tiny": lambda: Preset(
+        "tiny",
+        ar=_ar(64, 2, 96, 4, 2, codebook=128),
+        decoder=_decoder(2, 2, 32),
+        glyph=_hub("text_encoder") | _SMALL_GLYPH,
+        vae=_hub("vae") | {"block_out_channels": [32, 32, 32, 32]},
+        ar_dtype=torch.float32,
+        dtype=torch.float32,
+        sizes=((64, 64),),
+        batches=(1, 2),
+        rounds=1,
+        block=16,
+        generate=True,
+        references=(1,),
+    ),
     "small": lambda: Preset(
         "small",
         ar=_ar(256, 4, 688, 4, 2, codebook=1024),

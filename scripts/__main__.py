@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import environment
 
-COMMANDS = ("demo", "serve", "test", "lint", "workflows")
+COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench")
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -18,6 +18,8 @@ def main(command: str, arguments: list[str]) -> None:
         if subprocess.run([str(python), "-m", "ruff", "check", "."], check=False).returncode:
             raise SystemExit(1)
         _become(python, "ruff", ["format", "--check", "."])
+    if command == "bench":
+        _become(python, "bench", arguments)
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)

@@ -284,7 +284,7 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
     )
     patcher = load_ar_patcher(model_name, weight_dtype)
-    dtype = precision(component, weight_dtype, patcher.load_device).compute
+    dtype = precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
     vision = HostVision(component, model_name, weight_dtype)
     palette = CodePalette(component, patcher.model.config.codebook)
     graphs = StepGraphs(CudaGraphs())
@@ -299,7 +299,7 @@ def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dyna
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
     device = comfy.model_management.get_torch_device()
-    kept = precision(component, weight_dtype, device)
+    kept = precision(component, weight_dtype, device, few_rows=True)
     network = ARModel(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, VISION_PREFIXES)
 

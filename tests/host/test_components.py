@@ -224,3 +224,15 @@ if hasattr(ModelPatcher, "deepclone_multigpu"):  # not in ComfyUI 0.3.75
 def test_model_names_are_folders_with_the_component_and_files(nodes, pipelines) -> None:
     names = nodes["GLMImageLoadDecoder"].define_schema().inputs[0].options
     assert [name for name in names if "." not in name] == sorted(pipelines)
+
+
+def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes, pipelines) -> None:
+    """A step is one row; what is computed of many, the vision tower's, is in float32 there."""
+    ar = load(nodes, "AR", "small", "bf16")
+    assert ar.dtype == torch.bfloat16
+    assert ar.vision.dtype == torch.float32
+    layer = ar.patcher.model.get_submodule(AR_LAYER)
+    assert not layer.comfy_cast_weights
+    sampled = nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 3, 0.9, 0.75, 0, 1)
+    assert len(sampled.result[0].tokens.unique()) > 2
+    assert load(nodes, "AR", "small", "default").dtype == torch.float32
