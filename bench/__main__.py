@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import ar, painting
+from . import ar, painting, whole
 from .measure import Bench, Row
 from .presets import PRESETS
 
@@ -42,6 +42,7 @@ def measured(name: str, device: torch.device) -> Iterator[Row]:
     bench = Bench(name, device, preset.rounds)
     yield from ar.measure(preset, bench)
     yield from painting.measure(preset, bench)
+    yield from whole.measure(preset, bench)
 
 
 def as_line(row: Row) -> str:

@@ -51,9 +51,11 @@ def _random(build: Callable[[], nn.Module], device: torch.device, dtype: torch.d
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), no_init_weights():
-            module = build().to(dtype)  # a config may name another
+            module = build()
     finally:
         torch.set_default_dtype(default)
+    if any(parameter.dtype != dtype for parameter in module.parameters()):
+        module.to(dtype)  # a config may name another
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.uniform_(-1, 1).mul_((3 / parameter[0].numel()) ** 0.5)

@@ -89,15 +89,21 @@ class DecoderBench:
         yield self.bench.row(f"what a run of {STEPS} steps does once", prepare)
 
     def their_prediction(
-        self, x: Tensor, glyphs: Tensor, tokens: Tensor, cache: GlmImageKVCache | None = None
+        self,
+        x: Tensor,
+        glyphs: Tensor,
+        tokens: Tensor,
+        cache: GlmImageKVCache | None = None,
+        timestep: Tensor | None = None,
+        dropped: bool = False,
     ) -> Tensor:
         batch, ids, device = x.shape[0], tokens.flatten(1), x.device
         return self.reference(
             hidden_states=x,
             encoder_hidden_states=glyphs,
             prior_token_id=ids,
-            prior_token_drop=torch.zeros_like(ids, dtype=torch.bool),
-            timestep=self.timestep[:batch],
+            prior_token_drop=torch.full_like(ids, dropped, dtype=torch.bool),
+            timestep=self.timestep[:batch] if timestep is None else timestep,
             target_size=torch.tensor([self.size] * batch, dtype=self.dtype, device=device),
             crop_coords=torch.zeros(batch, 2, dtype=self.dtype, device=device),
             kv_caches=cache,

@@ -24,6 +24,7 @@ class Preset:
         block: ids read in one pass.
         generate: whether `transformers.generate` is timed over a whole grid, or one step of it.
         references: how many reference pictures the decoder attends to.
+        steps: of a whole picture, from prompt to pixels; 0 paints none.
     """
 
     name: str
@@ -39,10 +40,15 @@ class Preset:
     block: int
     generate: bool
     references: tuple[int, ...]
+    steps: int
 
 
 def _hub(name: str) -> dict[str, Any]:
     return json.loads((HUB / f"{name}_config.json").read_text())
+
+
+def scheduler() -> dict[str, Any]:
+    return _hub("scheduler")
 
 
 def _ar(hidden: int, layers: int, mlp: int, heads: int, kv_heads: int, codebook: int) -> dict:
@@ -94,6 +100,7 @@ PRESETS = {
         block=16,
         generate=True,
         references=(1,),
+        steps=2,
     ),
     "small": lambda: Preset(
         "small",
@@ -109,6 +116,7 @@ PRESETS = {
         block=256,
         generate=True,
         references=(),
+        steps=0,
     ),
     "medium": lambda: Preset(
         "medium",
@@ -124,6 +132,7 @@ PRESETS = {
         block=16,
         generate=False,
         references=(1, 2, 4),
+        steps=0,
     ),
     "full": lambda: Preset(
         "full",
@@ -139,5 +148,6 @@ PRESETS = {
         block=256,
         generate=True,
         references=(1,),
+        steps=50,
     ),
 }

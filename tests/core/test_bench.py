@@ -22,7 +22,8 @@ def test_every_stage_stands_beside_its_reference(rows) -> None:
     assert all(row.keys() == FIELDS for row in rows)
     both = {row["stage"] for row in rows if row["reference"] is not None}
     for stage in ("AR step", "AR, 64x64, batch 2", "glyph encoder", "VAE decode, 64x64",
-                  "decoder step, 64x64, batch 1", "cache of 1 reference"):  # fmt: skip
+                  "decoder step, 64x64, batch 1", "cache of 1 reference",
+                  "64x64, 2 steps, CFG 1.5, end to end"):  # fmt: skip
         assert stage in both
     assert all(row["ours"] > 0 for row in rows if row["unit"] != "MiB")
 
