@@ -31,11 +31,14 @@ from ...glm_core.logits import SamplingOptions
 from ...glm_core.prompt import Prompt, PromptTokenizer
 from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
+from .memory import memory_for
 from .palette import CodePalette
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
+
+SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
 
 
 class HostAR:
@@ -197,9 +200,22 @@ class HostAR:
         grid = token_grid(*size)
         length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
         kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
-        self._load(samples, length, max(len(prompt), samples * kept))
+        needed = self.memory_required(samples, length, max(len(prompt), samples * kept))
         progress = TokenProgress(self.palette)
-        run = Run(
+        with memory_for("The AR model", self.patcher.load_device, needed, SMALLER_RUN):
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+            run = self._how(seed, samples, options, lookahead, progress)
+            return sampler(self.patcher.model, prompt, grid, run, **forced)
+
+    def _how(
+        self,
+        seed: int,
+        samples: int,
+        options: SamplingOptions,
+        lookahead: int,
+        progress: TokenProgress,
+    ) -> Run:
+        return Run(
             seed,
             samples,
             options,
@@ -211,7 +227,6 @@ class HostAR:
             show=progress.show,
             check_interrupt=check_interrupt,
         )
-        return sampler(self.patcher.model, prompt, grid, run, **forced)
 
     def _text_to_image(self, prompt: str, height: int, width: int) -> Prompt:
         return self.tokenizer.text_to_image(prompt, token_grid(height, width))
@@ -251,11 +266,6 @@ class HostAR:
         """A preview as it was written, with the locks of the layout that it kept."""
         locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if kept is None else kept.locked
         return Layout(_stored(preview), locked, self.config.codebook, height, width)
-
-    def _load(self, batch: int, length: int, block: int) -> None:
-        comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=self.memory_required(batch, length, block)
-        )
 
     def memory_required(self, batch: int, length: int, block: int) -> int:
         """Bytes beside the weights: the KV cache, and the widest activations of a pass.

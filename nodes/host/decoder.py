@@ -18,6 +18,7 @@ from ...glm_core.decoder import Decoder, DecoderConfig, ReferenceKeysValues, Ste
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import ScheduleConfig
 from .conditioning import REFERENCES, conditions
+from .memory import memory_for
 from .reference_cache import CacheReader, ReferencesCondition
 from .weights import Precision, check_keys, load_weights, make_patcher, open_model, precision
 
@@ -76,6 +77,10 @@ class HostDecoder(Decoder):
         return self.predict(x, timesteps, size, invariants, transformer_options, references)
 
 
+SMALLER_RUN = (
+    "use a smaller size or batch, weight_dtype fp8_e4m3fn, int8 or int4, or a reference cache with "
+    "store cpu or precision fp8"
+)
 MOST_KEPT = 16
 """Conditionings or tiles whose invariants are held; packs that move their tiles make new ones."""
 
@@ -165,7 +170,9 @@ class GLMImageModel(comfy.model_base.BaseModel):
         the model sampling's own `timestep()` is the shifted one, in units that patches change."""
         patcher = self.current_patcher
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
-        return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
+        needed = self.memory_required(list(x.shape))
+        with memory_for("The decoder", x.device, needed, SMALLER_RUN):
+            return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
 
     def process_timestep(
         self, timestep: Tensor, sigma: tuple[Tensor], size: tuple[int, int], **_: Any

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.glyph import encode_texts, texts_to_render
+from ...glm_core.glyph import encode_texts, glyph_ids, texts_to_render
 from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from .memory import memory_for
 from .weights import Precision, check_keys, load_weights, open_model, precision
 
 TOKENS = "glm_glyph"
@@ -59,7 +60,11 @@ class GlyphModel(nn.Module):
                 "These tokens are not of the GLM-Image glyph encoder; "
                 "tokenize and encode with one and the same CLIP."
             )
-        states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
+        # Its scores are all that grows: heads * L^2 of the longest text, in float32 and as softmax.
+        longest = max(map(len, glyph_ids(tokens[TOKENS])))
+        needed = 8 * self.transformer.config.num_heads * longest**2
+        with memory_for("The glyph encoder", self.execution_device, needed, "use shorter texts"):
+            states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
         return states, None, {EMPTY: empty}
 
     def _encode(self, texts: list[str]) -> Tensor:

@@ -13,6 +13,7 @@ from ...glm_core.decoder import KeysValues
 from ...glm_core.errors import GLMImageError
 from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
 from ...glm_core.references import References
+from .memory import memory_for
 from .progress import check_interrupt, progress_bar
 from .weights import make_patcher
 
@@ -178,18 +179,20 @@ def compute_cache(
 
     # All references go through a block together.
     working = sum(model.memory_required(list(image.latent.shape)) for image in set(images))
-    comfy.model_management.load_models_gpu([decoder], memory_required=working)
-    cache = make_cache(
-        network,
-        references,
-        model.process_latent_in,
-        device=decoder.load_device,
-        dtype=dtype,
-        store=host,
-        fp8=fp8,
-        progress=progress_bar(network.config.num_layers),
-        check_interrupt=check_interrupt,
-    )
+    helps = "use smaller or fewer references"
+    with memory_for("The reference cache", decoder.load_device, working, helps):
+        comfy.model_management.load_models_gpu([decoder], memory_required=working)
+        cache = make_cache(
+            network,
+            references,
+            model.process_latent_in,
+            device=decoder.load_device,
+            dtype=dtype,
+            store=host,
+            fp8=fp8,
+            progress=progress_bar(network.config.num_layers),
+            check_interrupt=check_interrupt,
+        )
     if store == "auto":
         free = comfy.model_management.get_free_memory(decoder.load_device)
         store = "gpu" if nbytes + working < free else "cpu"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...glm_core.checkpoint import Component
 from ...glm_core.reference_image import ImageConfig, vision_pixels
 from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from .memory import memory_for
 from .weights import check_keys, load_weights, make_patcher, open_model, precision
 
 
@@ -31,10 +32,10 @@ class HostVision:
         """float [B, H, W, 3] between 0 and 1, sides multiples of 32 -> int32 [B, H / 32, W / 32]"""
         device = self.patcher.load_device
         pixels = vision_pixels(images, self.image_config)
-        comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=self.memory_required(pixels.shape)
-        )
-        tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
+        needed = self.memory_required(pixels.shape)
+        with memory_for("The AR model's vision tower", device, needed, "use a smaller image"):
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+            tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
         return torch.cat(tokens).to("cpu", torch.int32)
 
     def memory_required(self, pixels: torch.Size) -> int:
