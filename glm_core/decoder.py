@@ -346,10 +346,12 @@ class Attention(nn.Module):
             the shape of x
         """
         q, k, v = (
-            rearrange(project(x), "b l (h d) -> b h l d", h=self.heads)
+            rearrange(project(x), "b l (h d) -> b l h d", h=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
+        # As they lie, and heads before tokens only then: a norm of the other order copies first.
         q, k = (rotate(F.layer_norm(y, y.shape[-1:], eps=EPS), pe) for y in (q, k))
+        q, k, v = (rearrange(y, "b l h d -> b h l d") for y in (q, k, v))
         if keep is not None:
             keep((k, v))
         sets = max(len(references), 1)
@@ -532,7 +534,7 @@ def rotary(grid: tuple[int, int], text: int, head_dim: int, device: Any) -> Rope
 
 
 def rotate(x: Tensor, pe: Rope) -> Tensor:
-    """Rotates the pairs (i, i + head_dim / 2) of x [B, heads, L, head_dim], in float32."""
-    cos, sin = pe
+    """Rotates the pairs (i, i + head_dim / 2) of x [B, L, heads, head_dim], in float32."""
+    cos, sin = (table.unsqueeze(1) for table in pe)
     left, right = x.float().chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)
