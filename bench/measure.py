@@ -53,6 +53,7 @@ class Bench:
         unit: str = "ms",
         floor_seconds: float | None = None,
         work: float = 1.0,
+        reference_work: float | None = None,
         rounds: int | None = None,
     ) -> Row:
         """Median times of two pieces of work, run in turn.
@@ -61,10 +62,13 @@ class Bench:
             unit: ms (a piece of `work`), or tokens/s.
             floor_seconds: for all of the work.
             work: how many pieces one run does.
+            reference_work: how many the reference's run does, where it is not as many.
         """
         runs = [run for run in (ours, reference) if run is not None]
         seconds = self.alternate(*runs, rounds=rounds)
-        mine, theirs = seconds[0], (seconds[1] if reference else None)
+        mine, theirs = seconds[0], None
+        if reference is not None:
+            theirs = seconds[1] * work / (reference_work or work)
         rate = unit != "ms"
 
         def show(value: float | None) -> float | None:

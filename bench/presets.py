@@ -22,7 +22,8 @@ class Preset:
         batches: images at once.
         rounds: measurements of which the median is taken, after one that is not counted.
         block: ids read in one pass.
-        generate: whether `transformers.generate` is timed over a whole grid, or one step of it.
+        generate: whether whole grids are written, or only single steps.
+        reference_cells: of which `transformers.generate` writes so many, at the same pace for all.
         references: how many reference pictures the decoder attends to.
         steps: of a whole picture, from prompt to pixels; 0 paints none.
     """
@@ -39,6 +40,7 @@ class Preset:
     rounds: int
     block: int
     generate: bool
+    reference_cells: int
     references: tuple[int, ...]
     steps: int
 
@@ -99,6 +101,7 @@ PRESETS = {
         rounds=1,
         block=16,
         generate=True,
+        reference_cells=512,
         references=(1,),
         steps=2,
     ),
@@ -115,6 +118,7 @@ PRESETS = {
         rounds=5,
         block=256,
         generate=True,
+        reference_cells=512,
         references=(),
         steps=0,
     ),
@@ -131,6 +135,7 @@ PRESETS = {
         rounds=5,
         block=16,
         generate=False,
+        reference_cells=0,
         references=(1, 2, 4),
         steps=0,
     ),
@@ -147,6 +152,7 @@ PRESETS = {
         rounds=3,
         block=256,
         generate=True,
+        reference_cells=512,
         references=(1,),
         steps=50,
     ),
