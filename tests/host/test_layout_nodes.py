@@ -249,8 +249,13 @@ def test_live_preview(sample, monkeypatch, on):
 
 
 def test_memory_counts_the_locked_cells_of_every_sample(run, sample, ar, monkeypatch):
-    asked = []
-    monkeypatch.setattr(ar, "_load", lambda *what: asked.append(what))
+    asked, required = [], ar.memory_required
+
+    def spied(*what):
+        asked.append(what)
+        return required(*what)
+
+    monkeypatch.setattr(ar, "memory_required", spied)
     (layouts,) = sample("Layout", batch=3)
     (locked,) = run("LockLayout", layouts, "whole", -1)
     sample("Tokens", layout=locked)
@@ -258,4 +263,4 @@ def test_memory_counts_the_locked_cells_of_every_sample(run, sample, ar, monkeyp
     cells = layouts.preview[0].numel()
     assert free < prompt
     assert kept == 3 * cells
-    assert ar.memory_required(3, prompt, kept) > ar.memory_required(3, prompt, free)
+    assert required(3, prompt, kept) > required(3, prompt, free)
