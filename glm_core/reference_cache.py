@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import working_memory
 from .decoder import Decoder, DecoderConfig, KeysValues
 from .grids import upsample_tokens
 from .references import Reference, References
@@ -24,7 +25,7 @@ def cache_bytes(references: References, config: DecoderConfig, dtype: torch.dtyp
     """Bytes of a cache whose numbers are kept in `dtype` (fp8's scales are 0.2 % more)."""
     cells = sum(image.tokens.numel() for images in references.sets for image in images)
     tokens = 4 * cells  # the decoder's patches are half as wide as a token
-    return 2 * config.num_layers * config.hidden_size * tokens * dtype.itemsize
+    return config.num_layers * working_memory.reference_cache(config, tokens, dtype)
 
 
 class ReferenceCache(nn.Module):

@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ..glm_core.errors import GLMImageError
+from ..glm_core.weight_dtypes import WEIGHT_DTYPES
 from .host.ar import load_ar
 from .host.decoder import load_decoder
 from .host.glyph import load_glyph_encoder
 from .host.paths import find_model, model_names
 from .host.vae import load_vae
-from .host.weights import WEIGHT_DTYPES
 from .types import AR, CATEGORY
 
 

@@ -8,6 +8,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...glm_core import working_memory
 from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
 from ...glm_core.ar_sampler import (
     Forced,
@@ -273,10 +274,8 @@ class HostAR:
         Args:
             block: the most ids that one pass may read: a prompt, or forced cells of all samples.
         """
-        config = self.config
-        cache = 2 * config.layers * config.kv_heads * config.head_dim * batch * length
-        activations = 4 * (config.hidden_size + config.intermediate_size) * block
-        return (cache + activations) * comfy.model_management.dtype_size(self.dtype)
+        cache = self.config.layers * working_memory.kv_cache(self.config, batch, length, self.dtype)
+        return cache + working_memory.ar(self.config, block, self.dtype)
 
 
 def _stored(tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ...glm_core import working_memory
 from ...glm_core.checkpoint import Component
 from ...glm_core.decoder import Decoder, DecoderConfig, ReferenceKeysValues, StepInvariants
 from ...glm_core.errors import GLMImageError
@@ -180,22 +181,13 @@ class GLMImageModel(comfy.model_base.BaseModel):
         return self.schedule.timestep(sigma[0], self.shift(size))
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict | None = None) -> float:
-        """Bytes that one step needs beside the weights.
-
-        Per token: the residual stream, its two normalised forms, query, key, value and their
-        float32 copies while they are rotated (4 + 8 hidden), or the feed-forward's inner layer
-        twice (8 hidden); the two do not live at the same time. Attention itself is linear in
-        memory with every kernel that the host chooses for bf16 and float32. A reference token
-        adds its key and value, joined to the image's own (2 hidden).
-        """
-        config = self.diffusion_model.config
-        batch, _, height, width = input_shape
-        tokens = batch * -(-height // config.patch_size) * -(-width // config.patch_size)
+        """Bytes that one step needs beside the weights."""
+        batch, _, *latent = input_shape
         dtype = self.manual_cast_dtype or self.get_dtype()
-        shapes = (cond_shapes or {}).get("references", [])
-        references = batch * max((length for _, length in shapes), default=0)
-        numbers = (16 * tokens + 2 * references) * config.hidden_size
-        return numbers * comfy.model_management.dtype_size(dtype)
+        references = (cond_shapes or {}).get("references", [])
+        longest = max((length for _, length in references), default=0)
+        config = self.diffusion_model.config
+        return working_memory.decoder(config, batch, tuple(latent), longest, dtype)
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):

@@ -8,6 +8,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 
+from ...glm_core import working_memory
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import VAE_SCALE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
@@ -27,6 +28,10 @@ def load_vae(model_name: str) -> comfy.sd.VAE:
         vae = comfy.sd.VAE(sd={})
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
+    config = network.config
+    vae.memory_used_decode = lambda shape, dtype: working_memory.vae_decode(
+        config, shape[2:], dtype
+    )
     vae.working_dtypes = WORKING_DTYPES
     vae.device = patcher.load_device
     vae.vae_dtype = next(network.parameters()).dtype

@@ -7,6 +7,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...glm_core import working_memory
 from ...glm_core.checkpoint import Component
 from ...glm_core.reference_image import ImageConfig, vision_pixels
 from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
@@ -39,12 +40,8 @@ class HostVision:
         return torch.cat(tokens).to("cpu", torch.int32)
 
     def memory_required(self, pixels: torch.Size) -> int:
-        """Bytes beside the weights for one image [B, C, H, W]: its widest layer, and the codes'
-        scores in float32."""
-        config = self.patcher.model.config
-        cells = pixels[-2] * pixels[-1] // config.patch_size**2
-        layer = 4 * config.hidden_size + 2 * config.intermediate_size
-        return cells * (layer * comfy.model_management.dtype_size(self.dtype) + 4 * config.codebook)
+        """Bytes beside the weights for one image [B, C, H, W]."""
+        return working_memory.vision(self.patcher.model.config, *pixels[-2:], self.dtype)
 
 
 def load_vision_patcher(

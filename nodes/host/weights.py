@@ -12,18 +12,9 @@ from ...glm_core.checkpoint import Component, layer_of, open_component
 from ...glm_core.errors import GLMImageError
 from ...glm_core.packed_linear import pack_layers
 from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
+from ...glm_core.weight_dtypes import WEIGHT_DTYPES
 from .paths import find_model
 from .quant import HostPackedLinear, PackedPatcher, fp8_operations, is_packed, with_formats
-
-WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
-    "default": None,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "int8": None,
-    "int4": None,
-}
-"""What the loaders offer, and the dtype of its weights; None: the file's own, or packed."""
 
 
 class Precision(NamedTuple):

@@ -1,0 +1,149 @@
+"""A plan's bytes against the modules themselves, at the hub's full sizes and without a weight."""
+
+import weakref
+
+import pytest
+import torch
+from full_size import components, hub_config
+from glm_image.glm_core import working_memory
+from glm_image.glm_core.ar_model import ARConfig, ARModel
+from glm_image.glm_core.decoder import Decoder, DecoderConfig
+from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from glm_image.glm_core.placement import Stage
+from glm_image.glm_core.stages import Request, stages
+from glm_image.glm_core.vae import AutoencoderKL, VAEConfig
+from glm_image.glm_core.vision import VisionConfig, VisionEncoder
+from glm_image.glm_core.weight_dtypes import is_layer_matrix, stored_bytes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NETWORKS = {
+    "ar": ("ar", ARModel, ARConfig, torch.bfloat16),
+    "vision": ("ar", VisionEncoder, VisionConfig, torch.bfloat16),
+    "decoder": ("decoder", Decoder, DecoderConfig, torch.bfloat16),
+    "glyph": ("glyph", GlyphEncoder, GlyphConfig, torch.float32),
+    "vae": ("vae", AutoencoderKL, VAEConfig, torch.bfloat16),
+}
+LAYERS = {"ar": "model.language_model.layers", "decoder": "transformer_blocks"}
+
+
+def network(stage: str) -> nn.Module:
+    component, kind, config, dtype = NETWORKS[stage]
+    with torch.device("meta"):
+        return kind(config.from_dict(hub_config(component)), dtype=dtype)
+
+
+def full_size_stages(weights: str = "default") -> dict[str, Stage]:
+    found = stages(components(), weights, Request(1024, 1024, references=1))
+    return {stage.name: stage for stage in found}
+
+
+def allocated(module: nn.Module, weights: str = "default") -> int:
+    return sum(_allocated(key, value, weights) for key, value in module.named_parameters())
+
+
+def _allocated(key: str, value: torch.Tensor, weights: str) -> int:
+    if weights == "fp8_e4m3fn" and is_layer_matrix(key, value.ndim):
+        value = value.to(torch.float8_e4m3fn)
+    return value.nbytes
+
+
+@pytest.mark.parametrize("stage", NETWORKS)
+@pytest.mark.parametrize("weights", ["default", "fp8_e4m3fn"])
+def test_weights_are_what_the_modules_allocate(stage: str, weights: str) -> None:
+    planned = full_size_stages(weights)[stage]
+    module = network(stage)
+    kept = weights if stage in ("ar", "vision", "decoder") else "default"
+    assert planned.weights == pytest.approx(allocated(module, kept), rel=0.01)
+    if stage in LAYERS:
+        layers = module.get_submodule(LAYERS[stage])
+        prefix = f"{LAYERS[stage]}."
+        expected = [
+            sum(_allocated(f"{prefix}{i}.{k}", v, kept) for k, v in layer.named_parameters())
+            for i, layer in enumerate(layers)
+        ]
+        assert planned.layers == pytest.approx(expected, rel=0.01)
+
+
+def test_packed_weights_are_counted_with_their_scales() -> None:
+    key, shape = "transformer_blocks.0.attn1.to_q.weight", (256, 512)
+    assert stored_bytes(key, shape, torch.bfloat16, "int8") == 256 * 512 + 256 * 2
+    assert stored_bytes(key, shape, torch.bfloat16, "int4") == 256 * 512 // 2 + 256 * 4 * 2
+    assert stored_bytes("proj_out.weight", shape, torch.bfloat16, "int4") == 256 * 512 * 2
+    bias = "transformer_blocks.0.attn1.to_q.bias"
+    assert stored_bytes(bias, (256,), torch.float32, "int4") == 256 * 4
+    assert stored_bytes(bias, (256,), torch.float32, "bf16") == 256 * 2
+
+
+# ---- working memory ------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were made under it and lived at one time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self._seen = {value.untyped_storage()._cdata for value in module.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += storage.nbytes()
+        self.most = max(self.most, self.live)
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+
+def no_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **_) -> torch.Tensor:
+    """The output of attention, without the scores that no kernel keeps."""
+    return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
+
+
+def passes() -> dict:
+    """For each network what it holds at 1024 x 1024, and a pass over empty tensors."""
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    latent = torch.empty(1, 16, 128, 128, **half)
+    decoder, vae, vision = network("decoder"), network("vae"), network("vision")
+    for block in decoder.transformer_blocks:
+        block.attn1.attention = no_scores
+    for block in vision.model["visual"].blocks:
+        block.attn = nn.Identity()  # has no other attention, and the MLP is wider
+    ids = torch.empty(1, 64, 64, dtype=torch.int64, device="meta")
+    invariants = decoder.prepare(torch.empty(1, 30, 1472, **half), ids, torch.bfloat16)
+    cached = [[(torch.empty(1, 32, 4096, 128, **half),) * 2]] * 30
+    time = torch.empty(1, device="meta")
+
+    def step(**references):
+        return lambda: decoder.predict(latent, time, (1024, 1024), invariants, **references)
+
+    planned = {name: full_size_stages()[name].work for name in ("decoder", "vae", "vision")}
+    alone = working_memory.decoder(decoder.config, 1, (128, 128), 0, torch.bfloat16)
+    pixels = torch.empty(1, 3, 1024, 1024, device="meta")
+    return {
+        "decoder": (decoder, alone, step()),
+        "decoder with a reference": (decoder, planned["decoder"], step(references=cached)),
+        "vae": (vae, planned["vae"], lambda: vae.decode(latent)),
+        "vision": (vision, planned["vision"], lambda: vision(pixels, torch.bfloat16)),
+    }
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder with a reference", "vae", "vision"])
+def test_working_memory_covers_a_pass_and_little_more(name: str) -> None:
+    module, planned, run = passes()[name]
+    with LiveBytes(module) as memory:
+        run()
+    assert 0.7 * planned < memory.most < 1.02 * planned
