@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import sdpa
 from .errors import GLMImageError
+from .split import LayerRange, Stretch, hop, own_layers, stretches
 
 EPS = 1e-5
 DROPPED = -1
@@ -78,7 +79,7 @@ class StepInvariants(NamedTuple):
 
     text: Tensor  # [B, T, hidden]
     prior: Tensor  # [B, N, hidden]
-    rope: Rope  # cos, sin: [T + N, head_dim]
+    ropes: tuple[Rope, ...]  # for each stretch of blocks, cos, sin: [T + N, head_dim]
 
 
 class Decoder(nn.Module):
@@ -92,9 +93,16 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         operations: Any = nn,
         attention: Callable[..., Tensor] = sdpa,
+        ranges: Sequence[LayerRange] = (),
     ) -> None:
+        """
+        Args:
+            operations: the layers to build from.
+            ranges: its last blocks, which lie apart (`block_range`); none for a whole decoder.
+        """
         super().__init__()
         self.config = config
+        self.ranges = tuple(ranges)
         kw = {"device": device, "dtype": dtype, "operations": operations}
         layer_kw = {"device": device, "dtype": dtype}
         hidden = config.hidden_size
@@ -108,7 +116,8 @@ class Decoder(nn.Module):
         self.prior_projector = FeedForward(hidden, hidden, hidden, F.silu, **kw)
         self.time_condition_embed = TimeSizeEmbedding(config, **kw)
         self.transformer_blocks = nn.ModuleList(
-            Block(config, attention=attention, **kw) for _ in range(config.num_layers)
+            Block(config, attention=attention, **kw)
+            for _ in range(own_layers(config.num_layers, ranges))
         )
         self.norm_out = FinalNorm(hidden, config.time_embed_dim, **kw)
         self.proj_out = operations.Linear(hidden, config.out_channels * patch, **layer_kw)
@@ -155,16 +164,18 @@ class Decoder(nn.Module):
             size: (height, width) of the reference in pixels.
 
         Yields:
-            key, value: [1, heads, N, head_dim], of each block in turn.
+            key, value: [1, heads, N, head_dim], of each block in turn, where it computes.
         """
         no_text = latent.new_zeros(1, 0, self.config.text_embed_dim)
-        txt, prior, rope = self.prepare(no_text, tokens, latent.dtype)
+        txt, prior, ropes = self.prepare(no_text, tokens, latent.dtype)
         img = self._embed(latent) + prior
         vec = self.time_condition_embed(latent.new_zeros(1), size, img.dtype)
-        for block in self.transformer_blocks:
-            kept: list[KeysValues] = []
-            img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
-            yield kept.pop()
+        for (device, blocks), rope in zip(self._stretches(img.device), ropes, strict=True):
+            img, txt, vec = (hop(x, device) for x in (img, txt, vec))
+            for _, block in blocks:
+                kept: list[KeysValues] = []
+                img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
+                yield kept.pop()
 
     def prepare(self, glyphs: Tensor, tokens: Tensor, dtype: torch.dtype) -> StepInvariants:
         """The part of `forward` that is the same at every step."""
@@ -173,7 +184,8 @@ class Decoder(nn.Module):
         embedded = self.prior_token_embedding(ids.clamp(min=0)).to(dtype)
         prior = self.prior_projector(embedded * (ids != DROPPED).unsqueeze(-1))
         rope = rotary(tokens.shape[1:], text.shape[1], self.config.attention_head_dim, text.device)
-        return StepInvariants(text, prior, rope)
+        ropes = (tuple(hop(x, device) for x in rope) for device, _ in self._stretches(text.device))
+        return StepInvariants(text, prior, tuple(ropes))
 
     def predict(
         self,
@@ -189,11 +201,11 @@ class Decoder(nn.Module):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % p, 0, -height % p), mode="replicate")
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
-        txt, prior, rope = invariants
+        txt, prior, ropes = invariants
 
         img = self._embed(x) + prior
         vec = self.time_condition_embed(timestep, size, img.dtype)
-        img = self._run_blocks(img, txt, vec, rope, transformer_options or {}, references)
+        img = self._run_blocks(img, txt, vec, ropes, transformer_options or {}, references)
         out = self.proj_out(self.norm_out(img, vec))
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
         return out[..., :height, :width]
@@ -203,40 +215,67 @@ class Decoder(nn.Module):
         p = self.config.patch_size
         return self.image_projector(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
 
+    def _stretches(self, home: torch.device) -> Iterator[Stretch]:
+        return stretches(self.transformer_blocks, home, self.ranges)
+
     def _run_blocks(
         self,
         img: Tensor,
         txt: Tensor,
         vec: Tensor,
-        pe: Rope,
+        ropes: Sequence[Rope],
         transformer_options: dict,
         references: ReferenceKeysValues | None,
     ) -> Tensor:
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
         after_block = transformer_options.get("patches", {}).get("double_block", [])
-        transformer_options["total_blocks"] = len(self.transformer_blocks)
+        transformer_options["total_blocks"] = self.config.num_layers
         transformer_options["block_type"] = "double"
-        for i, block in enumerate(self.transformer_blocks):
-            transformer_options["block_index"] = i
-            args = {
-                "img": img,
-                "txt": txt,
-                "vec": vec,
-                "pe": pe,
-                "transformer_options": transformer_options,
-            }
-            run = block.from_args
-            if references is not None:
-                run = partial(run, references=references[i])
-            if ("double_block", i) in replace:
-                out = replace[("double_block", i)](args, {"original_block": run})
-            else:
-                out = run(args)
-            img, txt = out["img"], out["txt"]
-            for patch in after_block:
-                out = patch({**args, "img": img, "txt": txt, "block_index": i})
+        home = img.device
+        for (device, blocks), pe in zip(self._stretches(home), ropes, strict=True):
+            img, txt, vec = (hop(x, device) for x in (img, txt, vec))
+            for i, block in blocks:
+                transformer_options["block_index"] = i
+                args = {
+                    "img": img,
+                    "txt": txt,
+                    "vec": vec,
+                    "pe": pe,
+                    "transformer_options": transformer_options,
+                }
+                run = block.from_args
+                if references is not None:
+                    run = partial(run, references=references[i])
+                if ("double_block", i) in replace:
+                    out = replace[("double_block", i)](args, {"original_block": run})
+                else:
+                    out = run(args)
                 img, txt = out["img"], out["txt"]
-        return img
+                for patch in after_block:
+                    out = patch({**args, "img": img, "txt": txt, "block_index": i})
+                    img, txt = out["img"], out["txt"]
+        return hop(img, home)
+
+
+def block_range(
+    config: DecoderConfig,
+    numbers: range,
+    home: torch.device,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    operations: Any = nn,
+    attention: Callable[..., Tensor] = sdpa,
+    prefix: str = "",
+) -> LayerRange:
+    """Some of a decoder's blocks, to lie apart from it.
+
+    Args:
+        home: where they compute.
+        prefix: what a host puts before the decoder's keys.
+    """
+    kw = {"device": device, "dtype": dtype, "operations": operations, "attention": attention}
+    return LayerRange(f"{prefix}transformer_blocks", numbers, home, lambda _: Block(config, **kw))
 
 
 class Block(nn.Module):

@@ -1,0 +1,144 @@
+"""Split networks: bit for bit the whole one, with a device that shows every missing hop."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from glm_image.glm_core import decoder as decoder_module
+from glm_image.glm_core.decoder import Decoder, block_range
+from glm_image.glm_core.split import LayerRange, hop
+from test_decoder import inputs, pair
+from test_decoder_references import cached, reference_images
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+CUTS = {"patch of 1": [(1,), (2,), (1, 2)], "small": [(1,)]}
+SPLITS = [(shape, cuts) for shape, all_cuts in CUTS.items() for cuts in all_cuts]
+
+
+def split_decoder(whole: Decoder, cuts: tuple[int, ...], home: torch.device = CPU) -> Decoder:
+    """The same weights with the blocks from each cut on in a range of their own at `home`."""
+    ends = (*cuts[1:], whole.config.num_layers)
+    numbers = [range(start, end) for start, end in zip(cuts, ends, strict=True)]
+    with torch.device("meta"):
+        ranges = [block_range(whole.config, some, home) for some in numbers]
+        ours = Decoder(whole.config, ranges=ranges)
+    for module in (ours, *ranges):
+        give_weights(module, whole.state_dict())
+    return ours
+
+
+def give_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    mine = {key: state[key] for key in module.state_dict()}
+    if isinstance(module, LayerRange):
+        mine = {key: value.to(module.home) for key, value in mine.items()}
+    module.load_state_dict(mine, assign=True)
+
+
+@pytest.mark.parametrize(("shape", "cuts"), SPLITS)
+def test_a_split_decoder_is_the_whole_one(shape: str, cuts: tuple[int, ...]) -> None:
+    whole, _ = pair(shape)
+    split = split_decoder(whole, cuts)
+    args = inputs(whole.config, rows=6, cols=4)
+    assert torch.equal(split(**args), whole(**args))
+
+    images = reference_images(whole.config)
+    ours, theirs = (cached(network, images) for network in (split, whole))
+    for ((keys, values),), ((their_keys, their_values),) in zip(ours, theirs, strict=True):
+        assert torch.equal(keys, their_keys)
+        assert torch.equal(values, their_values)
+    assert torch.equal(split(**args, references=ours), whole(**args, references=theirs))
+
+
+def test_ranges_have_the_networks_keys_and_are_not_in_it() -> None:
+    whole, _ = pair("patch of 1")
+    split = split_decoder(whole, (1, 2))
+    keys = [set(module.state_dict()) for module in (split, *split.ranges)]
+    assert set.union(*keys) == set(whole.state_dict())
+    assert sum(map(len, keys)) == len(whole.state_dict())
+    parameters = {id(p) for p in split.parameters()}
+    assert not any(id(p) in parameters for part in split.ranges for p in part.parameters())
+    hosts = block_range(whole.config, range(1, 3), CPU, prefix="diffusion_model.")
+    assert next(iter(hosts.state_dict())).startswith("diffusion_model.transformer_blocks.1.")
+
+
+def test_block_patches_see_the_numbers_of_the_whole() -> None:
+    whole, _ = pair("patch of 1")
+    seen = []
+
+    def replace(args: dict, extra: dict) -> dict:
+        options = args["transformer_options"]
+        seen.append((options["block_index"], options["total_blocks"]))
+        return extra["original_block"](args)
+
+    patches = {"dit": {("double_block", i): replace for i in range(3)}}
+    args = inputs(whole.config, rows=2, cols=2)
+    split_decoder(whole, (1, 2))(**args, transformer_options={"patches_replace": patches})
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+# ---- no hop is missing ---------------------------------------------------------------------------
+
+
+class ComesBack(TorchFunctionMode):
+    """Lets numbers come back from the meta device, which has none: as zeros.
+
+    Everything else there is torch's own: an operation over tensors of two devices is an error.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and args[0].is_meta and args[1:] == (CPU,):
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class Hops:
+    """Counts hops, and leaves one of them out."""
+
+    def __init__(self, missing: int | None = None) -> None:
+        self.missing = missing
+        self.count = 0
+
+    def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        needed = x.device != device
+        self.count += needed
+        return x if needed and self.count == self.missing else hop(x, device)
+
+
+def every_hop_is_needed(monkeypatch, module, run: Callable[[], object]) -> int:
+    """Run it whole, then with each hop left out in turn, which must fail; how many there are."""
+
+    def run_without(missing: int | None) -> int:
+        hops = Hops(missing)
+        monkeypatch.setattr(module, "hop", hops)
+        with ComesBack():
+            run()
+        return hops.count
+
+    total = run_without(None)
+    for missing in range(1, total + 1):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            run_without(missing)
+    return total
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
+def test_no_hop_of_the_decoder_is_missing(monkeypatch, cuts: tuple[int, ...]) -> None:
+    whole, _ = pair("patch of 1")
+    split = split_decoder(whole, cuts, home=META)
+    args = inputs(whole.config, rows=2, cols=2)
+    found = every_hop_is_needed(monkeypatch, decoder_module, lambda: split(**args))
+    assert found == 2 * len(cuts) + 3 + 1  # cos and sin a range; img, txt, vec; img back
+
+
+def test_no_hop_of_the_decoder_over_a_reference_is_missing(monkeypatch) -> None:
+    whole, _ = pair("patch of 1")
+    split = split_decoder(whole, (1,), home=META)
+    (image, _) = reference_images(whole.config)
+
+    def run() -> None:
+        pairs = list(split.reference_keys_values(image["x"], image["tokens"], image["size"]))
+        assert [key.device for key, _ in pairs] == [CPU, META, META]
+
+    assert every_hop_is_needed(monkeypatch, decoder_module, run) == 2 + 3
