@@ -34,7 +34,12 @@ class LayerRange(nn.ModuleDict):
         super().__init__({root: tree})
         self.numbers = numbers
         self.home = home
+        self._prefixes = tuple(f"{path}.{i}." for i in numbers)
         self.layers = tuple(layers.values())  # in a tuple they are not registered once more
+
+    def holds(self, key: str) -> bool:
+        """Whether a key of the network's belongs to these layers."""
+        return key.startswith(self._prefixes)
 
 
 def own_layers(total: int, ranges: Sequence[LayerRange]) -> int:

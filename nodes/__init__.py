@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_tokens import ApplyTokens
 from .decode import Decode, ModelSampling, Scheduler
+from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
 from .host import paths
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
@@ -36,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     Scheduler,
     ModelSampling,
     Decode,
+    MakeDevicePlan,
 ]
 
 

@@ -6,10 +6,12 @@ from ..glm_core.errors import GLMImageError
 from ..glm_core.weight_dtypes import WEIGHT_DTYPES
 from .host.ar import load_ar
 from .host.decoder import load_decoder
+from .host.devices import DevicePlan as Plan
+from .host.devices import Place
 from .host.glyph import load_glyph_encoder
 from .host.paths import find_model, model_names
 from .host.vae import load_vae
-from .types import AR, CATEGORY
+from .types import AR, CATEGORY, DevicePlan
 
 
 def _model_name(component: str, what: str) -> io.Combo.Input:
@@ -31,6 +33,18 @@ def _weight_dtype() -> io.Combo.Input:
     )
 
 
+def _device_plan() -> DevicePlan.Input:
+    return DevicePlan.Input(
+        "device_plan",
+        optional=True,
+        tooltip="From GLM-Image Device Plan; without one, ComfyUI's own device is used.",
+    )
+
+
+def _place(plan: Plan | None, stage: str) -> Place | None:
+    return None if plan is None else plan.place(stage)
+
+
 def check_model_name(component: str, model_name: str | None) -> bool | str:
     """For `validate_inputs`: True, or the sentence that says what is wrong."""
     try:
@@ -49,7 +63,7 @@ class LoadAR(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads the autoregressive model, which writes an image's semantic tokens "
             "from a prompt. It is memory-mapped here and moved to the GPU when a sampler needs it.",
-            inputs=[_model_name("ar", "AR model"), _weight_dtype()],
+            inputs=[_model_name("ar", "AR model"), _weight_dtype(), _device_plan()],
             outputs=[AR.Output(display_name="ar")],
         )
 
@@ -58,8 +72,10 @@ class LoadAR(io.ComfyNode):
         return check_model_name("ar", model_name)
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(load_ar(model_name, weight_dtype))
+    def execute(
+        cls, model_name: str, weight_dtype: str, device_plan: Plan | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(load_ar(model_name, weight_dtype, _place(device_plan, "ar")))
 
 
 class LoadDecoder(io.ComfyNode):
@@ -71,7 +87,7 @@ class LoadDecoder(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads the diffusion decoder as a native MODEL: KSampler and the custom "
             "samplers, LoRA loaders, torch.compile and caching nodes work on it.",
-            inputs=[_model_name("decoder", "diffusion decoder"), _weight_dtype()],
+            inputs=[_model_name("decoder", "diffusion decoder"), _weight_dtype(), _device_plan()],
             outputs=[io.Model.Output()],
         )
 
@@ -80,8 +96,10 @@ class LoadDecoder(io.ComfyNode):
         return check_model_name("decoder", model_name)
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(load_decoder(model_name, weight_dtype))
+    def execute(
+        cls, model_name: str, weight_dtype: str, device_plan: Plan | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(load_decoder(model_name, weight_dtype, _place(device_plan, "decoder")))
 
 
 class LoadGlyphEncoder(io.ComfyNode):
@@ -93,7 +111,7 @@ class LoadGlyphEncoder(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads the Glyph-ByT5 encoder as a native CLIP. It reads the text to be "
             "rendered byte by byte; GLM-Image Glyph Encode and CLIP Text Encode work on it.",
-            inputs=[_model_name("glyph", "glyph encoder")],
+            inputs=[_model_name("glyph", "glyph encoder"), _device_plan()],
             outputs=[io.Clip.Output()],
         )
 
@@ -102,8 +120,8 @@ class LoadGlyphEncoder(io.ComfyNode):
         return check_model_name("glyph", model_name)
 
     @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_glyph_encoder(model_name))
+    def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
+        return io.NodeOutput(load_glyph_encoder(model_name, _place(device_plan, "glyph")))
 
 
 class LoadVAE(io.ComfyNode):
@@ -115,7 +133,7 @@ class LoadVAE(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads GLM-Image's autoencoder as a native VAE: VAE Decode, VAE Encode and "
             "their tiled forms work on it.",
-            inputs=[_model_name("vae", "VAE")],
+            inputs=[_model_name("vae", "VAE"), _device_plan()],
             outputs=[io.Vae.Output()],
         )
 
@@ -124,5 +142,5 @@ class LoadVAE(io.ComfyNode):
         return check_model_name("vae", model_name)
 
     @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(model_name))
+    def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
+        return io.NodeOutput(load_vae(model_name, _place(device_plan, "vae")))

@@ -7,5 +7,6 @@ Tokens = io.Custom("GLM_TOKENS")
 Layout = io.Custom("GLM_LAYOUT")
 References = io.Custom("GLM_REFERENCES")
 ReferenceCache = io.Custom("GLM_REFERENCE_CACHE")
+DevicePlan = io.Custom("GLM_DEVICE_PLAN")
 
 CATEGORY = "GLM-Image"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -32,12 +33,14 @@ from ...glm_core.logits import SamplingOptions
 from ...glm_core.prompt import Prompt, PromptTokenizer
 from ...glm_core.references import References
 from ...glm_core.tokens import Layout, SemanticTokens
+from .devices import Place, default_place
 from .memory import memory_for
 from .palette import CodePalette
+from .patchers import make_patcher
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs
 from .vision import HostVision
-from .weights import check_keys, load_weights, make_patcher, open_model, precision
+from .weights import check_keys, load_weights, open_model, precision
 
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
 
@@ -282,8 +285,11 @@ def _stored(tokens: Tensor) -> Tensor:
     return tokens.to("cpu", torch.int32)
 
 
-def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
+def load_ar(model_name: str, weight_dtype: str = "default", place: Place | None = None) -> HostAR:
     """
+    Args:
+        place: where a device plan puts it; None leaves it to ComfyUI.
+
     Raises:
         GLMImageError: the component is missing or broken.
     """
@@ -292,27 +298,32 @@ def load_ar(model_name: str, weight_dtype: str = "default") -> HostAR:
     tokenizer = PromptTokenizer(
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
     )
-    patcher = load_ar_patcher(model_name, weight_dtype)
+    patcher = load_ar_patcher(model_name, weight_dtype, place)
     dtype = precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
-    vision = HostVision(component, model_name, weight_dtype)
+    whole = place and replace(place, limit=None, further=())
+    vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
     graphs = StepGraphs(CudaGraphs())
     graphs.watch(patcher)
     return HostAR(patcher, tokenizer, dtype, vision, palette, graphs)
 
 
-def load_ar_patcher(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+def load_ar_patcher(
+    model_name: str,
+    weight_dtype: str = "default",
+    place: Place | None = None,
+    disable_dynamic: bool = False,
+):
     """The AR's patcher; the factory that current hosts rebuild it with on another device."""
     component = open_model("ar", model_name)
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
-    device = comfy.model_management.get_torch_device()
-    kept = precision(component, weight_dtype, device, few_rows=True)
+    there = place or default_place()
+    kept = precision(component, weight_dtype, there.load, few_rows=True)
     network = ARModel(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, VISION_PREFIXES)
 
-    offload = comfy.model_management.unet_offload_device()
-    patcher = make_patcher(network, device, offload, disable_dynamic)
-    patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype))
+    patcher = make_patcher(network, there, disable_dynamic)
+    patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, place))
     return patcher

@@ -31,12 +31,12 @@ def with_tokens(
 ) -> Conditioning:
     """For the conditional pass: every entry is given the tokens, and the references to attend to.
 
-    The cache's patcher is listed for the host, which loads it beside the decoder.
+    The cache's patchers are listed for the host, which loads them beside the decoder.
     """
     given = _with(conditioning, tokens, tokens.tokens)
     if references is None:
         return given
-    entries = {REFERENCES: references, "additional_models": [references.patcher]}
+    entries = {REFERENCES: references, "additional_models": references.patchers}
     return [[states, {**values, **entries}] for states, values in given]
 
 

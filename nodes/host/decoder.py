@@ -1,5 +1,6 @@
 """The diffusion decoder as a native MODEL: BaseModel, conditioning, memory, per-run reuse."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -15,21 +16,42 @@ from torch import Tensor
 
 from ...glm_core import working_memory
 from ...glm_core.checkpoint import Component
-from ...glm_core.decoder import Decoder, DecoderConfig, ReferenceKeysValues, StepInvariants
+from ...glm_core.decoder import (
+    Decoder,
+    DecoderConfig,
+    ReferenceKeysValues,
+    StepInvariants,
+    block_range,
+)
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import ScheduleConfig
+from ...glm_core.split import LayerRange
 from .conditioning import REFERENCES, conditions
+from .devices import Place, default_place
 from .memory import memory_for
+from .patchers import ListsRanges, make_patcher, require_layers
 from .reference_cache import CacheReader, ReferencesCondition
-from .weights import Precision, check_keys, load_weights, make_patcher, open_model, precision
+from .weights import Precision, check_keys, load_weights, open_model, precision
 
 
 class HostDecoder(Decoder):
     """The network behind ComfyUI's call, with the hooks and wrappers that other nodes use."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: Any, operations: Any):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        device: Any,
+        operations: Any,
+        ranges: Sequence[LayerRange] = (),
+    ) -> None:
         super().__init__(
-            config, device=device, dtype=dtype, operations=operations, attention=optimized_attention
+            config,
+            device=device,
+            dtype=dtype,
+            operations=operations,
+            attention=optimized_attention,
+            ranges=ranges,
         )
         self.dtype = dtype
         self.reuse = StepReuse()
@@ -82,6 +104,9 @@ SMALLER_RUN = (
     "use a smaller size or batch, weight_dtype fp8_e4m3fn, int8 or int4, or a reference cache with "
     "store cpu or precision fp8"
 )
+ROOT = "diffusion_model."
+"""What ComfyUI puts before the network's keys."""
+
 MOST_KEPT = 16
 """Conditionings or tiles whose invariants are held; packs that move their tiles make new ones."""
 
@@ -117,13 +142,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
-class GLMImageModel(comfy.model_base.BaseModel):
+class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
     """What a MODEL of this pack holds."""
 
     def __init__(self, model_config: "ModelConfig", device: Any = None) -> None:
         super().__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
+        self.ranges = self.diffusion_model.ranges
         self.schedule = model_config.schedule
         self.checkpoint = model_config.checkpoint
         self.readers: list[CacheReader] = []
@@ -219,10 +245,11 @@ class ModelConfig(comfy.supported_models_base.BASE):
         latents: LatentFormat,
         kept: Precision,
         checkpoint: tuple[str, str],
+        ranges: Sequence[LayerRange],
     ) -> None:
         self.latent_format = lambda: latents  # BASE calls it, as it would a class
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
-        super().__init__({"config": config, "dtype": kept.storage})
+        super().__init__({"config": config, "dtype": kept.storage, "ranges": ranges})
         self.schedule = schedule
         self.checkpoint = checkpoint
         self.set_inference_dtype(
@@ -231,35 +258,63 @@ class ModelConfig(comfy.supported_models_base.BASE):
         self.custom_operations = kept.operations
 
 
-def load_decoder(model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+def load_decoder(
+    model_name: str,
+    weight_dtype: str = "default",
+    place: Place | None = None,
+    disable_dynamic: bool = False,
+):
     """A MODEL; also the factory that current hosts rebuild it with on another device.
 
+    Args:
+        place: where a device plan puts it; None leaves it to ComfyUI.
+
     Raises:
-        GLMImageError: the component is missing or broken.
+        GLMImageError: the component is missing or broken, or the plan is another model's.
     """
     component = open_model("decoder", model_name)
     config = DecoderConfig.from_dict(component.config)
     check_keys(component, Decoder, config)
 
-    device = comfy.model_management.get_torch_device()
+    there = place or default_place()
+    require_layers(there, config.num_layers, component.title)
+    kept = precision(component, weight_dtype, there.load)
+    ranges = _block_ranges(config, there, kept)
     model = GLMImageModel(
         ModelConfig(
             config,
             ScheduleConfig.from_dict(component.scheduler),
             _latent_format(component, config),
-            precision(component, weight_dtype, device),
+            kept,
             checkpoint=(model_name, weight_dtype),
+            ranges=ranges,
         ),
         device="meta",
     )
-    load_weights(model.diffusion_model, component, weight_dtype)
+    load_weights(model.diffusion_model, component, weight_dtype, ranges=ranges, root=ROOT)
 
-    offload = comfy.model_management.unet_offload_device()
-    model.device = offload
-    patcher = make_patcher(model, device, offload, disable_dynamic)
+    model.device = there.offload
+    patcher = make_patcher(model, there, disable_dynamic, ranges)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
-    patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype))
+    patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, place))
     return patcher
+
+
+def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[LayerRange]:
+    kept = kept.under(ROOT)
+    return [
+        block_range(
+            config,
+            numbers,
+            there.load,
+            device="meta",
+            dtype=kept.storage,
+            operations=kept.operations,
+            attention=optimized_attention,
+            prefix=ROOT,
+        )
+        for numbers, there in place.further
+    ]
 
 
 def _end_run(patcher: Any) -> None:

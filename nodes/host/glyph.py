@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...glm_core.errors import GLMImageError
 from ...glm_core.glyph import encode_texts, glyph_ids, texts_to_render
 from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from .devices import Place
 from .memory import memory_for
 from .weights import Precision, check_keys, load_weights, open_model, precision
 
@@ -78,25 +79,31 @@ class GlyphModel(nn.Module):
         return self.transformer.load_state_dict(sd, strict=False)
 
 
-def load_glyph_encoder(model_name: str) -> comfy.sd.CLIP:
+def load_glyph_encoder(model_name: str, place: Place | None = None) -> comfy.sd.CLIP:
     """
+    Args:
+        place: where a device plan puts it; None leaves it to ComfyUI.
+
     Raises:
         GLMImageError: the component is missing or broken.
     """
-    return _load_clip(model_name)
+    return _load_clip(model_name, place)
 
 
-def load_glyph_patcher(model_name: str, disable_dynamic: bool = False):
+def load_glyph_patcher(model_name: str, place: Place | None = None, disable_dynamic: bool = False):
     """The CLIP's patcher; the factory that current hosts rebuild it with on another device."""
-    return _load_clip(model_name, disable_dynamic).patcher
+    return _load_clip(model_name, place, disable_dynamic).patcher
 
 
-def _load_clip(model_name: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def _load_clip(
+    model_name: str, place: Place | None, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
     component = open_model("glyph", model_name)
     config = GlyphConfig.from_dict(component.config)
     check_keys(component, GlyphEncoder, config)
 
-    device = comfy.model_management.text_encoder_device()
+    where = {"load_device": place.load, "offload_device": place.offload} if place else {}
+    device = where.get("load_device", comfy.model_management.text_encoder_device())
     chosen = precision(component, "default", device)
     target = _Target(
         lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
@@ -106,10 +113,10 @@ def _load_clip(model_name: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     clip = comfy.sd.CLIP(
         target,
         parameters=sum(info.shape.numel() for info in component.tensors.values()),
-        model_options={"dtype": chosen.storage},
+        model_options={"dtype": chosen.storage, **where},
         **({"disable_dynamic": disable_dynamic} if dynamic else {}),
     )
-    clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name,))
+    clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name, place))
     return clip
 
 

@@ -13,9 +13,10 @@ from ...glm_core.decoder import KeysValues
 from ...glm_core.errors import GLMImageError
 from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
 from ...glm_core.references import References
+from .devices import Place
 from .memory import memory_for
+from .patchers import all_patches, make_patcher, stretches, with_ranges
 from .progress import check_interrupt, progress_bar
-from .weights import make_patcher
 
 GIB = 2**30
 STORES = ("auto", "gpu", "cpu")
@@ -85,19 +86,60 @@ class CacheReader:
         ]
         return block, stream, parts
 
+    @property
+    def tokens(self) -> int:
+        return self.cache.tokens
+
+    def of_sets(self, sets: slice) -> "CacheReader":
+        """Some of the sets of references."""
+        return CacheReader(self.cache, self.device, self.streamed, sets)
+
     def end_run(self) -> None:
         """Let go of what was fetched ahead."""
         for reader in (self, *self._elsewhere.values()):
             reader._ahead = None
 
 
+class SplitReader:
+    """The readers of a split decoder, each on the device of its blocks, which are never copied."""
+
+    def __init__(self, readers: Sequence[tuple[range, CacheReader]]) -> None:
+        self.readers = readers
+
+    def to(self, *_: Any, **__: Any) -> "SplitReader":
+        return self
+
+    def __getitem__(self, block: int) -> Sequence[KeysValues]:
+        numbers, reader = next(pair for pair in self.readers if block in pair[0])
+        return reader[block - numbers.start]
+
+    @property
+    def tokens(self) -> int:
+        return self.readers[0][1].tokens
+
+    def of_sets(self, sets: slice) -> "SplitReader":
+        return SplitReader([(numbers, reader.of_sets(sets)) for numbers, reader in self.readers])
+
+    def end_run(self) -> None:
+        for _, reader in self.readers:
+            reader.end_run()
+
+
 class HostReferenceCache:
-    """GLM_REFERENCE_CACHE: a cache in a patcher, its reader, and what it was made with."""
+    """GLM_REFERENCE_CACHE: a cache in patchers, its reader, and what it was made with.
+
+    There is one patcher, or one beside each range of blocks of a split decoder.
+    """
 
     def __init__(self, cache: ReferenceCache, decoder: Any, streamed: bool) -> None:
-        self.patcher = _cache_patcher(cache, decoder, streamed)
-        self.reader = CacheReader(cache, decoder.load_device, streamed)
-        self._patches = {key: list(entries) for key, entries in decoder.patches.items()}
+        self.sets = len(cache.blocks[0].sets)
+        self.patchers, readers = [], []
+        for numbers, device in stretches(decoder, len(cache.blocks)):
+            part = ReferenceCache(cache.blocks[numbers.start : numbers.stop])
+            self.patchers.append(_cache_patcher(part, device, streamed))
+            readers.append((numbers, CacheReader(part, device, streamed)))
+        self.reader = SplitReader(readers) if len(readers) > 1 else readers[0][1]
+        self._patches = all_patches(decoder)
         self._checkpoint = decoder.model.checkpoint
 
     def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
@@ -107,7 +149,7 @@ class HostReferenceCache:
         Raises:
             GLMImageError: the batch is no multiple of the sets.
         """
-        sets = len(self.reader.cache.blocks[0].sets)
+        sets = self.sets
         if batch % sets:
             raise GLMImageError(
                 f"The reference cache holds references for {sets} samples, one set each, and the "
@@ -117,8 +159,7 @@ class HostReferenceCache:
         if sets == 1 or len(chosen) == batch:
             return self
         view, index = copy(self), chosen[0] % sets
-        one = slice(index, index + 1)
-        view.reader = CacheReader(self.reader.cache, self.reader.device, self.reader.streamed, one)
+        view.reader = self.reader.of_sets(slice(index, index + 1))
         return view
 
     def check_decoder(self, decoder: Any) -> None:
@@ -127,7 +168,7 @@ class HostReferenceCache:
             GLMImageError: its weights or LoRAs are not those that the cache was made with.
         """
         same = decoder.model.checkpoint == self._checkpoint
-        if not (same and _same_patches(decoder.patches, self._patches)):
+        if not (same and _same_patches(all_patches(decoder), self._patches)):
             raise GLMImageError(
                 "The reference cache was made with another decoder or with other LoRAs than the "
                 "MODEL that is sampling; connect that MODEL to GLM-Image Reference Cache."
@@ -138,7 +179,7 @@ class ReferencesCondition(comfy.conds.CONDConstant):
     """A reader as a condition; by its size the memory estimate counts the reference tokens."""
 
     def size(self) -> list[int]:
-        return [1, self.cond.cache.tokens]
+        return [1, self.cond.tokens]
 
 
 def compute_cache(
@@ -176,12 +217,16 @@ def compute_cache(
     nbytes = cache_bytes(references, network.config, FP8 if fp8 else dtype)
     host = comfy.model_management.unet_offload_device()
     _require_room(nbytes, host, fp8)
+    blocks = network.config.num_layers
+    shares = [
+        (nbytes * len(numbers) // blocks, device) for numbers, device in stretches(decoder, blocks)
+    ]
 
     # All references go through a block together.
     working = sum(model.memory_required(list(image.latent.shape)) for image in set(images))
     helps = "use smaller or fewer references"
     with memory_for("The reference cache", decoder.load_device, working, helps):
-        comfy.model_management.load_models_gpu([decoder], memory_required=working)
+        comfy.model_management.load_models_gpu(with_ranges(decoder), memory_required=working)
         cache = make_cache(
             network,
             references,
@@ -190,14 +235,18 @@ def compute_cache(
             dtype=dtype,
             store=host,
             fp8=fp8,
-            progress=progress_bar(network.config.num_layers),
+            progress=progress_bar(blocks),
             check_interrupt=check_interrupt,
         )
     if store == "auto":
-        free = comfy.model_management.get_free_memory(decoder.load_device)
-        store = "gpu" if nbytes + working < free else "cpu"
+        fits = all(
+            part + working < comfy.model_management.get_free_memory(device)
+            for part, device in shares
+        )
+        store = "gpu" if fits else "cpu"
     elif store == "gpu":
-        _require_total(nbytes, decoder.load_device)
+        for part, device in shares:
+            _require_total(part, device)
     return HostReferenceCache(cache, decoder, streamed=store == "cpu")
 
 
@@ -231,9 +280,8 @@ def _same_value(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def _cache_patcher(cache: ReferenceCache, decoder: Any, streamed: bool) -> Any:
+def _cache_patcher(cache: ReferenceCache, device: torch.device, streamed: bool) -> Any:
     host = comfy.model_management.unet_offload_device()
-    device = decoder.load_device
     if streamed:
         pinned = comfy.model_management.device_supports_non_blocking(device)
         if pinned and not comfy.model_management.is_device_cpu(device):
@@ -250,7 +298,7 @@ def load_cache_patcher(
 
     Never a dynamic one, which streams a layer's weights into that layer's own forward.
     """
-    patcher = make_patcher(cache, device, host, disable_dynamic=True)
+    patcher = make_patcher(cache, Place(device, host), disable_dynamic=True)
     patcher.cached_patcher_init = (_copy_patcher, (cache, device, host))
     return patcher
 

@@ -12,17 +12,22 @@ from ...glm_core import working_memory
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import VAE_SCALE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
-from .weights import Precision, check_keys, load_weights, make_patcher, open_model
+from .devices import Place
+from .patchers import make_patcher
+from .weights import Precision, check_keys, load_weights, open_model
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 
-def load_vae(model_name: str) -> comfy.sd.VAE:
+def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
     """
+    Args:
+        place: where a device plan puts it; None leaves it to ComfyUI.
+
     Raises:
         GLMImageError: the component is missing or broken, or not of ComfyUI's latent size.
     """
-    patcher = load_vae_patcher(model_name)
+    patcher = load_vae_patcher(model_name, place)
     network = patcher.model
     with _without_warnings():  # an empty VAE has all that its methods need, and warns of no network
         vae = comfy.sd.VAE(sd={})
@@ -41,7 +46,7 @@ def load_vae(model_name: str) -> comfy.sd.VAE:
     return vae
 
 
-def load_vae_patcher(model_name: str, disable_dynamic: bool = False):
+def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynamic: bool = False):
     """The VAE's patcher; the factory that current hosts rebuild it with on another device."""
     component = open_model("vae", model_name)
     config = VAEConfig.from_dict(component.config)
@@ -53,15 +58,15 @@ def load_vae_patcher(model_name: str, disable_dynamic: bool = False):
         )
     check_keys(component, AutoencoderKL, config)
 
-    device = comfy.model_management.vae_device()
-    dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    management = comfy.model_management
+    there = place or Place(management.vae_device(), management.vae_offload_device())
+    dtype = management.vae_dtype(there.load, WORKING_DTYPES)
     operations = Precision(dtype, dtype).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
     load_weights(network, component).to(dtype)
 
-    offload = comfy.model_management.vae_offload_device()
-    patcher = make_patcher(network, device, offload, disable_dynamic)
-    patcher.cached_patcher_init = (load_vae_patcher, (model_name,))
+    patcher = make_patcher(network, there, disable_dynamic)
+    patcher.cached_patcher_init = (load_vae_patcher, (model_name, place))
     return patcher
 
 

@@ -11,23 +11,29 @@ from ...glm_core import working_memory
 from ...glm_core.checkpoint import Component
 from ...glm_core.reference_image import ImageConfig, vision_pixels
 from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from .devices import Place, default_place
 from .memory import memory_for
-from .weights import check_keys, load_weights, make_patcher, open_model, precision
+from .patchers import make_patcher
+from .weights import check_keys, load_weights, open_model, precision
 
 
 class HostVision:
     """Turns images into semantic tokens; text to image never loads it."""
 
-    def __init__(self, component: Component, model_name: str, weight_dtype: str) -> None:
+    def __init__(
+        self, component: Component, model_name: str, weight_dtype: str, place: Place | None
+    ) -> None:
+        """place: the text model's, in whole or of its first layers."""
         self.image_config = ImageConfig.from_dict(component.processor.image)
         self.model_name = model_name
         self.weight_dtype = weight_dtype
-        device = comfy.model_management.get_torch_device()
+        self.place = place
+        device = (place or default_place()).load
         self.dtype = precision(component, weight_dtype, device).compute
 
     @cached_property
     def patcher(self) -> Any:
-        return load_vision_patcher(self.model_name, self.weight_dtype)
+        return load_vision_patcher(self.model_name, self.weight_dtype, self.place)
 
     def encode(self, images: Tensor) -> Tensor:
         """float [B, H, W, 3] between 0 and 1, sides multiples of 32 -> int32 [B, H / 32, W / 32]"""
@@ -45,7 +51,10 @@ class HostVision:
 
 
 def load_vision_patcher(
-    model_name: str, weight_dtype: str = "default", disable_dynamic: bool = False
+    model_name: str,
+    weight_dtype: str = "default",
+    place: Place | None = None,
+    disable_dynamic: bool = False,
 ) -> Any:
     """The vision encoder's patcher; the factory that current hosts rebuild it with.
 
@@ -56,12 +65,11 @@ def load_vision_patcher(
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 
-    device = comfy.model_management.get_torch_device()
-    kept = precision(component, weight_dtype, device)
+    there = place or default_place()
+    kept = precision(component, weight_dtype, there.load)
     network = VisionEncoder(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, OTHER_PREFIXES)
 
-    offload = comfy.model_management.unet_offload_device()
-    patcher = make_patcher(network, device, offload, disable_dynamic)
-    patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype))
+    patcher = make_patcher(network, there, disable_dynamic)
+    patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype, place))
     return patcher

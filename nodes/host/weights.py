@@ -1,9 +1,9 @@
 """From a component on disk to a network in a ModelPatcher, each weight held once."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from ...glm_core.checkpoint import Component, layer_of, open_component
 from ...glm_core.errors import GLMImageError
 from ...glm_core.packed_linear import pack_layers
 from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
+from ...glm_core.split import LayerRange
 from ...glm_core.weight_dtypes import WEIGHT_DTYPES
 from .paths import find_model
-from .quant import HostPackedLinear, PackedPatcher, fp8_operations, is_packed, with_formats
+from .quant import HostPackedLinear, fp8_operations, with_formats
 
 
 class Precision(NamedTuple):
@@ -40,6 +41,10 @@ class Precision(NamedTuple):
         if self.quantisation not in (None, *FORMATS):
             return fp8_operations(self.quantised, self.storage, self.compute, self.device)
         return comfy.ops.pick_operations(self.storage, self.compute)
+
+    def under(self, root: str) -> "Precision":
+        """For a network with `root` before its layers' names."""
+        return self._replace(quantised=frozenset(root + name for name in self.quantised))
 
 
 def open_model(component: str, model_name: str) -> Component:
@@ -102,17 +107,20 @@ def load_weights(
     component: Component,
     weight_dtype: str = "default",
     ignored: tuple[str, ...] = (),
+    ranges: Sequence[LayerRange] = (),
+    root: str = "",
 ) -> nn.Module:
     """Give a network made on the meta device its weights, as views of the mapped file.
 
     What is quantised here is so matrix by matrix: no second copy of the model is ever held.
+
+    Args:
+        ranges: its layers that lie apart, which are given theirs.
+        root: what stands before the checkpoint's keys in those of the ranges.
     """
     state = component.state_dict(ignored)
     quantisation, named = _quantisation(component, weight_dtype)
     layers = [layer for layer in named if f"{layer}.weight" in state]
-    if quantisation in FORMATS:
-        # The decoder's passes are of thousands of tokens, the AR's mostly of one.
-        pack_layers(network, layers, quantisation, component.name == "ar", HostPackedLinear)
     if component.quantisation is None:
         keys = {f"{layer}.weight" for layer in layers}
         state = {
@@ -121,6 +129,25 @@ def load_weights(
         }
     elif quantisation not in FORMATS:
         state = with_formats(state, layers)
+    # The decoder's passes are of thousands of tokens, the AR's mostly of one.
+    packing = (quantisation, component.name == "ar") if quantisation in FORMATS else None
+    for part in ranges:
+        theirs = [key for key in state if part.holds(root + key)]
+        packed = [root + layer for layer in layers if part.holds(f"{root}{layer}.")]
+        _give(part, {root + key: state.pop(key) for key in theirs}, packed, packing)
+    own = [layer for layer in layers if not any(part.holds(f"{root}{layer}.") for part in ranges)]
+    return _give(network, state, own, packing)
+
+
+def _give(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    layers: list[str],
+    packing: tuple[str, bool] | None,
+) -> nn.Module:
+    """layers, packing: those that are packed, and how; see `pack_layers`."""
+    if packing is not None:
+        pack_layers(network, layers, *packing, HostPackedLinear)
     network.load_state_dict(state, assign=True)
     remember = getattr(comfy.model_management, "archive_model_dtypes", None)
     if remember is not None:  # hosts since 0.4 cast to the dtypes that they saw at first
@@ -134,17 +161,3 @@ def _cast(key: str, value: Tensor, weight_dtype: str) -> Tensor:
     dtype = WEIGHT_DTYPES[weight_dtype]
     kept = dtype == torch.float8_e4m3fn and not is_layer_matrix(key, value.ndim)
     return value if dtype is None or kept else value.to(dtype)
-
-
-def make_patcher(
-    model: nn.Module,
-    load_device: torch.device,
-    offload_device: torch.device,
-    disable_dynamic: bool = False,
-) -> comfy.model_patcher.ModelPatcher:
-    """ComfyUI's patcher; its dynamic one (hosts since 0.4) where that is on and allowed."""
-    plain = comfy.model_patcher.ModelPatcher
-    kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-    if is_packed(model):
-        kind = PackedPatcher
-    return kind(model, load_device=load_device, offload_device=offload_device)

@@ -175,8 +175,8 @@ def test_the_cache_is_loaded_by_comfyui_and_counted(nodes, run, images) -> None:
     comfy.model_management.unload_all_models()
     decode(nodes, run, cache)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
-    assert any(model.is_clone(cache.patcher) for model in loaded)
-    assert cache.patcher.model_size() == cache.reader.cache.nbytes
+    assert any(model.is_clone(cache.patchers[0]) for model in loaded)
+    assert cache.patchers[0].model_size() == cache.reader.cache.nbytes
 
 
 def test_a_readers_copy_is_made_once_a_device(nodes, run, images) -> None:

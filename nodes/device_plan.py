@@ -1,0 +1,152 @@
+"""Which device runs which stage: planned from the checkpoint's sizes and this machine's memory."""
+
+from comfy_api.latest import io
+
+from ..glm_core.errors import GLMImageError
+from ..glm_core.placement import AUTO, STRATEGIES, parse_split
+from ..glm_core.weight_dtypes import WEIGHT_DTYPES
+from .host.devices import check_device, device_names
+from .host.plan import make_plan, plannable_names
+from .semantic import size_inputs
+from .types import CATEGORY, DevicePlan
+
+STAGES = {
+    "ar": "the AR model",
+    "decoder": "the diffusion decoder",
+    "glyph": "the glyph encoder",
+    "vae": "the VAE",
+}
+SPLIT_STAGES = ("ar", "decoder")
+
+
+def _device(stage: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        stage,
+        options=device_names(),
+        default=AUTO,
+        tooltip=f"Where {STAGES[stage]} runs; auto leaves it to the plan. A device that this "
+        "machine does not have counts as auto.",
+    )
+
+
+def _split(stage: str) -> io.String.Input:
+    return io.String.Input(
+        f"{stage}_split",
+        default="",
+        tooltip=f"Layers of {STAGES[stage]} by device, as in gpu:0=0-19,gpu:1=20-39; empty leaves "
+        "it to the plan.",
+    )
+
+
+class MakeDevicePlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageDevicePlan",
+            display_name="GLM-Image Device Plan",
+            category=f"{CATEGORY}/loaders",
+            description="Chooses a device for every stage from the checkpoint's sizes, the image's "
+            "and the free memory, splits what no device holds over several, and says what will "
+            "lie where. Connect it to the loaders; the table is its second output.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=plannable_names(),
+                    tooltip="The checkpoint to plan for, as in the loaders.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="As in Load AR Model and Load Decoder.",
+                ),
+                *size_inputs(),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=4096, tooltip="Images made together."
+                ),
+                io.Int.Input(
+                    "references",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Reference images for each, counted as of the image's size.",
+                ),
+                io.Combo.Input(
+                    "strategy",
+                    options=list(STRATEGIES),
+                    default=AUTO,
+                    tooltip="auto: stages stay whole where one device holds them. fastest: also "
+                    "split, where that lets all stages stay loaded. least memory: layers are "
+                    "streamed from host memory even where they would fit.",
+                ),
+                *map(_device, STAGES),
+                *map(_split, SPLIT_STAGES),
+                io.Float.Input(
+                    "reserve_gb",
+                    default=1.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    tooltip="Memory of each GPU, in GiB, that the plan leaves to others.",
+                ),
+            ],
+            outputs=[
+                DevicePlan.Output(display_name="device_plan"),
+                io.String.Output(display_name="table", tooltip="What lies where, and why."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        model_name: str | None = None,
+        ar: str | None = None,
+        decoder: str | None = None,
+        glyph: str | None = None,
+        vae: str | None = None,
+        ar_split: str | None = None,
+        decoder_split: str | None = None,
+    ) -> bool | str:
+        if model_name is not None and model_name not in plannable_names():
+            return f"No model is called '{model_name}'; choose one that the loaders list."
+        for stage, name in {"ar": ar, "decoder": decoder, "glyph": glyph, "vae": vae}.items():
+            found = check_device(stage, name)
+            if found is not True:
+                return found
+        try:
+            for stage, text in {"ar": ar_split, "decoder": decoder_split}.items():
+                parse_split(text or "", stage)
+        except GLMImageError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model_name: str,
+        weight_dtype: str,
+        width: int,
+        height: int,
+        batch_size: int,
+        references: int,
+        strategy: str,
+        ar: str,
+        decoder: str,
+        glyph: str,
+        vae: str,
+        ar_split: str,
+        decoder_split: str,
+        reserve_gb: float,
+    ) -> io.NodeOutput:
+        plan, table = make_plan(
+            model_name,
+            weight_dtype,
+            (height, width),
+            batch_size,
+            references,
+            strategy,
+            pins={"ar": ar, "decoder": decoder, "glyph": glyph, "vae": vae},
+            splits={"ar": ar_split, "decoder": decoder_split},
+            reserve_gb=reserve_gb,
+        )
+        return io.NodeOutput(plan, table)

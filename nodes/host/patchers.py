@@ -1,0 +1,165 @@
+"""ComfyUI's patchers for our networks: dynamic, limited, or one for each range of a split one."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from torch import nn
+
+from ...glm_core.errors import GLMImageError
+from ...glm_core.split import LayerRange
+from .devices import Place
+from .quant import PackedPatcher, is_packed
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+RANGES = "glm_ranges"
+LIMIT = "glm_limit"
+
+
+def make_patcher(
+    model: nn.Module,
+    place: Place,
+    disable_dynamic: bool = False,
+    ranges: Sequence[LayerRange] = (),
+) -> ModelPatcher:
+    """ComfyUI's patcher; its dynamic one (hosts since 0.4) where that is on and allowed.
+
+    Args:
+        ranges: layers that lie apart from the model, as `place.further` has them.
+    """
+    where = {"load_device": place.load, "offload_device": place.offload}
+    if ranges:
+        patcher = SplitPatcher(model, **where, size=nbytes(model))
+        parts = [
+            make_patcher(part, there, disable_dynamic=True)
+            for part, (_, there) in zip(ranges, place.further, strict=True)
+        ]
+        patcher.set_additional_models(RANGES, parts)
+    elif place.limit is not None:
+        patcher = LimitedPatcher(model, **where)
+    else:
+        return _kind(model, disable_dynamic)(model, **where)
+    patcher.set_attachments(LIMIT, place.limit)
+    return patcher
+
+
+def _kind(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
+    if is_packed(model):
+        return PackedPatcher
+    dynamic = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return ModelPatcher if disable_dynamic else dynamic
+
+
+def nbytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+class LimitedPatcher(PackedPatcher):
+    """Leaves the weights beyond a limit in host memory, even where there is room for them."""
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> Any:
+        limit = self.get_attachment(LIMIT)
+        if limit is not None:
+            extra_memory = min(extra_memory, limit - self.loaded_size())
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+
+class SplitPatcher(LimitedPatcher):
+    """Of a network some of whose layers lie apart, in patchers of their own.
+
+    Those are additional models, which the host loads, frees and clones with this one. Patches go
+    to whoever has the weight.
+    """
+
+    @property
+    def ranges(self) -> list[ModelPatcher]:
+        return self.get_additional_models_with_key(RANGES)
+
+    def add_patches(
+        self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        own, added = dict(patches), []
+        for part in self.ranges:
+            keys = part.model.state_dict().keys()
+            theirs = {key: own.pop(key) for key in list(own) if _weight(key) in keys}
+            added += part.add_patches(theirs, strength_patch, strength_model)
+        return added + super().add_patches(own, strength_patch, strength_model)
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        """Of this patcher's own weights, for the model's lists all."""
+        theirs = {key for part in self.ranges for key in part.model.state_dict()}
+        state = super().model_state_dict(filter_prefix)
+        return {key: value for key, value in state.items() if key not in theirs}
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+        patches = super().get_key_patches(filter_prefix)
+        for part in self.ranges:
+            patches |= part.get_key_patches(filter_prefix)
+        return patches
+
+    def add_hook_patches(self, *_: Any, **__: Any) -> list:
+        raise GLMImageError(
+            "LoRA hooks cannot change a model that a device plan has split; "
+            "load the LoRA into the MODEL instead, or plan it onto one device."
+        )
+
+    def deepclone_multigpu(self, *_: Any, **__: Any) -> ModelPatcher:
+        raise GLMImageError(
+            "This model is split over devices by a device plan and cannot be copied to another "
+            "one as well; remove MultiGPU CFG Split or Select Device, or the split."
+        )
+
+
+def _weight(key: Any) -> str:
+    """A patch's key is a weight's name, or a tuple that begins with it."""
+    return key if isinstance(key, str) else key[0]
+
+
+def with_ranges(patcher: ModelPatcher) -> list[ModelPatcher]:
+    """A patcher and those of its ranges, which have to be loaded together."""
+    return [patcher, *patcher.get_additional_models_with_key(RANGES)]
+
+
+def stretches(patcher: ModelPatcher, total: int) -> list[tuple[range, torch.device]]:
+    """Which of a model's layers compute where: first its own, then its ranges'."""
+    parts = patcher.get_additional_models_with_key(RANGES)
+    own = parts[0].model.numbers.start if parts else total
+    return [
+        (range(own), patcher.load_device),
+        *((part.model.numbers, part.load_device) for part in parts),
+    ]
+
+
+def all_patches(patcher: ModelPatcher) -> dict[str, list]:
+    """Of a model, its ranges included: a copy."""
+    return {
+        key: list(entries) for part in with_ranges(patcher) for key, entries in part.patches.items()
+    }
+
+
+class ListsRanges:
+    """A patcher's model whose state dict lists the layers that lie apart: what reads names from
+    it, such as a LoRA loader, finds them all."""
+
+    ranges: Iterable[LayerRange] = ()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        for part in self.ranges:
+            state.update(part.state_dict(**kwargs))
+        return state
+
+
+def require_layers(place: Place, total: int, what: str) -> None:
+    """
+    Raises:
+        GLMImageError: the plan splits a model of another number of layers.
+    """
+    if place.further and place.further[-1][0].stop != total:
+        raise GLMImageError(
+            f"The device plan splits {place.further[-1][0].stop} layers and this {what} has "
+            f"{total}; choose the same model in GLM-Image Device Plan."
+        )

@@ -1,0 +1,61 @@
+"""A device plan for the checkpoint and the machine at hand."""
+
+from collections.abc import Mapping
+
+from ...glm_core.checkpoint import COMPONENTS, Component, open_component
+from ...glm_core.errors import GLMImageError
+from ...glm_core.placement import GIB, parse_split, place
+from ...glm_core.plan_table import plan_table
+from ...glm_core.stages import Request, stages
+from .devices import DevicePlan, default_place, machine, rooms
+from .paths import find_model, model_names
+from .weights import precision
+
+
+def plannable_names() -> list[str]:
+    """Snapshots and single files that hold any stage."""
+    return list(dict.fromkeys(name for kind in COMPONENTS for name in model_names(kind)))
+
+
+def make_plan(
+    model_name: str,
+    weight_dtype: str,
+    size: tuple[int, int],
+    batch_size: int,
+    references: int,
+    strategy: str,
+    *,
+    pins: Mapping[str, str],
+    splits: Mapping[str, str],
+    reserve_gb: float,
+) -> tuple[DevicePlan, str]:
+    """The plan, and its table.
+
+    Raises:
+        GLMImageError: the model is missing or broken, or a split or a pin does not hold.
+    """
+    components = _open(model_name)
+    main = components.get("decoder") or next(iter(components.values()))
+    compute = precision(main, weight_dtype, default_place().load).compute
+    request = Request(*size, batch_size, references, compute)
+    needs = stages(components, weight_dtype, request)
+    layers = {stage.name: len(stage.layers) for stage in needs}
+    plan = place(
+        needs,
+        rooms(int(reserve_gb * GIB)),
+        strategy=strategy,
+        pins=pins,
+        splits={
+            stage: parse_split(text, stage, layers[stage])
+            for stage, text in splits.items()
+            if stage in layers
+        },
+    )
+    return DevicePlan(plan, machine()), plan_table(plan)
+
+
+def _open(model_name: str) -> dict[str, Component]:
+    kinds = [kind for kind in COMPONENTS if model_name in model_names(kind)]
+    if not kinds:
+        raise GLMImageError(f"No model is called '{model_name}'; choose one that is installed.")
+    return {kind: open_component(find_model(kind, model_name), kind) for kind in kinds}
