@@ -4,6 +4,7 @@ Written after `transformers.models.glm_image`; parameter names are the checkpoin
 tower of the same checkpoint (`VISION_PREFIXES`) is not part of this network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import GLMImageError
 from .kv_cache import KVCache, Pass
+from .split import LayerRange, hop, own_layers
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
 
@@ -135,11 +137,18 @@ class ARModel(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         operations: Any = nn,
+        ranges: Sequence[LayerRange] = (),
     ) -> None:
+        """
+        Args:
+            operations: the layers to build from.
+            ranges: its last layers, which lie apart (`layer_range`); none for a whole model.
+        """
         super().__init__()
         self.config = config
+        self.ranges = tuple(ranges)
         layer = {"device": device, "dtype": dtype, "operations": operations}
-        self.model = nn.ModuleDict({"language_model": TextModel(config, **layer)})
+        self.model = nn.ModuleDict({"language_model": TextModel(config, self.ranges, **layer)})
         self.lm_head = operations.Linear(
             config.hidden_size, config.visual_size, bias=False, device=device, dtype=dtype
         )
@@ -165,9 +174,11 @@ class ARModel(nn.Module):
     def new_cache(
         self, batch: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """An empty cache for so many samples and positions."""
+        """An empty cache for so many samples and positions; `device` is the model's own."""
         c = self.config
-        return KVCache(c.layers, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
+        own = (device, own_layers(c.layers, self.ranges))
+        stretches = [own, *((part.home, len(part.layers)) for part in self.ranges)]
+        return KVCache(stretches, batch, c.kv_heads, length, c.head_dim, dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., codebook]: ids that are no semantic tokens are cut off."""
@@ -177,12 +188,22 @@ class ARModel(nn.Module):
 class TextModel(nn.Module):
     """The decoder stack, from ids to normalised hidden states."""
 
-    def __init__(self, config: ARConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(
+        self,
+        config: ARConfig,
+        ranges: tuple[LayerRange, ...],
+        *,
+        device: Any,
+        dtype: Any,
+        operations: Any,
+    ) -> None:
         super().__init__()
+        self.ranges = ranges
         layer = {"device": device, "dtype": dtype}
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **layer)
         self.layers = nn.ModuleList(
-            Block(config, i, operations=operations, **layer) for i in range(config.layers)
+            Block(config, i, operations=operations, **layer)
+            for i in range(own_layers(config.layers, ranges))
         )
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
 
@@ -191,7 +212,28 @@ class TextModel(nn.Module):
         x = self.embed_tokens(ids).to(dtype)
         for layer in self.layers:
             x = layer(x, rope, reading)
-        return self.norm(x)
+        home = x.device
+        for part in self.ranges:
+            x, there = hop(x, part.home), hop(rope, part.home)
+            reading_there = reading.at(part.home)
+            for layer in part.layers:
+                x = layer(x, there, reading_there)
+        return self.norm(hop(x, home))
+
+
+def layer_range(
+    config: ARConfig,
+    numbers: range,
+    home: torch.device,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    operations: Any = nn,
+) -> LayerRange:
+    """Some of a model's layers, to lie apart from it; `home` is where they compute."""
+    kw = {"device": device, "dtype": dtype, "operations": operations}
+    path = "model.language_model.layers"
+    return LayerRange(path, numbers, home, lambda i: Block(config, i, **kw))
 
 
 class Block(nn.Module):

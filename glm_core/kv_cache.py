@@ -3,6 +3,7 @@
 A pass writes its keys and values and attends to all that has been written so far.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,37 +11,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .split import hop
+
 SPAN = 256
 """A step attends to a multiple of this many positions, so that few shapes serve a whole image."""
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once: [layer, (k, v), B, kv_heads, length, D].
+    """Keys and values, allocated once, those of each layer where it computes.
 
     Zeros, for a step weighs positions that nobody has written with 0, and 0 * NaN is NaN.
+
+    layers: for each a view [(k, v), B, kv_heads, length, D].
     """
 
     def __init__(
         self,
-        layers: int,
+        stretches: Sequence[tuple[torch.device, int]],
         batch: int,
         kv_heads: int,
         length: int,
         head_dim: int,
         *,
-        device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (layers, 2, batch, kv_heads, length, head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
-
-    @property
-    def length(self) -> int:
-        return self.data.shape[4]
+        """stretches: devices and how many layers in a row each computes."""
+        self.length = length
+        self._data = [
+            torch.zeros((layers, 2, batch, kv_heads, length, head_dim), device=device, dtype=dtype)
+            for device, layers in stretches
+        ]
+        self.layers = [layer for data in self._data for layer in data]
 
     def copy_prefix(self, other: "KVCache", length: int) -> None:
         """Begin with the first `length` positions of `other`, of this batch or of batch 1."""
-        self.data[..., :length, :] = other.data[..., :length, :]
+        for mine, theirs in zip(self._data, other._data, strict=True):
+            mine[..., :length, :] = theirs[..., :length, :]
 
 
 class Pass(Protocol):
@@ -48,6 +54,9 @@ class Pass(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
+
+    def at(self, device: torch.device) -> "Pass":
+        """The same pass for layers that compute there."""
 
 
 class BlockPass:
@@ -62,7 +71,7 @@ class BlockPass:
         length, heads = q.shape[1:3]
         end = self.start + length
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        written = self.cache.data[layer, ..., :end, :]
+        written = self.cache.layers[layer][..., :end, :]
         written[0, :, :, self.start :] = k
         written[1, :, :, self.start :] = v
         # Every query head its own keys: no kernel but CUDA's unmasked one shares them as fast.
@@ -75,6 +84,10 @@ class BlockPass:
             is_causal=self.start == 0 and length > 1,
         )
         return out.transpose(1, 2).flatten(2)
+
+    def at(self, device: torch.device) -> "BlockPass":
+        """Its mask is made anew where it is needed."""
+        return BlockPass(self.cache, self.start)
 
     def _causal(self, length: int, device: torch.device) -> Tensor | None:
         """[L, start + L], made once a pass; where the block starts a sequence there is none."""
@@ -101,7 +114,7 @@ class StepPass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, _, kv_heads, head_dim = k.shape
-        keys, values = self.cache.data[layer]
+        keys, values = self.cache.layers[layer]
         keys.index_copy_(2, self.position, k.transpose(1, 2))
         values.index_copy_(2, self.position, v.transpose(1, 2))
         span = self.mask.shape[-1]
@@ -113,6 +126,9 @@ class StepPass:
             attn_mask=self.mask,
         )
         return out.reshape(batch, 1, -1)
+
+    def at(self, device: torch.device) -> "StepPass":
+        return StepPass(self.cache, hop(self.position, device), hop(self.mask, device))
 
 
 def step_mask(position: Tensor, span: int, dtype: torch.dtype) -> Tensor:

@@ -121,7 +121,7 @@ def make_cache(
     """
     images = dict.fromkeys(image for images in references.sets for image in images)
     runs = {image: _run(decoder, image, normalise, device, dtype) for image in images}
-    total = len(decoder.transformer_blocks)
+    total = decoder.config.num_layers
     blocks = []
     for done in range(1, total + 1):
         check_interrupt()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...glm_core import working_memory
-from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
+from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel, layer_range
 from ...glm_core.ar_sampler import (
     Forced,
     Run,
@@ -36,13 +36,17 @@ from ...glm_core.tokens import Layout, SemanticTokens
 from .devices import Place, default_place
 from .memory import memory_for
 from .palette import CodePalette
-from .patchers import make_patcher
+from .patchers import ListsRanges, make_patcher, require_layers, with_ranges
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, open_model, precision
 
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
+
+
+class HostARModel(ListsRanges, ARModel):
+    """The network in a patcher."""
 
 
 class HostAR:
@@ -207,7 +211,9 @@ class HostAR:
         needed = self.memory_required(samples, length, max(len(prompt), samples * kept))
         progress = TokenProgress(self.palette)
         with memory_for("The AR model", self.patcher.load_device, needed, SMALLER_RUN):
-            comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+            comfy.model_management.load_models_gpu(
+                with_ranges(self.patcher), memory_required=needed
+            )
             run = self._how(seed, samples, options, lookahead, progress)
             return sampler(self.patcher.model, prompt, grid, run, **forced)
 
@@ -321,9 +327,12 @@ def load_ar_patcher(
 
     there = place or default_place()
     kept = precision(component, weight_dtype, there.load, few_rows=True)
-    network = ARModel(config, device="meta", dtype=kept.storage, operations=kept.operations)
-    load_weights(network, component, weight_dtype, VISION_PREFIXES)
+    require_layers(there, config.layers, component.title)
+    built = {"device": "meta", "dtype": kept.storage, "operations": kept.operations}
+    ranges = [layer_range(config, numbers, part.load, **built) for numbers, part in there.further]
+    network = HostARModel(config, ranges=ranges, **built)
+    load_weights(network, component, weight_dtype, VISION_PREFIXES, ranges)
 
-    patcher = make_patcher(network, there, disable_dynamic)
+    patcher = make_patcher(network, there, disable_dynamic, ranges)
     patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, place))
     return patcher

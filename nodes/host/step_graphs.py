@@ -42,12 +42,16 @@ def runs_graphs(device: torch.device) -> bool:
 def is_resident(patcher: Any) -> bool:
     """Whether every weight lies on the load device and no layer fetches or patches one as it runs.
 
+    A split model's do not, and its hops could not be recorded.
+
     Hosts with dynamic patchers (since 0.4) move weights during a run.
     """
     dynamic = getattr(patcher, "is_dynamic", None)
     if dynamic is not None and dynamic():
         return False
     model = patcher.model
+    if model.ranges:
+        return False
     patched_late = any(
         getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
         for module in model.modules()

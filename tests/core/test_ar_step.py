@@ -118,10 +118,10 @@ def test_a_run_again_of_a_step_changes_nothing(batch):
     buffers.noise.uniform_()
     buffers.aim(4, 1, 20)
     buffers.step(model, 256)
-    tokens, cache = buffers.tokens.clone(), buffers.cache.data.clone()
+    tokens, cache = buffers.tokens.clone(), torch.stack(buffers.cache.layers)
     buffers.step(model, 256)
     assert torch.equal(tokens, buffers.tokens)
-    assert torch.equal(cache, buffers.cache.data)
+    assert torch.equal(cache, torch.stack(buffers.cache.layers))
 
 
 def test_no_shape_depends_on_the_position():

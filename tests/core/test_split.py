@@ -1,11 +1,19 @@
 """Split networks: bit for bit the whole one, with a device that shows every missing hop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from ar_pair import pair as ar_pair
+from glm_image.glm_core import ar_model, kv_cache
 from glm_image.glm_core import decoder as decoder_module
+from glm_image.glm_core.ar_model import ARModel, layer_range, rope_table
+from glm_image.glm_core.ar_sampler import Forced
 from glm_image.glm_core.decoder import Decoder, block_range
+from glm_image.glm_core.grids import preview_grid
+from glm_image.glm_core.kv_cache import SPAN, BlockPass, StepPass, step_mask
+from glm_image.glm_core.logits import SamplingOptions
 from glm_image.glm_core.split import LayerRange, hop
 from test_decoder import inputs, pair
 from test_decoder_references import cached, reference_images
@@ -19,14 +27,26 @@ SPLITS = [(shape, cuts) for shape, all_cuts in CUTS.items() for cuts in all_cuts
 
 def split_decoder(whole: Decoder, cuts: tuple[int, ...], home: torch.device = CPU) -> Decoder:
     """The same weights with the blocks from each cut on in a range of their own at `home`."""
-    ends = (*cuts[1:], whole.config.num_layers)
-    numbers = [range(start, end) for start, end in zip(cuts, ends, strict=True)]
+    numbers = numbers_of(cuts, whole.config.num_layers)
     with torch.device("meta"):
         ranges = [block_range(whole.config, some, home) for some in numbers]
         ours = Decoder(whole.config, ranges=ranges)
     for module in (ours, *ranges):
         give_weights(module, whole.state_dict())
     return ours
+
+
+def split_ar(whole: ARModel, cuts: tuple[int, ...], home: torch.device = CPU) -> ARModel:
+    numbers = numbers_of(cuts, whole.config.layers)
+    ranges = [layer_range(whole.config, some, home, device="meta") for some in numbers]
+    ours = ARModel(whole.config, device="meta", ranges=ranges)
+    for module in (ours, *ranges):
+        give_weights(module, whole.state_dict())
+    return ours
+
+
+def numbers_of(cuts: tuple[int, ...], total: int) -> list[range]:
+    return [range(start, end) for start, end in zip(cuts, (*cuts[1:], total), strict=True)]
 
 
 def give_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -51,16 +71,49 @@ def test_a_split_decoder_is_the_whole_one(shape: str, cuts: tuple[int, ...]) -> 
     assert torch.equal(split(**args, references=ours), whole(**args, references=theirs))
 
 
-def test_ranges_have_the_networks_keys_and_are_not_in_it() -> None:
+@pytest.mark.parametrize(("shape", "cuts"), [("small", (1,)), ("deep", (1, 3)), ("wide", (2,))])
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_a_split_ar_model_writes_the_tokens_of_the_whole_one(shape, cuts, lookahead) -> None:
+    whole, grid = ar_pair(shape), (5, 7)
+    split = replace(whole, model=split_ar(whole.model, cuts))
+    codes = whole.model.config.codebook
+    layout = preview_grid(grid)
+    forced = Forced(
+        torch.arange(layout[0] * layout[1]).view(1, *layout) % codes, torch.eye(*layout) > 0
+    )
+    for options in (SamplingOptions(), SamplingOptions(temperature=0)):
+        how = {"seed": 5, "batch": 2, "options": options, "lookahead": lookahead}
+        for preview in (None, forced):
+            ours = split.tokens("a cat", grid, preview, **how)
+            theirs = whole.tokens("a cat", grid, preview, **how)
+            assert all(map(torch.equal, ours, theirs))
+
+
+def split_networks() -> dict:
     whole, _ = pair("patch of 1")
-    split = split_decoder(whole, (1, 2))
+    ar = ar_pair("deep").model
+    return {
+        "decoder": (whole, split_decoder(whole, (1, 2))),
+        "ar": (ar, split_ar(ar, (1, 3))),
+    }
+
+
+@pytest.mark.parametrize("network", ["decoder", "ar"])
+def test_ranges_have_the_networks_keys_and_are_not_in_it(network: str) -> None:
+    whole, split = split_networks()[network]
     keys = [set(module.state_dict()) for module in (split, *split.ranges)]
     assert set.union(*keys) == set(whole.state_dict())
     assert sum(map(len, keys)) == len(whole.state_dict())
     parameters = {id(p) for p in split.parameters()}
     assert not any(id(p) in parameters for part in split.ranges for p in part.parameters())
-    hosts = block_range(whole.config, range(1, 3), CPU, prefix="diffusion_model.")
-    assert next(iter(hosts.state_dict())).startswith("diffusion_model.transformer_blocks.1.")
+
+
+def test_a_range_takes_a_hosts_prefix() -> None:
+    whole, _ = pair("patch of 1")
+    part = block_range(whole.config, range(1, 3), CPU, prefix="diffusion_model.")
+    assert next(iter(part.state_dict())).startswith("diffusion_model.transformer_blocks.1.")
+    assert part.holds("diffusion_model.transformer_blocks.2.attn1.to_q.weight")
+    assert not part.holds("diffusion_model.transformer_blocks.20.attn1.to_q.weight")
 
 
 def test_block_patches_see_the_numbers_of_the_whole() -> None:
@@ -106,12 +159,13 @@ class Hops:
         return x if needed and self.count == self.missing else hop(x, device)
 
 
-def every_hop_is_needed(monkeypatch, module, run: Callable[[], object]) -> int:
+def every_hop_is_needed(monkeypatch, modules: list, run: Callable[[], object]) -> int:
     """Run it whole, then with each hop left out in turn, which must fail; how many there are."""
 
     def run_without(missing: int | None) -> int:
         hops = Hops(missing)
-        monkeypatch.setattr(module, "hop", hops)
+        for module in modules:
+            monkeypatch.setattr(module, "hop", hops)
         with ComesBack():
             run()
         return hops.count
@@ -128,7 +182,7 @@ def test_no_hop_of_the_decoder_is_missing(monkeypatch, cuts: tuple[int, ...]) ->
     whole, _ = pair("patch of 1")
     split = split_decoder(whole, cuts, home=META)
     args = inputs(whole.config, rows=2, cols=2)
-    found = every_hop_is_needed(monkeypatch, decoder_module, lambda: split(**args))
+    found = every_hop_is_needed(monkeypatch, [decoder_module], lambda: split(**args))
     assert found == 2 * len(cuts) + 3 + 1  # cos and sin a range; img, txt, vec; img back
 
 
@@ -141,4 +195,28 @@ def test_no_hop_of_the_decoder_over_a_reference_is_missing(monkeypatch) -> None:
         pairs = list(split.reference_keys_values(image["x"], image["tokens"], image["size"]))
         assert [key.device for key, _ in pairs] == [CPU, META, META]
 
-    assert every_hop_is_needed(monkeypatch, decoder_module, run) == 2 + 3
+    assert every_hop_is_needed(monkeypatch, [decoder_module], run) == 2 + 3
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3,), (1, 3)])
+@pytest.mark.parametrize("step", [True, False], ids=["step", "block"])
+def test_no_hop_of_the_ar_model_is_missing(monkeypatch, cuts: tuple[int, ...], step: bool) -> None:
+    split = split_ar(ar_pair("deep").model, cuts, home=META)
+    ids = torch.zeros(1, 1 if step else 3, dtype=torch.int64)
+    rope = rope_table(split.config, torch.arange(ids.shape[1]).expand(3, -1), torch.float32)
+    cache = split.new_cache(1, SPAN, CPU, torch.float32)
+    assert [layer.device for layer in cache.layers] == [
+        CPU if i < cuts[0] else META for i in range(split.config.layers)
+    ]
+    if step:
+        position = torch.tensor([5])
+        reading = StepPass(cache, position, step_mask(position, SPAN, torch.float32))
+    else:
+        reading = BlockPass(cache, 5)
+
+    def run() -> None:
+        assert split(ids, rope, reading, torch.float32).device == CPU
+
+    found = every_hop_is_needed(monkeypatch, [ar_model, kv_cache], run)
+    each = 3 if step else 1  # rope; a step's position and mask: once for every range
+    assert found == each * len(cuts) + 2  # and the states there and back

@@ -10,10 +10,11 @@ from glm_image.glm_core.ar_model import ARConfig, ARModel
 from glm_image.glm_core.decoder import Decoder, DecoderConfig
 from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
 from glm_image.glm_core.placement import Stage
+from glm_image.glm_core.quant import FORMATS, is_layer_matrix, quantise
 from glm_image.glm_core.stages import Request, stages
 from glm_image.glm_core.vae import AutoencoderKL, VAEConfig
 from glm_image.glm_core.vision import VisionConfig, VisionEncoder
-from glm_image.glm_core.weight_dtypes import is_layer_matrix, stored_bytes
+from glm_image.glm_core.weight_dtypes import WEIGHT_DTYPES, stored_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,14 +67,21 @@ def test_weights_are_what_the_modules_allocate(stage: str, weights: str) -> None
         assert planned.layers == pytest.approx(expected, rel=0.01)
 
 
-def test_packed_weights_are_counted_with_their_scales() -> None:
-    key, shape = "transformer_blocks.0.attn1.to_q.weight", (256, 512)
-    assert stored_bytes(key, shape, torch.bfloat16, "int8") == 256 * 512 + 256 * 2
-    assert stored_bytes(key, shape, torch.bfloat16, "int4") == 256 * 512 // 2 + 256 * 4 * 2
-    assert stored_bytes("proj_out.weight", shape, torch.bfloat16, "int4") == 256 * 512 * 2
-    bias = "transformer_blocks.0.attn1.to_q.bias"
-    assert stored_bytes(bias, (256,), torch.float32, "int4") == 256 * 4
-    assert stored_bytes(bias, (256,), torch.float32, "bf16") == 256 * 2
+@pytest.mark.parametrize("weights", ["default", "bf16", "fp32", "fp8_e4m3fn", "int8", "int4"])
+def test_a_kept_weight_is_counted_as_it_will_lie(weights: str) -> None:
+    component = components()["decoder"]
+    for key in (
+        "transformer_blocks.0.attn1.to_q.weight",
+        "transformer_blocks.0.attn1.to_q.bias",
+        "transformer_blocks.0.norm1.linear.weight",
+        "proj_out.weight",
+    ):
+        value = torch.empty(component.tensors[key].shape, dtype=torch.bfloat16)
+        if weights in FORMATS and is_layer_matrix(key, value.ndim):
+            value = quantise(value, weights)
+        elif weights in ("bf16", "fp32") or is_layer_matrix(key, value.ndim):
+            value = value.to(WEIGHT_DTYPES[weights] or value.dtype)
+        assert stored_bytes(component, key, weights) == value.nbytes
 
 
 # ---- working memory ------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Loaders: native VAE and CLIP objects, weight dtypes, LoRAs, and rebuilding on another device."""
 
+from copy import copy
+
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -211,14 +213,36 @@ def test_every_patcher_can_be_rebuilt_from_its_factory(run, component: str) -> N
     assert all(same(ours[key], theirs[key]) for key in ours)
 
 
-if hasattr(ModelPatcher, "deepclone_multigpu"):  # not in ComfyUI 0.3.75
+def copied(patcher):
+    """As a host's device nodes copy it; 0.3.75 has none, and is given what they begin with."""
+    if hasattr(patcher, "deepclone_multigpu"):
+        return patcher.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    factory, arguments = patcher.cached_patcher_init
+    return factory(*arguments)
 
-    def test_a_deep_clone_computes_the_same(nodes, run) -> None:
-        clone = run.model.deepclone_multigpu(new_load_device=torch.device("cpu"))
-        assert clone.model is not run.model.model
+
+@pytest.mark.parametrize("component", ["ar", "decoder", "glyph", "vae"])
+def test_a_copy_for_another_device_computes_the_same(nodes, run, component: str) -> None:
+    patcher = patchers(run)[component]
+    clone = copied(patcher)
+    assert clone.model is not patcher.model
+    assert clone.load_device == torch.device("cpu")
+    if component == "ar":
+        tokens, _ = run.ar.with_patcher(clone).sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+        assert same(tokens.tokens, run.tokens.tokens)
+    elif component == "decoder":
         decode = nodes["GLMImageDecode"].execute
         (latent,) = decode(clone, run.positive, run.negative, run.empty, 7, 2, 1.5, 1.0).result
         assert same(latent["samples"], run.latent["samples"])
+    elif component == "glyph":
+        clip = run.clip.clone()
+        clip.patcher, clip.cond_stage_model = clone, clone.model
+        glyphs, _ = nodes["GLMImageGlyphEncode"].execute(clip, PROMPT).result
+        assert same(glyphs[0][0], run.positive[0][0])
+    else:
+        vae = copy(run.vae)
+        vae.patcher, vae.first_stage_model = clone, clone.model
+        assert same(vae.decode(run.latent["samples"]), run.image)
 
 
 def test_model_names_are_folders_with_the_component_and_files(nodes, pipelines) -> None:

@@ -1,0 +1,54 @@
+"""A device plan through the front door."""
+
+import numpy as np
+from glm_image.scripts.client import Client
+from graphs import MODEL, add, workflow
+from pictures import first_image
+
+LOADERS = ("GLMImageLoadAR", "GLMImageLoadDecoder", "GLMImageLoadGlyphEncoder", "GLMImageLoadVAE")
+PLAN = {
+    "model_name": MODEL,
+    "weight_dtype": "default",
+    "width": 96,
+    "height": 64,
+    "batch_size": 1,
+    "references": 0,
+    "strategy": "auto",
+    "ar": "auto",
+    "decoder": "auto",
+    "glyph": "auto",
+    "vae": "auto",
+    "ar_split": "",
+    "decoder_split": "",
+    "reserve_gb": 1.0,
+}
+
+
+def planned(prompt: dict, **asked) -> str:
+    """Puts a plan before the loaders and shows its table; the id of the node that shows it."""
+    plan = add(prompt, "GLMImageDevicePlan", **PLAN | asked)
+    for node in prompt.values():
+        if node["class_type"] in LOADERS:
+            node["inputs"]["device_plan"] = [plan, 0]
+    return add(prompt, "PreviewAny", source=[plan, 1])
+
+
+def test_split_over_ranges_it_is_the_same_picture(client: Client, picture) -> None:
+    expected = picture(workflow(seed=31))
+    prompt = workflow(seed=31)
+    shown = planned(prompt, ar_split="cpu=0-0,cpu=1-1", decoder_split="cpu=0-0,cpu=1-1")
+    run = client.run(prompt)
+    assert np.array_equal(first_image(client, run, prompt), expected)
+    (table,) = run.outputs[shown]["text"]
+    assert "ar layers 0-0" in table
+    assert "decoder layers 1-1" in table
+
+
+def test_a_graph_of_another_machine_opens_here(client: Client, picture) -> None:
+    expected = picture(workflow(seed=32))
+    prompt = workflow(seed=32)
+    shown = planned(prompt, decoder="gpu:6", ar_split="gpu:5=0-0,gpu:6=1-1")
+    run = client.run(prompt)
+    assert np.array_equal(first_image(client, run, prompt), expected)
+    (table,) = run.outputs[shown]["text"]
+    assert "decoder asks for gpu:6, which this machine does not have" in table
