@@ -2,13 +2,14 @@
 #   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [SEED=...] [MODEL=name or snapshot folder]
 #   make serve  [PORT=8188]
 #   make test   [ARGS="tests/core -k tokens"]
+#   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
 # COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows bench clean python
+.PHONY: demo serve test lint workflows bench soak clean python
 
-demo serve lint: python
+demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
 
 workflows: python

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from . import environment
 
-COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench")
+COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench", "soak")
 
 
 def main(command: str, arguments: list[str]) -> None:
-    if command in ("demo", "serve"):
+    if command in ("demo", "serve", "soak"):
         _become(environment.host().python, f"scripts.{command}", arguments)
     python = environment.test_python()
     if command == "lint":
