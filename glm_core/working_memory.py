@@ -7,13 +7,15 @@ import torch
 
 from .ar_model import ARConfig
 from .decoder import DecoderConfig
+from .kv_cache import span_of
 from .vae import VAEConfig
 from .vision import VisionConfig
 
 
 def kv_cache(config: ARConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of one layer of the AR model."""
-    return 2 * config.kv_heads * config.head_dim * batch * length * dtype.itemsize
+    """Keys and values of one layer of the AR model, with room for at least `length` positions."""
+    numbers = 2 * config.kv_heads * config.head_dim * batch * span_of(length)
+    return numbers * dtype.itemsize
 
 
 def ar(config: ARConfig, block: int, dtype: torch.dtype) -> int:
