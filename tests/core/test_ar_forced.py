@@ -20,20 +20,6 @@ def some_cells(grid, share=0.5, seed=0):
     return torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < share
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    """The length of every block that the network reads in a test."""
-    model, lengths = pair("small").model, []
-    forward = type(model).forward
-
-    def count(self, ids, *args):
-        lengths.append(ids.shape[1])
-        return forward(self, ids, *args)
-
-    monkeypatch.setattr(type(model), "forward", count)
-    return lengths
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_runs_own_layout_locked_gives_the_same_large_grid(size, batch):
