@@ -154,6 +154,14 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         self.checkpoint = model_config.checkpoint
         self.readers: list[CacheReader] = []
 
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Of the network alone, which of a split one would be a part."""
+        if self.ranges:
+            raise GLMImageError(
+                "A decoder that a device plan has split cannot be saved; load it without the plan."
+            )
+        return super().state_dict_for_saving(*args, **kwargs)
+
     def shift(self, size: tuple[int, int]) -> float:
         """mu for an image of (height, width) pixels."""
         return self.schedule.shift(*size, self.diffusion_model.config.patch_size)

@@ -301,6 +301,8 @@ def test_what_a_split_model_cannot_do_is_refused_in_a_sentence(
     states, values = whole.positive[0]
     with pytest.raises(GLMImageError, match="LoRA hooks cannot change a model that a device plan"):
         decode(nodes, whole, split[1], positive=[[states, {**values, "hooks": hooks}]])
+    with pytest.raises(GLMImageError, match="that a device plan has split cannot be saved"):
+        comfy.sd.save_checkpoint("split.safetensors", split[1])
 
 
 @pytest.mark.parametrize("part", ["ar", "decoder"])
