@@ -394,5 +394,5 @@ def _shortages(stage: Stage, parts: Sequence[Part], devices: Mapping[str, Device
             )
 
 
-def gib(nbytes: int) -> str:
+def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:.1f} GiB"

@@ -8,8 +8,7 @@ import comfy.model_management
 import torch
 
 from ...glm_core.errors import GLMImageError
-
-GIB = 2**30
+from ...glm_core.placement import gib
 
 
 @contextmanager
@@ -34,8 +33,8 @@ def memory_for(stage: str, device: torch.device, needed: float, helps: str) -> I
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         raise GLMImageError(
-            f"{stage} ran out of memory on {device}: it needs {needed / GIB:.1f} GiB beside its "
-            f"weights, and {free / GIB:.1f} GiB were free; {helps}."
+            f"{stage} ran out of memory on {device}: it needs {gib(needed)} beside its "
+            f"weights, and {gib(free)} were free; {helps}."
         ) from None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...glm_core.decoder import KeysValues
 from ...glm_core.errors import GLMImageError
+from ...glm_core.placement import gib
 from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
 from ...glm_core.references import References
 from .devices import Place
@@ -18,7 +19,6 @@ from .memory import memory_for
 from .patchers import all_patches, make_patcher, stretches, with_ranges
 from .progress import check_interrupt, progress_bar
 
-GIB = 2**30
 STORES = ("auto", "gpu", "cpu")
 PRECISIONS = ("model", "fp8")
 
@@ -313,7 +313,7 @@ def _require_room(nbytes: int, device: torch.device, fp8: bool) -> None:
     free = comfy.model_management.get_free_memory(device)
     if nbytes > free:
         raise GLMImageError(
-            f"The references' keys and values need {nbytes / GIB:.1f} GiB and {free / GIB:.1f} GiB "
+            f"The references' keys and values need {gib(nbytes)} and {gib(free)} "
             f"of {device} memory are free; use fewer or smaller references"
             f"{'' if fp8 else ', or precision fp8'}."
         )
@@ -323,6 +323,6 @@ def _require_total(nbytes: int, device: torch.device) -> None:
     total = comfy.model_management.get_total_memory(device)
     if nbytes > total:
         raise GLMImageError(
-            f"The references' keys and values need {nbytes / GIB:.1f} GiB and {device} has "
-            f"{total / GIB:.1f} GiB; set store to cpu or auto."
+            f"The references' keys and values need {gib(nbytes)} and {device} has "
+            f"{gib(total)}; set store to cpu or auto."
         )
