@@ -1,0 +1,1 @@
+"""Trains `tiny/`, a small GLM-Image, on pictures that this package draws itself."""

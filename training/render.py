@@ -1,0 +1,150 @@
+"""Scenes to pixels: shapes by their signed distance, characters from two open fonts."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .scene import COLOURS, Item, Scene
+
+SLOT = 64  # pixels that a character has, two cells of 32 each way
+LATIN_FONT = ("font_roboto", "files/Roboto-Bold.ttf")  # Apache 2.0
+CHINESE_FONT = ("zhplot", "fonts/NotoSansSC-Regular.ttf")  # SIL Open Font License
+
+
+def render(scene: Scene, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of the scene, or of its window (top, left, height, width) in pixels."""
+    top, left, height, width = window or (0, 0, scene.height, scene.width)
+    image = np.empty((height, width, 3), np.float32)
+    image[:] = COLOURS[scene.background]
+    for item in scene.items:
+        for shape_window in _windows(scene, item):
+            _paint_shape(image, scene, item, shape_window, (top, left))
+    for text in scene.texts:
+        _paint_text(image, scene, text, (top, left))
+    return np.rint(image).astype(np.uint8)
+
+
+def coverage(
+    scene: Scene, item: Item, rows: np.ndarray, columns: np.ndarray, softness: float
+) -> np.ndarray:
+    """How far the item covers points at pixel coordinates, [rows, columns], 0 to 1."""
+    cell = scene.cell
+    radius = item.radius * min(cell)
+    y, x = rows[:, None], columns[None, :]
+    distance = np.full((len(rows), len(columns)), np.inf, np.float32)
+    for row, column in item.centres:
+        one = signed_distance(item.shape, (y - row * cell[0]) / radius, (x - column * cell[1]) / radius)
+        distance = np.minimum(distance, one * radius)
+    return np.clip(0.5 - distance / softness, 0, 1)
+
+
+def signed_distance(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Distance to the outline of a shape of radius 1 around (0, 0), negative inside."""
+    if shape == "circle":
+        return np.hypot(y, x) - 0.96
+    return _polygon_distance(_outline(shape), *np.broadcast_arrays(y, x))
+
+
+@lru_cache
+def _outline(shape: str) -> np.ndarray:
+    """Corners (y, x) of a polygon inside the unit square's circle, y downwards."""
+    if shape == "square":
+        corners = [(-0.88, -0.88), (-0.88, 0.88), (0.88, 0.88), (0.88, -0.88)]
+    elif shape == "diamond":
+        corners = [(-0.98, 0), (0, 0.75), (0.98, 0), (0, -0.75)]
+    elif shape == "triangle":
+        corners = [(-0.92, 0), (0.88, 0.96), (0.88, -0.96)]
+    elif shape == "star":
+        angles = np.arange(10) * np.pi / 5
+        radii = np.where(np.arange(10) % 2, 0.42, 1.0)
+        corners = np.stack([-radii * np.cos(angles) + 0.05, radii * np.sin(angles)], 1)
+    else:
+        t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        corners = np.stack([-(y + 2.5) / 16, np.sin(t) ** 3 * 0.97], 1)
+    return np.asarray(corners, np.float32)
+
+
+def _polygon_distance(corners: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Signed distance to a polygon (Inigo Quilez, "distance to polygon")."""
+    nearest = np.full(y.shape, np.inf, np.float32)
+    inside = np.zeros(y.shape, bool)
+    for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, 0), strict=True):
+        ey, ex = y1 - y0, x1 - x0
+        t = np.clip(((y - y0) * ey + (x - x0) * ex) / (ey * ey + ex * ex), 0, 1)
+        nearest = np.minimum(nearest, (y - y0 - ey * t) ** 2 + (x - x0 - ex * t) ** 2)
+        if y0 != y1:
+            crosses = (y0 > y) != (y1 > y)
+            inside ^= crosses & (x < ex * (y - y0) / ey + x0)
+    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+
+def _windows(scene: Scene, item: Item) -> list[tuple[int, int, int, int]]:
+    """One (top, bottom, left, right) of pixels around each of an item's shapes."""
+    height, width = scene.cell
+    reach = item.radius * min(scene.cell) + 2
+    return [
+        (int(r * height - reach), int(r * height + reach) + 1,
+         int(c * width - reach), int(c * width + reach) + 1)
+        for r, c in item.centres
+    ]  # fmt: skip
+
+
+def _paint_shape(image, scene: Scene, item: Item, window, origin: tuple[int, int]) -> None:
+    top, bottom = max(window[0], origin[0]), min(window[1], origin[0] + image.shape[0])
+    left, right = max(window[2], origin[1]), min(window[3], origin[1] + image.shape[1])
+    if top >= bottom or left >= right:
+        return
+    rows = np.arange(top, bottom, dtype=np.float32) + 0.5
+    columns = np.arange(left, right, dtype=np.float32) + 0.5
+    alpha = coverage(scene, item, rows, columns, 1.0)[..., None]
+    part = image[top - origin[0] : bottom - origin[0], left - origin[1] : right - origin[1]]
+    part += alpha * (np.array(COLOURS[item.colour], np.float32) - part)
+
+
+def _paint_text(image, scene: Scene, text, origin: tuple[int, int]) -> None:
+    row, column = scene.text_origin(text)
+    ink = np.array(COLOURS[scene.ink], np.float32)
+    for i, character in enumerate(text.content):
+        top, left = 32 * row - origin[0], 32 * column + SLOT * i - origin[1]
+        above, before = max(0, -top), max(0, -left)
+        part = image[top + above : top + SLOT, left + before : left + SLOT] if (
+            top + SLOT > 0 and left + SLOT > 0
+        ) else image[:0, :0]  # fmt: skip
+        if part.size:
+            glyph = glyph_bitmap(character)[above:, before:][: part.shape[0], : part.shape[1]]
+            part += glyph[..., None].astype(np.float32) / 255 * (ink - part)
+
+
+@lru_cache(maxsize=2048)
+def glyph_bitmap(character: str) -> np.ndarray:
+    """uint8 [64, 64]: how much ink a character lays on its slot."""
+    font = _font(character)
+    large = Image.new("L", (2 * SLOT, SLOT), 0)
+    ImageDraw.Draw(large).text((SLOT, SLOT // 2), character, fill=255, font=font, anchor="mm")
+    bounds = large.getbbox()
+    if bounds is None:
+        return np.zeros((SLOT, SLOT), np.uint8)
+    glyph = large.crop((bounds[0], 0, bounds[2], SLOT))
+    if glyph.width > SLOT - 4:  # W and M are set narrower
+        glyph = glyph.resize((SLOT - 4, SLOT), Image.BICUBIC)
+    slot = Image.new("L", (SLOT, SLOT), 0)
+    slot.paste(glyph, ((SLOT - glyph.width) // 2, 0))
+    return np.asarray(slot)
+
+
+@lru_cache
+def _font(character: str) -> ImageFont.FreeTypeFont:
+    package, file = LATIN_FONT if character.isascii() else CHINESE_FONT
+    return _load_font(package, file, 68 if character.isascii() else 58)
+
+
+@lru_cache
+def _load_font(package: str, file: str, size: int) -> ImageFont.FreeTypeFont:
+    spec = find_spec(package)
+    if spec is None:
+        raise RuntimeError(f"The fonts of {package} are missing: install training/requirements.txt.")
+    return ImageFont.truetype(str(Path(spec.origin).parent / file), size)

@@ -1,0 +1,229 @@
+"""What a picture shows: a background, shapes, and texts, placed on the grid of the preview.
+
+Lengths are in preview cells, (row, column) from the top left, so that one scene has one
+composition at every size; texts are set in cells of 32 pixels, two by two to a character.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COLOURS = {
+    "red": (220, 40, 45),
+    "orange": (245, 140, 35),
+    "yellow": (250, 215, 60),
+    "green": (45, 160, 75),
+    "blue": (45, 95, 215),
+    "purple": (135, 65, 175),
+    "black": (28, 28, 32),
+    "white": (245, 245, 242),
+}
+LIGHT = ("orange", "yellow", "white")  # backgrounds that carry black text; the others carry white
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart")
+RADII = {"small": 1, "medium": 2, "big": 3}
+SIZES = ((512, 512), (768, 768), (1024, 1024), (512, 768), (768, 512), (768, 1152), (1152, 768))
+ANCHORS = {
+    "left": (0.5, 0.25), "right": (0.5, 0.75), "top": (0.2, 0.5), "bottom": (0.8, 0.5),
+    "centre": (0.5, 0.5), "top left": (0.2, 0.25), "top right": (0.2, 0.75),
+    "bottom left": (0.8, 0.25), "bottom right": (0.8, 0.75),
+}  # fmt: skip
+TEXT_PLACES = ("top", "bottom", "centre")
+MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
+TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of shapes
+
+
+@dataclass(frozen=True)
+class Item:
+    """`count` shapes of one kind in a row; `centres` are (row, column) in preview cells."""
+
+    shape: str
+    colour: str
+    size: str
+    place: str | None  # a key of ANCHORS, or None: anywhere
+    centres: tuple[tuple[float, float], ...]
+
+    @property
+    def radius(self) -> float:
+        return RADII[self.size]
+
+
+@dataclass(frozen=True)
+class Text:
+    content: str
+    place: str  # one of TEXT_PLACES
+
+    @property
+    def script(self) -> str:
+        first = self.content[0]
+        return "digit" if first.isdecimal() else "latin" if first.isascii() else "chinese"
+
+
+@dataclass(frozen=True)
+class Scene:
+    height: int
+    width: int
+    background: str
+    items: tuple[Item, ...]
+    texts: tuple[Text, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.height // 32, self.width // 32
+
+    @property
+    def preview(self) -> tuple[int, int]:
+        ratio = self.height / self.width
+        return int(ratio**0.5 * 16), int((1 / ratio) ** 0.5 * 16)
+
+    @property
+    def cell(self) -> tuple[float, float]:
+        """Height and width of a preview cell in pixels."""
+        return self.height / self.preview[0], self.width / self.preview[1]
+
+    @property
+    def ink(self) -> str:
+        return "black" if self.background in LIGHT else "white"
+
+    def text_origin(self, text: Text) -> tuple[int, int]:
+        """The top left of a text, in cells of 32 pixels."""
+        rows, columns = self.grid
+        margin = round(rows / self.preview[0])
+        top = {"top": margin, "bottom": rows - 2 - margin, "centre": rows // 2 - 1}[text.place]
+        return top, (columns - 2 * len(text.content)) // 2
+
+    def with_size(self, height: int, width: int) -> "Scene":
+        """The same composition at another size of the same preview grid."""
+        other = replace(self, height=height, width=width)
+        if other.preview != self.preview:
+            raise ValueError(f"{width}x{height} has another preview grid than {self.preview}.")
+        return other
+
+
+def draw_scene(rng: np.random.Generator, height: int, width: int, texts: int | None = None) -> Scene:
+    """A random scene with `texts` texts (0 to 2; None: any) and one to three items."""
+    count = int(rng.choice(3, p=(0.3, 0.5, 0.2))) if texts is None else texts
+    drawn = _draw_texts(rng, count)
+    background = str(rng.choice(list(COLOURS)))
+    scene = Scene(height, width, background, (), drawn)
+    for _ in range(int(rng.choice((1, 2, 3), p=(0.35, 0.45, 0.2)))):
+        if (item := _draw_item(rng, scene)) is not None:
+            scene = replace(scene, items=(*scene.items, item))
+    return scene
+
+
+def free_band(scene: Scene) -> tuple[int, int]:
+    """The preview rows [first, last) that texts leave to shapes."""
+    first, last = 0, scene.preview[0]
+    for text in scene.texts:
+        if text.place == "top":
+            first += TEXT_BAND
+        elif text.place == "bottom":
+            last -= TEXT_BAND
+    return first, last
+
+
+def place_item(
+    rng: np.random.Generator, scene: Scene, shape: str, colour: str, size: str,
+    place: str | None, count: int = 1,
+) -> Item | None:  # fmt: skip
+    """An item somewhere near its place, clear of all that is there; None where it does not fit."""
+    first, last = free_band(scene)
+    columns = scene.preview[1]
+    radius = RADII[size]
+    pitch = 2 * radius + 1
+    half = radius + pitch * (count - 1) / 2
+    for _ in range(8):
+        row, column = ANCHORS[place or "centre"]
+        reach = 1 if place else 3
+        row = round(first + row * (last - first)) + rng.integers(-reach, reach + 1)
+        column = round(column * columns) + rng.integers(-reach, reach + 1)
+        row = np.clip(row, first + radius, last - radius)
+        column = np.clip(column, np.ceil(half), np.floor(columns - half))
+        start = column - pitch * (count - 1) // 2
+        centres = tuple((float(row), float(start + pitch * i)) for i in range(count))
+        item = Item(shape, colour, size, place, centres)
+        if _is_clear(scene, item):
+            return item
+    return None
+
+
+def _is_clear(scene: Scene, item: Item) -> bool:
+    rows, columns = scene.preview
+    for row, column in item.centres:
+        if not (item.radius <= row <= rows - item.radius):
+            return False
+        if not (item.radius <= column <= columns - item.radius):
+            return False
+        for text in scene.texts:
+            if text.place == "centre" and abs(row - rows / 2) < item.radius + 2:
+                return False
+        for other in scene.items:
+            gap = item.radius + other.radius + 1
+            if any(max(abs(row - r), abs(column - c)) < gap for r, c in other.centres):
+                return False
+    return True
+
+
+def _draw_item(rng: np.random.Generator, scene: Scene) -> Item | None:
+    shape = str(rng.choice(SHAPES))
+    colour = str(rng.choice([c for c in COLOURS if c != scene.background]))
+    if any((item.shape, item.colour) == (shape, colour) for item in scene.items):
+        return None
+    if rng.random() < 0.15:
+        place = str(rng.choice(("top", "centre", "bottom")))
+        return place_item(rng, scene, shape, colour, "small", place, int(rng.integers(2, 5)))
+    size = str(rng.choice(list(RADII), p=(0.2, 0.55, 0.25)))
+    taken = {item.place for item in scene.items}
+    places = [place for place in ANCHORS if place not in taken]
+    # The two sides and the centre are what people write most.
+    weights = np.array([3.0 if place in ("left", "right", "centre") else 1.0 for place in places])
+    place = str(rng.choice(places, p=weights / weights.sum()))
+    anywhere = rng.random() < 0.1
+    return place_item(rng, scene, shape, colour, size, None if anywhere else place)
+
+
+def _draw_texts(rng: np.random.Generator, count: int) -> tuple[Text, ...]:
+    if count == 0:
+        return ()
+    scripts = rng.choice(("latin", "digit", "chinese"), count, False, p=(0.5, 0.1, 0.4))
+    places = rng.choice(TEXT_PLACES, count, False, p=(0.3, 0.5, 0.2))
+    if count == 2:
+        places = rng.permutation(("top", "bottom"))
+    return tuple(
+        Text(_draw_content(rng, str(script)), str(place))
+        for script, place in zip(scripts, places, strict=True)
+    )
+
+
+def _draw_content(rng: np.random.Generator, script: str) -> str:
+    if script == "digit":
+        return "".join(rng.choice(list("0123456789"), rng.integers(1, MAX_OTHERS + 1)))
+    if script == "chinese":
+        length = rng.choice((1, 2, 3, 4), p=(0.15, 0.45, 0.2, 0.2))
+        return "".join(rng.choice(list(CHINESE), length))
+    if rng.random() < 0.5:
+        return str(rng.choice(WORDS))
+    return "".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), rng.integers(2, MAX_LETTERS + 1)))
+
+
+WORDS = (
+    "HELLO WORLD OPEN SALE NEW FREE LOVE PEACE HOPE CAFE BAR TEA COFFEE BREAD MILK FISH MEAT RICE "
+    "SUN MOON STAR SKY SEA LAKE RIVER WOOD FIRE ICE SNOW RAIN WIND STORM SPRING SUMMER AUTUMN "
+    "WINTER MUSIC DANCE PARTY GAME PLAY STOP GO START END EXIT ENTER PUSH PULL UP DOWN LEFT RIGHT "
+    "EAST WEST NORTH SOUTH RED BLUE GREEN BLACK WHITE GOLD PINK BIG SMALL FAST SLOW HOT COLD YES NO "
+    "OK HI BYE THANKS PLEASE SORRY WELCOME HAPPY DAY NIGHT TODAY NOW SOON BOOK PAPER PEN ART PHOTO "
+    "FILM RADIO PHONE CAR BUS TRAIN PLANE SHIP BIKE ROAD CITY TOWN HOUSE HOME ROOM DOOR SHOP BANK "
+    "PARK ZOO CAT DOG BIRD HORSE LION TIGER BEAR WOLF FOX FROG BEE ANT KING QUEEN JACK ACE WIN LUCKY "
+    "MAGIC POWER ENERGY SPACE ROBOT PIXEL IMAGE GLYPH TOKEN MODEL CLOUD DATA CODE LINK QUICK JUMP"
+).split()
+WORDS = tuple(word for word in WORDS if len(word) <= MAX_LETTERS)
+
+CHINESE = (
+    "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种"
+    "面而方后多定行学法所民得经十三之进着等部度家电力里如水化高自二理起小物现实加量都两体制机当使点从业本"
+    "去把性好应开它合还因由其些然前外天政四日那社义事平形相全表间样与关各重新线内数正心反你明看原又么利比"
+    "或但质气第向道命此变条只没结解问意建月公无系军很情者最立代想已通并提直题党程展五果料象员革位入常文总"
+    "次品式活设及管特件长求老头基资边流路级少图山统接知较将组见计别她手角期根论运农指几九区强放决西被干做"
+    "必战先回则任取据处理世车春夏秋冬花草木火土金石红黄蓝绿白黑猫狗鸟鱼马牛羊龙茶酒米面包书画诗歌爱福喜乐"
+)
+CHINESE = "".join(dict.fromkeys(CHINESE))
