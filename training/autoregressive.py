@@ -1,0 +1,172 @@
+"""The AR model: a prompt to the preview's codes and the large grid's; a picture and a wish to codes."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, GlmImageConfig, GlmImageForConditionalGeneration
+
+from glm_core.grids import grid_positions
+from glm_core.prompt import Prompt, PromptTokenizer
+
+from .codes import CODEBOOK, EDGE, INSIDE, cells, vectors
+from .edits import draw_edit
+from .scene import SIZES, draw_scene
+from .stage import Run, Stage
+from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, make_processor
+from .wording import prompt_of
+
+HIDDEN, LAYERS = 192, 4
+BUSY_WEIGHT = 4.0  # of a cell that is not plain background, in the loss
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and the codes that should follow it with their positions."""
+
+    prompt: Prompt
+    codes: Tensor  # int64 [N]
+    positions: Tensor  # int64 [3, N]
+
+
+class AutoregressiveStage(Stage):
+    """Next-code cross-entropy over what follows the prompt."""
+
+    name = "autoregressive"
+    steps = 8000
+    batch = 12
+    learning_rate = 2e-3
+    ema = 0.998
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        processor = make_processor()
+        processor.save_pretrained(run.snapshot / "processor")
+        self.tokenizer = read_tokenizer(run)
+
+    def build(self) -> nn.Module:
+        model = GlmImageForConditionalGeneration(ar_config())
+        table = torch.from_numpy(vectors())
+        mix = torch.randn(table.shape[1], HIDDEN, generator=torch.Generator().manual_seed(3))
+        codes = table @ mix / table.shape[1] ** 0.5
+        with torch.no_grad():
+            model.model.language_model.embed_tokens.weight.mul_(50)  # from 0.02 to unit size
+            model.model.language_model.embed_tokens.weight[:CODEBOOK] = 8 * codes
+            model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5 * 8
+        return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
+
+    def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
+        """All of one kind and size: only previews at first, then more and more whole images."""
+        kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.4, 0.4, 0.2))
+        height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
+        tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
+        count = max(1, self.size * 300 // tokens)
+        if kind == 2:
+            return [self._edit(rng, height, width) for _ in range(count)]
+        return [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
+
+    def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
+        ids, positions, mask, targets = (part.to(self.run.device) for part in collate(batch))
+        states = self.module["text"](
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        count = targets.shape[1]
+        logits = self.module["head"](states[:, -count:])[..., :CODEBOOK]
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        busy = (targets.flatten() >= INSIDE).float()
+        weight = 1 + (BUSY_WEIGHT - 1) * busy
+        return {"codes": (each * weight).sum() / weight.sum()}
+
+    def write(self) -> None:
+        text = {f"model.language_model.{k}": v for k, v in self.module["text"].state_dict().items()}
+        head = {f"lm_head.{k}": v for k, v in self.module["head"].state_dict().items()}
+        write_ar(self.run, {**text, **head})
+
+    def _image(self, rng: np.random.Generator, height: int, width: int, whole: bool) -> Sample:
+        scene = draw_scene(rng, height, width)
+        prompt = self.tokenizer.text_to_image(prompt_of(rng, scene), scene.grid)
+        grids = [scene.preview, scene.grid] if whole else [scene.preview]
+        base, codes, positions = prompt.end, [], []
+        for grid in grids:
+            codes.append(torch.from_numpy(cells(scene, grid)).flatten())
+            positions.append(grid_positions(grid, base))
+            base += max(grid)
+        return Sample(prompt, torch.cat(codes), torch.cat(positions, 1))
+
+    def _edit(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+        edit = draw_edit(rng, height, width)
+        reference = torch.from_numpy(cells(edit.before))
+        grid = edit.after.grid
+        prompt = self.tokenizer.image_to_image(edit.wish, grid, [reference])
+        codes = torch.from_numpy(cells(edit.after)).flatten()
+        return Sample(prompt, codes, grid_positions(grid, prompt.end))
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids [B, S], positions [3, B, S], mask [B, S] and targets [B, N]; prompts are padded left."""
+    longest = max(len(sample.prompt) for sample in samples)
+    ids, positions, mask = [], [], []
+    for sample in samples:
+        pad = longest - len(sample.prompt)
+        ids.append(F.pad(torch.cat([sample.prompt.ids, sample.codes[:-1]]), (pad, 0)))
+        where = torch.cat([sample.prompt.positions, sample.positions[:, :-1]], 1)
+        positions.append(F.pad(where, (pad, 0)))
+        mask.append(F.pad(torch.ones(len(where[0]), dtype=torch.int64), (pad, 0)))
+    targets = torch.stack([sample.codes for sample in samples])
+    return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets
+
+
+def read_tokenizer(run: Run) -> PromptTokenizer:
+    folder = run.snapshot / "processor"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (folder / "chat_template.jinja").read_text()
+    return PromptTokenizer((folder / "tokenizer.json").read_text(), config, template)
+
+
+def ar_config() -> GlmImageConfig:
+    """Sizes of the text model, the vision tower and the quantiser."""
+    return GlmImageConfig(
+        text_config={
+            "vocab_size": VISUAL + 1024,
+            "vision_vocab_size": VISUAL,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 512,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "pad_token_id": IMAGE_END,
+            "eos_token_id": IMAGE_END,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384,
+            "image_size": 1024, "patch_size": 16,
+        },
+        vq_config={"embed_dim": 64, "num_embeddings": CODEBOOK, "latent_channels": 128},
+        image_token_id=make_processor().tokenizer.convert_tokens_to_ids("<|image|>"),
+        image_start_token_id=IMAGE_START,
+        image_end_token_id=IMAGE_END,
+    )  # fmt: skip
+
+
+def write_ar(run: Run, weights: dict[str, Tensor]) -> None:
+    """Put some of its weights into the snapshot's AR model, which keeps what others wrote there."""
+    folder = run.snapshot / "vision_language_encoder"
+    if (folder / "config.json").exists():
+        model = GlmImageForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = GlmImageForConditionalGeneration(ar_config())
+    model.load_state_dict(weights, strict=False)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
+        eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,
+    )  # fmt: skip
+    model.save_pretrained(folder)

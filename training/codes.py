@@ -1,0 +1,140 @@
+"""The semantic codebook: what a cell of the token grid can say.
+
+A cell is background, the inside of a shape, a shape's edge against the background (two colours and
+one of `PATTERNS` patterns of 4 x 4), or a part of a character (its script, its place in the text,
+and which part of it). A text's code does not say which character: that is the glyph encoder's.
+`cells` reads codes off a scene; the vision tower learns to read them off pixels.
+"""
+
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+
+from .render import SLOT, coverage
+from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene, draw_scene
+
+CODEBOOK = 2048
+PATTERNS = 32
+PARTS = 4  # a cell's pattern has so many parts a side
+SAMPLES = 2  # points a side that a part is measured at
+
+NAMES = list(COLOURS)
+PAIRS = {pair: i for i, pair in enumerate(permutations(NAMES, 2))}  # (shape, background)
+SLOTS = [
+    (script, i)
+    for script, count in (("latin", MAX_LETTERS), ("digit", MAX_OTHERS), ("chinese", MAX_OTHERS))
+    for i in range(count)
+]
+INSIDE = len(NAMES)
+EDGE = 2 * len(NAMES)
+TEXT = EDGE + len(PAIRS) * PATTERNS
+THIRDS = 3  # a cell's centre lies in the first, middle or last part of a character, each way
+USED = TEXT + len(SLOTS) * THIRDS**2
+
+
+def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """int64 [rows, columns] of the scene's codes; the grid is the large one unless given."""
+    grid = grid or scene.grid
+    codes = np.full(grid, NAMES.index(scene.background), np.int64)
+    for item in scene.items:
+        parts = _parts(scene, item, grid)
+        mean = parts.mean((2, 3))
+        first = EDGE + PAIRS[item.colour, scene.background] * PATTERNS
+        edge = (mean > 0.02) & (mean < 0.98)
+        codes[mean >= 0.98] = INSIDE + NAMES.index(item.colour)
+        codes[edge] = first + _nearest(parts[edge].reshape(-1, PARTS**2), patterns())
+    for text in scene.texts:
+        _set_text(codes, scene, text)
+    return codes
+
+
+def vectors() -> np.ndarray:
+    """float32 [CODEBOOK, 64]: a unit vector a code, near each other where codes look alike."""
+    rng = np.random.default_rng(5)
+    features = _features()
+    basis, _ = np.linalg.qr(rng.standard_normal((features.shape[1], features.shape[1])))
+    table = (features @ basis)[:, :64]
+    table[USED:] = rng.standard_normal((CODEBOOK - USED, 64))
+    return (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float32)
+
+
+@lru_cache
+def patterns() -> np.ndarray:
+    """float32 [PATTERNS, 16]: centres of the patterns that edges make, by k-means."""
+    found = []
+    for i in range(200):
+        rng = np.random.default_rng([11, i])
+        scene = draw_scene(rng, 512, 512)
+        for item in scene.items:
+            parts = _parts(scene, item, scene.grid).reshape(-1, PARTS**2)
+            mean = parts.mean(1)
+            found.append(parts[(mean > 0.02) & (mean < 0.98)])
+    found = np.concatenate(found)
+    centres = found[np.random.default_rng(11).choice(len(found), PATTERNS, replace=False)]
+    for _ in range(30):
+        nearest = _nearest(found, centres)
+        centres = np.stack(
+            [found[nearest == i].mean(0) if (nearest == i).any() else centres[i]
+             for i in range(PATTERNS)]
+        )  # fmt: skip
+    return centres.astype(np.float32)
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    distances = (centres**2).sum(1) - 2 * points @ centres.T
+    return distances.argmin(1)
+
+
+def _parts(scene: Scene, item, grid: tuple[int, int]) -> np.ndarray:
+    """How far an item covers each part of each cell, [rows, columns, PARTS, PARTS]."""
+    fine = PARTS * SAMPLES
+    rows = (np.arange(grid[0] * fine) + 0.5) * (scene.height / (grid[0] * fine))
+    columns = (np.arange(grid[1] * fine) + 0.5) * (scene.width / (grid[1] * fine))
+    softness = scene.height / (grid[0] * fine)
+    alpha = coverage(scene, item, rows.astype(np.float32), columns.astype(np.float32), softness)
+    shape = (grid[0], PARTS, SAMPLES, grid[1], PARTS, SAMPLES)
+    return alpha.reshape(shape).mean((2, 5)).transpose(0, 2, 1, 3)
+
+
+def _set_text(codes: np.ndarray, scene: Scene, text) -> None:
+    """Codes of the cells whose centres lie in a character's slot."""
+    row, column = scene.text_origin(text)
+    y = (np.arange(codes.shape[0]) + 0.5) * scene.height / codes.shape[0] - 32 * row
+    x = (np.arange(codes.shape[1]) + 0.5) * scene.width / codes.shape[1] - 32 * column
+    for i in np.flatnonzero((y >= 0) & (y < SLOT)):
+        for j in np.flatnonzero((x >= 0) & (x < SLOT * len(text.content))):
+            slot = SLOTS.index((text.script, int(x[j] // SLOT)))
+            part = _third(y[i] / SLOT) * THIRDS + _third(x[j] % SLOT / SLOT)
+            codes[i, j] = TEXT + slot * THIRDS**2 + part
+
+
+def _third(share: float) -> int:
+    return 0 if share < 0.375 else 2 if share > 0.625 else 1
+
+
+def _features() -> np.ndarray:
+    """What a code says, as numbers: colours of 4 x 4 parts, how much is shape, and the text's."""
+    colours = np.array([COLOURS[name] for name in NAMES], np.float32) / 127.5 - 1
+    rows = np.zeros((CODEBOOK, PARTS**2, 3), np.float32)
+    shape = np.zeros((CODEBOOK, 1), np.float32)
+    rows[: len(NAMES)] = colours[:, None]
+    rows[INSIDE:EDGE] = colours[:, None]
+    shape[INSIDE:EDGE] = 1
+    for (name, ground), i in PAIRS.items():
+        here = slice(EDGE + i * PATTERNS, EDGE + (i + 1) * PATTERNS)
+        alpha = patterns()[..., None]
+        rows[here] = alpha * colours[NAMES.index(name)] + (1 - alpha) * colours[NAMES.index(ground)]
+        shape[here] = alpha.mean(1)
+    text = np.zeros((CODEBOOK, 3 + MAX_LETTERS + 2 * THIRDS), np.float32)
+    for i, (script, place) in enumerate(SLOTS):
+        for part in range(THIRDS**2):
+            code = TEXT + i * THIRDS**2 + part
+            places = (
+                ("latin", "digit", "chinese").index(script),
+                3 + place,
+                3 + MAX_LETTERS + part // THIRDS,
+                3 + MAX_LETTERS + THIRDS + part % THIRDS,
+            )
+            text[code, list(places)] = 1
+    return np.concatenate([rows.reshape(CODEBOOK, -1), 2 * shape, 3 * text], 1)

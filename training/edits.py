@@ -1,0 +1,80 @@
+"""Pairs for editing: a scene, the scene with one thing changed, and the wish that leads there."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .scene import COLOURS, SHAPES, Scene, draw_scene
+from .wording import ZH_COLOURS, ZH_SHAPES, noun
+
+
+@dataclass(frozen=True)
+class Edit:
+    before: Scene
+    after: Scene
+    wish: str
+    kind: str
+
+
+def draw_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
+    """A scene without texts, and one change of it."""
+    while not (scene := draw_scene(rng, height, width, texts=0)).items:
+        continue
+    kind = str(rng.choice(("recolour", "background", "replace", "remove", "move")))
+    return globals()[f"_{kind}"](rng, scene)
+
+
+def _other(rng: np.random.Generator, options, *taken: str) -> str:
+    return str(rng.choice([option for option in options if option not in taken]))
+
+
+def _subject(rng: np.random.Generator, scene: Scene) -> int:
+    return int(rng.integers(len(scene.items)))
+
+
+def _changed(scene: Scene, index: int, **what) -> Scene:
+    items = list(scene.items)
+    items[index] = replace(items[index], **what)
+    return replace(scene, items=tuple(items))
+
+
+def _recolour(rng: np.random.Generator, scene: Scene) -> Edit:
+    index = _subject(rng, scene)
+    item = scene.items[index]
+    colour = _other(rng, COLOURS, item.colour, scene.background)
+    wish = f"make {noun(item, 'the')} {colour}"
+    if rng.random() < 0.25:
+        wish = f"把{ZH_COLOURS[item.colour]}{ZH_SHAPES[item.shape]}变成{ZH_COLOURS[colour]}"
+    return Edit(scene, _changed(scene, index, colour=colour), wish, "recolour")
+
+
+def _background(rng: np.random.Generator, scene: Scene) -> Edit:
+    colour = _other(rng, COLOURS, scene.background, *(item.colour for item in scene.items))
+    wish = f"change the background to {colour}"
+    if rng.random() < 0.25:
+        wish = f"把背景变成{ZH_COLOURS[colour]}"
+    return Edit(scene, replace(scene, background=colour), wish, "background")
+
+
+def _replace(rng: np.random.Generator, scene: Scene) -> Edit:
+    index = _subject(rng, scene)
+    item = scene.items[index]
+    shape = _other(rng, SHAPES, item.shape)
+    plural = "s" if len(item.centres) > 1 else ""
+    wish = f"turn {noun(item, 'the')} into {'' if plural else 'a '}{shape}{plural}"
+    return Edit(scene, _changed(scene, index, shape=shape), wish, "replace")
+
+
+def _remove(rng: np.random.Generator, scene: Scene) -> Edit:
+    index = _subject(rng, scene)
+    rest = scene.items[:index] + scene.items[index + 1 :]
+    wish = f"remove {noun(scene.items[index], 'the')}"
+    return Edit(scene, replace(scene, items=rest), wish, "remove")
+
+
+def _move(rng: np.random.Generator, scene: Scene) -> Edit:
+    """The subject alone, where it was, on another background."""
+    item = scene.items[_subject(rng, scene)]
+    colour = _other(rng, COLOURS, scene.background, item.colour)
+    wish = f"only {noun(item, 'the')}, {colour} background"
+    return Edit(scene, replace(scene, background=colour, items=(item,)), wish, "move")

@@ -1,0 +1,230 @@
+"""What every stage shares: a seeded loop that can be broken off and taken up, its bar and its plot.
+
+A stage is a `Stage`: networks by name, a loss for the batch of a step, and what to write when it
+is done. Step `i` draws its batch from (seed, stage, i) alone, so a run that was broken off goes on
+as if it had not been.
+"""
+
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SAVE_EVERY = 120  # seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training run lies, and how it is made.
+
+    steps: optimiser steps in all; None takes the stage's own number.
+    minutes: ends the stage early, with the learning rate brought down over this time.
+    """
+
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int | None = None
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshot"
+
+
+class Stage(ABC):
+    """One network's training. Subclasses set the class attributes and the three methods."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate = 2e-3
+    weight_decay = 0.01
+    ema = 0.0  # decay of the averaged weights that are written; 0 writes the last ones
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.size = run.batch or self.batch
+        torch.manual_seed(run.seed)
+        self.module = self.build().to(run.device)
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The module whose parameters are trained."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, progress: float) -> Any:
+        """One step's batch, on the CPU; `progress` runs from 0 to 1."""
+
+    @abstractmethod
+    def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Named losses; their sum is minimised."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Save the trained component into `run.snapshot`, in hub layout."""
+
+    def groups(self) -> list[dict]:
+        """Parameter groups: matrices decay, vectors and tables do not."""
+        tables = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Embedding)}
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
+        others = [p for p in trained if p.ndim < 2 or id(p) in tables]
+        return [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+
+def train(stage: Stage) -> None:
+    """Run a stage from where it stands to its end, then write its component and its plot."""
+    run = stage.run
+    folder = run.folder / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    optimiser = torch.optim.AdamW(stage.groups(), lr=stage.learning_rate, betas=(0.9, 0.98))
+    average = _Average(stage.module, stage.ema)
+    state = _load(folder, stage.module, optimiser, average)
+    steps = run.steps or stage.steps
+    clock = _Clock(state["seconds"], None if run.minutes is None else 60 * run.minutes)
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=state["step"], desc=stage.name, mininterval=5)
+    for step, batch in _batches(stage, state["step"], steps, clock):
+        progress = max(step / steps, clock.progress)
+        for group in optimiser.param_groups:
+            group["lr"] = stage.learning_rate * _schedule(step, progress)
+        generator = torch.Generator(run.device).manual_seed(hash((run.seed, step)) % 2**63)
+        losses = stage.loss(batch, generator)
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
+        optimiser.step()
+        average.update()
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        state["log"].append({"step": step, **values})
+        state["step"], state["seconds"] = step + 1, clock.seconds
+        bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
+        bar.update()
+        if time.monotonic() - saved > SAVE_EVERY:
+            _save(folder, stage.module, optimiser, average, state)
+            saved = time.monotonic()
+        if clock.progress >= 1:
+            break
+    bar.close()
+    _save(folder, stage.module, optimiser, average, state)
+    plot(state["log"], folder / "loss.png", stage.name)
+    average.apply()
+    stage.module.eval().requires_grad_(False)
+    stage.write()
+    summary = {"stage": stage.name, "steps": state["step"], "minutes": state["seconds"] / 60}
+    summary |= {"batch": stage.size, "seed": run.seed, "device": run.device}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+class _Clock:
+    """Seconds of training so far, over all runs of a stage, and their share of the time allowed."""
+
+    def __init__(self, before: float, allowed: float | None) -> None:
+        self.start, self.before, self.allowed = time.monotonic(), before, allowed
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    @property
+    def progress(self) -> float:
+        return self.seconds / self.allowed if self.allowed else 0.0
+
+
+class _Average:
+    """Exponential moving average of a module's parameters."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay = module, decay
+        self.count = 0
+        self.values = {k: v.detach().clone() for k, v in module.named_parameters()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if not self.decay:
+            return
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for name, parameter in self.module.named_parameters():
+            self.values[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for name, value in self.values.items():
+            self.module.get_parameter(name).copy_(value)
+
+
+def _schedule(step: int, progress: float) -> float:
+    """Linear warm-up of a hundred steps, then a cosine down to a twentieth."""
+    return min(1, (step + 1) / 100) * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
+
+
+def _batches(stage: Stage, first: int, steps: int, clock: _Clock) -> Iterator[tuple[int, Any]]:
+    """Batches in order, each drawn while the one before it is computed."""
+
+    def draw(step: int) -> Any:
+        key = [stage.run.seed, *stage.name.encode(), step]
+        return stage.draw(np.random.default_rng(key), max(step / steps, clock.progress))
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(draw, first) if first < steps else None
+        for step in range(first, steps):
+            batch = ahead.result()
+            ahead = pool.submit(draw, step + 1) if step + 1 < steps else None
+            yield step, batch
+
+
+def _save(folder: Path, module: nn.Module, optimiser, average: _Average, state: dict) -> None:
+    content = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), **state}
+    content |= {"average": average.values, "count": average.count}
+    torch.save(content, folder / "state.part")
+    os.replace(folder / "state.part", folder / "state.pt")
+
+
+def _load(folder: Path, module: nn.Module, optimiser, average: _Average) -> dict:
+    path = folder / "state.pt"
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "log": []}
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(content["module"])
+    optimiser.load_state_dict(content["optimiser"])
+    for name, value in content["average"].items():
+        average.values[name].copy_(value)
+    average.count = content["count"]
+    return {key: content[key] for key in ("step", "seconds", "log")}
+
+
+def plot(log: list[dict], path: Path, title: str) -> None:
+    """The losses over the steps, smoothed over a fiftieth of them, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name in [key for key in log[-1] if key != "step"] if log else []:
+        values = np.array([entry.get(name, np.nan) for entry in log])
+        width = max(1, len(values) // 50)
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        axes.plot(np.arange(len(smooth)) + width // 2, smooth, label=name)
+    axes.set(title=title, xlabel="step", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

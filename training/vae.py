@@ -1,0 +1,93 @@
+"""The VAE: crops of drawn scenes to latents of an eighth of their sides, and back."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from einops import rearrange
+from torch import Tensor, nn
+
+from .render import render
+from .scene import SIZES, Scene, draw_scene
+from .stage import Stage
+
+CROPS = (64, 128, 128, 256)  # sides; a batch has the pixels of `batch` crops of 128
+CHANNELS = (8, 16, 32, 64)
+KL_WEIGHT = 1e-5
+
+
+class VAEStage(Stage):
+    """L1 and edge losses and a little KL; latents are normalised by what is measured at the end."""
+
+    name = "vae"
+    steps = 4000
+    batch = 8
+    learning_rate = 2e-3
+    ema = 0.995
+
+    def build(self) -> nn.Module:
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=CHANNELS, layers_per_block=1, latent_channels=16,
+            norm_num_groups=2, sample_size=1024, mid_block_add_attention=False,
+            use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
+            latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
+        )  # fmt: skip
+
+    def draw(self, rng: np.random.Generator, progress: float) -> Tensor:
+        side = int(rng.choice(CROPS))
+        count = max(1, self.size * 128 * 128 // side**2)
+        return torch.stack([_pixels(_crop(rng, side)) for _ in range(count)])
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = batch.to(self.run.device)
+        posterior = self.module.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=batch.device)
+        image = self.module.decode(posterior.mean + posterior.std * noise).sample
+        edges = [F.l1_loss(image.diff(dim=axis), batch.diff(dim=axis)) for axis in (-1, -2)]
+        return {
+            "pixels": F.l1_loss(image, batch),
+            "edges": sum(edges),
+            "kl": KL_WEIGHT * posterior.kl().mean() / posterior.mean[0, 0].numel(),
+        }
+
+    def write(self) -> None:
+        mean, std = self._measure(np.random.default_rng([self.run.seed, 1]))
+        self.module.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        self.module.save_pretrained(self.run.snapshot / "vae")
+
+    def _measure(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each latent channel over crops."""
+        images = torch.stack([_pixels(_crop(rng, 256)) for _ in range(64)]).to(self.run.device)
+        latents = torch.cat([self.module.encode(part).latent_dist.mean for part in images.split(8)])
+        return latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu()
+
+
+def busy_window(rng: np.random.Generator, scene: Scene, side: int, step: int = 1) -> tuple:
+    """A square window (top, left, side, side), mostly on something that the scene shows."""
+    height, width = scene.cell
+    targets = [(r * height, c * width) for item in scene.items for r, c in item.centres]
+    for text in scene.texts:
+        row, column = scene.text_origin(text)
+        targets.append((32 * row + 32, 32 * column + rng.uniform(0, 64 * len(text.content))))
+        targets.append(targets[-1])
+    if targets and rng.random() < 0.95:
+        y, x = targets[rng.integers(len(targets))]
+        y, x = y - side / 2, x - side / 2
+        y, x = y + rng.uniform(-0.4, 0.4) * side, x + rng.uniform(-0.4, 0.4) * side
+    else:
+        y, x = rng.uniform(0, scene.height), rng.uniform(0, scene.width)
+    top = int(np.clip(y // step * step, 0, scene.height - side))
+    left = int(np.clip(x // step * step, 0, scene.width - side))
+    return top, left, side, side
+
+
+def _crop(rng: np.random.Generator, side: int) -> np.ndarray:
+    height, width = SIZES[rng.integers(len(SIZES))]
+    scene = draw_scene(rng, height, width)
+    return render(scene, busy_window(rng, scene, side, 8 if rng.random() < 0.5 else 1))
+
+
+def _pixels(image: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> float [3, H, W] between -1 and 1."""
+    return rearrange(torch.from_numpy(image).float() / 127.5 - 1, "h w c -> c h w")
