@@ -190,20 +190,23 @@ def _draw_texts(rng: np.random.Generator, count: int) -> tuple[Text, ...]:
     if count == 2:
         places = rng.permutation(("top", "bottom"))
     return tuple(
-        Text(_draw_content(rng, str(script)), str(place))
+        Text(draw_content(rng, str(script)), str(place))
         for script, place in zip(scripts, places, strict=True)
     )
 
 
-def _draw_content(rng: np.random.Generator, script: str) -> str:
+def draw_content(rng: np.random.Generator, script: str, length: int | None = None) -> str:
+    """A text of one script: half of the Latin ones are words, the rest is any characters."""
+    if script == "latin":
+        words = WORDS if length is None else [word for word in WORDS if len(word) == length]
+        if words and rng.random() < 0.5:
+            return words[rng.integers(len(words))]
+        count = length or rng.integers(2, MAX_LETTERS + 1)
+        return "".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), count))
     if script == "digit":
-        return "".join(rng.choice(list("0123456789"), rng.integers(1, MAX_OTHERS + 1)))
-    if script == "chinese":
-        length = rng.choice((1, 2, 3, 4), p=(0.15, 0.45, 0.2, 0.2))
-        return "".join(rng.choice(list(CHINESE), length))
-    if rng.random() < 0.5:
-        return str(rng.choice(WORDS))
-    return "".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), rng.integers(2, MAX_LETTERS + 1)))
+        return "".join(rng.choice(list("0123456789"), length or rng.integers(1, MAX_OTHERS + 1)))
+    count = length or rng.choice((1, 2, 3, 4), p=(0.15, 0.45, 0.2, 0.2))
+    return "".join(rng.choice(list(CHINESE), count))
 
 
 WORDS = (

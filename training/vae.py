@@ -26,13 +26,15 @@ class VAEStage(Stage):
     ema = 0.995
 
     def build(self) -> nn.Module:
-        return AutoencoderKL(
+        network = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=CHANNELS, layers_per_block=1, latent_channels=16,
-            norm_num_groups=2, sample_size=1024, mid_block_add_attention=False,
+            norm_num_groups=1, sample_size=1024, mid_block_add_attention=False,
             use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
             latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
         )  # fmt: skip
+        _start_with_colours(network)
+        return network
 
     def draw(self, rng: np.random.Generator, progress: float) -> Tensor:
         side = int(rng.choice(CROPS))
@@ -61,6 +63,51 @@ class VAEStage(Stage):
         images = torch.stack([_pixels(_crop(rng, 256)) for _ in range(64)]).to(self.run.device)
         latents = torch.cat([self.module.encode(part).latent_dist.mean for part in images.split(8)])
         return latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu()
+
+
+@torch.no_grad()
+def _start_with_colours(network: AutoencoderKL) -> None:
+    """Begin as the picture's colours, blurred: three latents carry them, and detail is learned.
+
+    Of every eight channels of the residual stream, three begin as red, green and blue and three as
+    their negatives; all have offsets that outweigh a picture, so that the group norms divide by
+    about the same number for every picture, and flat colours survive them.
+    """
+    for name, module in network.named_modules():
+        if name.endswith("conv2"):
+            module.weight.mul_(0.1)
+        elif name.endswith(("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")):
+            _copy_channels(module)
+    for part in (network.encoder, network.decoder):
+        _enter_stream(part.conv_in)
+        _leave_stream(part.conv_out, gain=2.0)
+    network.encoder.conv_out.bias[16:] = -6  # log variance: little noise, until KL wants more
+    network.encoder.conv_out.weight[16:].mul_(0.1)
+
+
+def _enter_stream(conv: nn.Conv2d) -> None:
+    conv.weight.mul_(0.3)
+    for i in range(conv.out_channels):
+        channel = i % 8
+        conv.bias[i] = 1.5 if channel < 6 else -4.5
+        if channel < 6:
+            conv.weight[i, channel % 3, 1, 1] += 1 - 2 * (channel // 3)
+
+
+def _leave_stream(conv: nn.Conv2d, gain: float) -> None:
+    conv.weight[:3].mul_(0.3)
+    copies = conv.in_channels // 8
+    for i in range(conv.in_channels):
+        if i % 8 < 6:
+            conv.weight[i % 8 % 3, i, 1, 1] += gain / copies * (1 - 2 * (i % 8 // 3))
+
+
+def _copy_channels(conv: nn.Conv2d) -> None:
+    """Output channel i is input channel i, over again where there are more outputs."""
+    conv.weight.mul_(0.1)
+    centre = conv.kernel_size[0] // 2
+    for i in range(conv.out_channels):
+        conv.weight[i, i % conv.in_channels, centre, centre] += 1
 
 
 def busy_window(rng: np.random.Generator, scene: Scene, side: int, step: int = 1) -> tuple:

@@ -1,0 +1,106 @@
+"""The glyph encoder, first alone: from the bytes of a text to what its characters look like.
+
+Glyph-ByT5 is aligned with glyph images before a decoder ever reads it. Here every byte's state must
+give the bitmap of its character, its place in the text and its script, through heads that are
+thrown away. The decoder's stage then trains the encoder further.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from .codes import SLOTS
+from .render import SLOT, glyph_bitmap
+from .scene import MAX_LETTERS, MAX_OTHERS, draw_content
+from .stage import Stage
+
+WIDTH = 192
+SIDE = 32  # of the bitmaps
+BYTE_OFFSET, EOS, PAD = 3, 1, 0
+
+
+class GlyphStage(Stage):
+    """Mean squared error of bitmaps, cross-entropy of places."""
+
+    name = "glyphs"
+    steps = 3000
+    batch = 96
+    learning_rate = 2e-3
+
+    def build(self) -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "encoder": make_glyph_encoder(),
+                "bitmap": nn.Sequential(
+                    nn.Linear(WIDTH, 384), nn.GELU(), nn.Linear(384, SIDE * SIDE)
+                ),
+                "place": nn.Linear(WIDTH, len(SLOTS)),
+            }
+        )
+
+    def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, L], bitmaps [B, L, SIDE * SIDE] and places [B, L] of texts of one byte length."""
+        script, length = draw_kind(rng)
+        lead = int(rng.integers(2))  # an even number of texts puts a pad before each
+        return tuple(
+            torch.stack(part)
+            for part in zip(
+                *(_example(draw_content(rng, script, length), script, lead) for _ in range(self.size)),
+                strict=True,
+            )
+        )
+
+    def loss(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        ids, bitmaps, places = (part.to(self.run.device) for part in batch)
+        states = self.module["encoder"](input_ids=ids).last_hidden_state
+        states = states[:, -1 - places.shape[1] : -1]
+        drawn = self.module["bitmap"](states)
+        logits = self.module["place"](states)
+        return {
+            "bitmap": F.mse_loss(drawn, bitmaps),
+            "place": 0.1 * F.cross_entropy(logits.flatten(0, 1), places.flatten()),
+        }
+
+    def write(self) -> None:
+        write_glyph_encoder(self.run, self.module["encoder"])
+
+
+def make_glyph_encoder() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            d_model=WIDTH, d_ff=384, d_kv=32, num_heads=6, num_layers=3, vocab_size=384,
+            feed_forward_proj="gated-gelu", relative_attention_num_buckets=32,
+            relative_attention_max_distance=128, dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def write_glyph_encoder(run, encoder: T5EncoderModel) -> None:
+    encoder.save_pretrained(run.snapshot / "text_encoder")
+    ByT5Tokenizer().save_pretrained(run.snapshot / "tokenizer")
+
+
+def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
+    """A script and a number of characters, for all texts of a batch."""
+    script = str(rng.choice(("latin", "digit", "chinese"), p=(0.4, 0.1, 0.5)))
+    longest = MAX_LETTERS if script == "latin" else MAX_OTHERS
+    return script, int(rng.integers(1, longest + 1))
+
+
+def text_ids(text: str, lead: bool = False) -> Tensor:
+    """int64 [L]: a pad if `lead`, the bytes, and the end; bytes are shifted by three."""
+    ids = [byte + BYTE_OFFSET for byte in text.encode()]
+    return torch.tensor([*([PAD] if lead else []), *ids, EOS])
+
+
+def _example(text: str, script: str, lead: int) -> tuple[Tensor, Tensor, Tensor]:
+    bitmaps, places = [], []
+    for i, character in enumerate(text):
+        count = len(character.encode())
+        image = glyph_bitmap(character).reshape(SIDE, SLOT // SIDE, SIDE, SLOT // SIDE)
+        bitmap = torch.from_numpy(image.mean((1, 3)) / 255).float().flatten()
+        bitmaps += [bitmap] * count
+        places += [SLOTS.index((script, i))] * count
+    return text_ids(text, bool(lead)), torch.stack(bitmaps), torch.tensor(places)
