@@ -1,13 +1,15 @@
 # Everything is made under .cache from nothing but Python; see scripts/.
-#   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [SEED=...] [MODEL=name or snapshot folder]
+#   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [STEPS=...] [SEED=...] [MODEL=name or folder]
 #   make serve  [PORT=8188]
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
+#   make train-tiny [ARGS="decoder --minutes 60"]
+#   make eval   [ARGS="--count 50"]
 # COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows bench soak clean python
+.PHONY: demo serve test lint workflows bench soak train-tiny eval clean python
 
 demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
@@ -17,6 +19,12 @@ workflows: python
 
 bench: python
 	@$(PYTHON) -m scripts bench $(PRESET)
+
+train-tiny: python
+	@$(PYTHON) -m scripts train $(ARGS)
+
+eval: python
+	@$(PYTHON) -m scripts evaluate $(ARGS)
 
 test: lint
 	@$(PYTHON) -m scripts test $(ARGS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import environment
 
-COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench", "soak")
+COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench", "soak", "train", "evaluate")
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -20,6 +20,10 @@ def main(command: str, arguments: list[str]) -> None:
         _become(python, "ruff", ["format", "--check", "."])
     if command == "bench":
         _become(python, "bench", arguments)
+    if command == "train":
+        _become(python, "training", arguments)
+    if command == "evaluate":
+        _become(python, "evaluation.run", arguments)
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)

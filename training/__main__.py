@@ -1,4 +1,4 @@
-"""`python -m training [STAGE ...]`: trains the stages named, or all in order, and writes the model."""
+"""`python -m training [STAGE ...]`: trains those, or all in order and then writes `tiny/`."""
 
 import argparse
 from importlib import import_module
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .assemble import ROOT, assemble
 from .stage import Run, train
 
 STAGES = {
@@ -20,21 +21,25 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="all, if none is named")
-    parser.add_argument("--folder", type=Path, default=Path(".cache/tiny"))
+    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny", help="of the run")
+    parser.add_argument("--target", type=Path, default=ROOT / "tiny", help="of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each stage, for a short run")
     parser.add_argument("--minutes", type=float, help="end each stage after so long")
+    parser.add_argument("--stop", type=int, help="break a stage off before this step")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = vars(parser.parse_args())
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
-    names = given.pop("stages") or list(STAGES)
+    target, asked = given.pop("target"), given.pop("stages")
     run = Run(**given)
-    for name in names:
+    for name in asked or STAGES:
         module, stage = STAGES[name]
         train(getattr(import_module(f"{__package__}.{module}"), stage)(run))
+    if not asked:
+        assemble(run.snapshot, target)
 
 
 if __name__ == "__main__":

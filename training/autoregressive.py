@@ -1,4 +1,4 @@
-"""The AR model: a prompt to the preview's codes and the large grid's; a picture and a wish to codes."""
+"""The AR model: from a prompt to the preview's codes and the large grid's; edits likewise."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GlmImageConfig, GlmImageForConditiona
 from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
-from .codes import CODEBOOK, EDGE, INSIDE, cells, vectors
+from .codes import CODEBOOK, INSIDE, cells, vectors
 from .edits import draw_edit
 from .scene import SIZES, draw_scene
 from .stage import Run, Stage

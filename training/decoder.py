@@ -25,7 +25,7 @@ from .stage import Run, Stage
 from .vae import busy_window
 
 HEADS, HEAD_DIM, LAYERS = 2, 128, 5
-MARGIN = 32  # pixels around a window that the VAE sees and the decoder does not
+MARGIN = 16  # pixels around a window that the VAE sees and the decoder does not
 SHIFT = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256}
 
 
@@ -33,7 +33,7 @@ SHIFT = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256}
 class Batch:
     """Windows of one size, whose texts have one length.
 
-    pixels: float [B, 3, H, W] with a margin; inner: (top, left, height, width) of the windows in it.
+    pixels: float [B, 3, H, W] with a margin; inner: the windows (top, left, height, width) in it.
     codes: int64 [B, H / 32, W / 32]; texts: one int64 [B, L] per text; sizes: of the whole images.
     """
 
@@ -189,12 +189,18 @@ def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Bat
     """The windows with a margin on every side; beyond the image, its edge is repeated."""
     pixels, codes = [], []
     for scene, (top, left, height, width) in zip(scenes, windows, strict=True):
-        image = np.pad(_clipped(scene, top, left, height, width), _beyond(scene, top, left, height, width), "edge")
+        image = np.pad(
+            _clipped(scene, top, left, height, width),
+            _beyond(scene, top, left, height, width),
+            "edge",
+        )
         pixels.append(torch.from_numpy(image).float() / 127.5 - 1)
         grid = cells(scene)[top // 32 : (top + height) // 32, left // 32 : (left + width) // 32]
         codes.append(torch.from_numpy(grid))
     texts = [
-        torch.stack([text_ids(scene.texts[i].content, len(scene.texts) % 2 == 0) for scene in scenes])
+        torch.stack(
+            [text_ids(scene.texts[i].content, len(scene.texts) % 2 == 0) for scene in scenes]
+        )
         for i in range(len(scenes[0].texts))
     ]
     _, _, height, width = windows[0]

@@ -27,7 +27,7 @@ class GlyphStage(Stage):
     name = "glyphs"
     steps = 3000
     batch = 96
-    learning_rate = 2e-3
+    learning_rate = 3e-3
 
     def build(self) -> nn.Module:
         return nn.ModuleDict(
@@ -47,7 +47,10 @@ class GlyphStage(Stage):
         return tuple(
             torch.stack(part)
             for part in zip(
-                *(_example(draw_content(rng, script, length), script, lead) for _ in range(self.size)),
+                *(
+                    _example(draw_content(rng, script, length), script, lead)
+                    for _ in range(self.size)
+                ),
                 strict=True,
             )
         )
@@ -84,7 +87,7 @@ def write_glyph_encoder(run, encoder: T5EncoderModel) -> None:
 
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
     """A script and a number of characters, for all texts of a batch."""
-    script = str(rng.choice(("latin", "digit", "chinese"), p=(0.4, 0.1, 0.5)))
+    script = str(rng.choice(("latin", "digit", "chinese"), p=(0.2, 0.05, 0.75)))
     longest = MAX_LETTERS if script == "latin" else MAX_OTHERS
     return script, int(rng.integers(1, longest + 1))
 

@@ -36,7 +36,9 @@ def coverage(
     y, x = rows[:, None], columns[None, :]
     distance = np.full((len(rows), len(columns)), np.inf, np.float32)
     for row, column in item.centres:
-        one = signed_distance(item.shape, (y - row * cell[0]) / radius, (x - column * cell[1]) / radius)
+        one = signed_distance(
+            item.shape, (y - row * cell[0]) / radius, (x - column * cell[1]) / radius
+        )
         distance = np.minimum(distance, one * radius)
     return np.clip(0.5 - distance / softness, 0, 1)
 
@@ -146,5 +148,7 @@ def _font(character: str) -> ImageFont.FreeTypeFont:
 def _load_font(package: str, file: str, size: int) -> ImageFont.FreeTypeFont:
     spec = find_spec(package)
     if spec is None:
-        raise RuntimeError(f"The fonts of {package} are missing: install training/requirements.txt.")
+        raise RuntimeError(
+            f"The fonts of {package} are missing: install training/requirements.txt."
+        )
     return ImageFont.truetype(str(Path(spec.origin).parent / file), size)

@@ -30,6 +30,7 @@ class Run:
 
     steps: optimiser steps in all; None takes the stage's own number.
     minutes: ends the stage early, with the learning rate brought down over this time.
+    stop: breaks the stage off before this step, to be taken up later.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Run:
     steps: int | None = None
     minutes: float | None = None
     batch: int | None = None
+    stop: int | None = None
 
     @property
     def snapshot(self) -> Path:
@@ -99,8 +101,9 @@ def train(stage: Stage) -> None:
     steps = run.steps or stage.steps
     clock = _Clock(state["seconds"], None if run.minutes is None else 60 * run.minutes)
     saved = time.monotonic()
+    last = steps if run.stop is None else min(steps, run.stop)
     bar = tqdm(total=steps, initial=state["step"], desc=stage.name, mininterval=5)
-    for step, batch in _batches(stage, state["step"], steps, clock):
+    for step, batch in _batches(stage, state["step"], last, steps, clock):
         progress = max(step / steps, clock.progress)
         for group in optimiser.param_groups:
             group["lr"] = stage.learning_rate * _schedule(step, progress)
@@ -123,6 +126,8 @@ def train(stage: Stage) -> None:
             break
     bar.close()
     _save(folder, stage.module, optimiser, average, state)
+    if last < steps and clock.progress < 1:
+        return
     plot(state["log"], folder / "loss.png", stage.name)
     average.apply()
     stage.module.eval().requires_grad_(False)
@@ -172,10 +177,14 @@ class _Average:
 
 def _schedule(step: int, progress: float) -> float:
     """Linear warm-up of a hundred steps, then a cosine down to a twentieth."""
-    return min(1, (step + 1) / 100) * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
+    return min(1, (step + 1) / 100) * (
+        0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
+    )
 
 
-def _batches(stage: Stage, first: int, steps: int, clock: _Clock) -> Iterator[tuple[int, Any]]:
+def _batches(
+    stage: Stage, first: int, last: int, steps: int, clock: _Clock
+) -> Iterator[tuple[int, Any]]:
     """Batches in order, each drawn while the one before it is computed."""
 
     def draw(step: int) -> Any:
@@ -183,10 +192,10 @@ def _batches(stage: Stage, first: int, steps: int, clock: _Clock) -> Iterator[tu
         return stage.draw(np.random.default_rng(key), max(step / steps, clock.progress))
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(draw, first) if first < steps else None
-        for step in range(first, steps):
+        ahead = pool.submit(draw, first) if first < last else None
+        for step in range(first, last):
             batch = ahead.result()
-            ahead = pool.submit(draw, step + 1) if step + 1 < steps else None
+            ahead = pool.submit(draw, step + 1) if step + 1 < last else None
             yield step, batch
 
 

@@ -11,7 +11,15 @@ from .wording import prompt_of
 
 VISUAL = CODEBOOK + 16  # ids below the text: codes, image start, image end, and some to spare
 IMAGE_START, IMAGE_END = CODEBOOK, CODEBOOK + 1
-CONTROLS = ("<|endoftext|>", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|image|>")
+CONTROLS = (
+    "<|endoftext|>",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|image|>",
+)
 TEMPLATE = (
     "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
     "{{ bos_token }}<|image|>{{ eos_token }}{% else %}{{ c.text }}{% endif %}"
