@@ -20,7 +20,7 @@ from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, make_processor
 from .wording import prompt_of
 
 HIDDEN, LAYERS = 192, 4
-BUSY_WEIGHT = 4.0  # of a cell that is not plain background, in the loss
+BUSY_WEIGHT = 4.0  # in the loss, of a cell that is not plain background; comes down to one
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Sample:
     positions: Tensor  # int64 [3, N]
 
 
+@dataclass(frozen=True)
+class Batch:
+    samples: list[Sample]
+    busy_weight: float
+
+
 class AutoregressiveStage(Stage):
     """Next-code cross-entropy over what follows the prompt."""
 
@@ -39,6 +45,7 @@ class AutoregressiveStage(Stage):
     steps = 8000
     batch = 12
     learning_rate = 2e-3
+    outer = ("head",)
     ema = 0.998
 
     def __init__(self, run: Run) -> None:
@@ -58,18 +65,21 @@ class AutoregressiveStage(Stage):
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5 * 8
         return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
 
-    def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
+    def draw(self, rng: np.random.Generator, progress: float) -> Batch:
         """All of one kind and size: only previews at first, then more and more whole images."""
         kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.4, 0.4, 0.2))
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.size * 300 // tokens)
+        weight = BUSY_WEIGHT ** max(0.0, 1 - 1.25 * progress)
         if kind == 2:
-            return [self._edit(rng, height, width) for _ in range(count)]
-        return [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
+            return Batch([self._edit(rng, height, width) for _ in range(count)], weight)
+        images = [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
+        return Batch(images, weight)
 
-    def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
-        ids, positions, mask, targets = (part.to(self.run.device) for part in collate(batch))
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        parts = collate(batch.samples)
+        ids, positions, mask, targets = (part.to(self.run.device) for part in parts)
         states = self.module["text"](
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -77,7 +87,7 @@ class AutoregressiveStage(Stage):
         logits = self.module["head"](states[:, -count:])[..., :CODEBOOK]
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         busy = (targets.flatten() >= INSIDE).float()
-        weight = 1 + (BUSY_WEIGHT - 1) * busy
+        weight = 1 + (batch.busy_weight - 1) * busy
         return {"codes": (each * weight).sum() / weight.sum()}
 
     def write(self) -> None:

@@ -16,9 +16,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from glm_core.glyph import glyph_ids
+
 from .codes import CODEBOOK, cells, vectors
 from .edits import draw_edit
-from .glyphs import WIDTH, draw_kind, make_glyph_encoder, text_ids, write_glyph_encoder
+from .glyphs import WIDTH, draw_kind, make_glyph_encoder, write_glyph_encoder
 from .render import render
 from .scene import SIZES, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
@@ -51,7 +53,8 @@ class DecoderStage(Stage):
     name = "decoder"
     steps = 20000
     batch = 32
-    learning_rate = 1e-3
+    learning_rate = 2e-3
+    outer = ("image_projector", "proj_out")
     ema = 0.999
 
     def __init__(self, run: Run) -> None:
@@ -150,7 +153,7 @@ class DecoderStage(Stage):
 
     def _glyphs(self, texts: list[Tensor], count: int) -> Tensor:
         """States of all texts one after another, [B, L, D]; the empty text where there are none."""
-        texts = texts or [repeat(text_ids(""), "l -> b l", b=count)]
+        texts = texts or [torch.tensor(glyph_ids([])).expand(count, -1)]
         encode = self.module["glyphs"]
         ids = [text.to(self.run.device) for text in texts]
         return torch.cat([encode(input_ids=text).last_hidden_state for text in ids], 1)
@@ -197,12 +200,8 @@ def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Bat
         pixels.append(torch.from_numpy(image).float() / 127.5 - 1)
         grid = cells(scene)[top // 32 : (top + height) // 32, left // 32 : (left + width) // 32]
         codes.append(torch.from_numpy(grid))
-    texts = [
-        torch.stack(
-            [text_ids(scene.texts[i].content, len(scene.texts) % 2 == 0) for scene in scenes]
-        )
-        for i in range(len(scenes[0].texts))
-    ]
+    ids = [glyph_ids([text.content for text in scene.texts]) for scene in scenes]
+    texts = [torch.tensor(same) for same in zip(*ids, strict=True)]
     _, _, height, width = windows[0]
     return Batch(
         rearrange(torch.stack(pixels), "b h w c -> b c h w"), (MARGIN, MARGIN, height, width),

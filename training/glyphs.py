@@ -11,23 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from glm_core.glyph import PAD, byte_ids
+
 from .codes import SLOTS
 from .render import SLOT, glyph_bitmap
-from .scene import MAX_LETTERS, MAX_OTHERS, draw_content
+from .scene import CHINESE, MAX_LETTERS, MAX_OTHERS, draw_content
 from .stage import Stage
 
 WIDTH = 192
 SIDE = 32  # of the bitmaps
-BYTE_OFFSET, EOS, PAD = 3, 1, 0
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" + CHINESE
 
 
 class GlyphStage(Stage):
-    """Mean squared error of bitmaps, cross-entropy of places."""
+    """Mean squared error of bitmaps, cross-entropy of characters and places."""
 
     name = "glyphs"
     steps = 3000
     batch = 96
     learning_rate = 3e-3
+    outer = ("bitmap", "character", "place")
 
     def build(self) -> nn.Module:
         return nn.ModuleDict(
@@ -36,12 +39,13 @@ class GlyphStage(Stage):
                 "bitmap": nn.Sequential(
                     nn.Linear(WIDTH, 384), nn.GELU(), nn.Linear(384, SIDE * SIDE)
                 ),
+                "character": nn.Linear(WIDTH, len(CHARACTERS)),
                 "place": nn.Linear(WIDTH, len(SLOTS)),
             }
         )
 
-    def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [B, L], bitmaps [B, L, SIDE * SIDE] and places [B, L] of texts of one byte length."""
+    def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, ...]:
+        """ids [B, L]; bitmaps [B, N, SIDE * SIDE], characters and places [B, N] of the N bytes."""
         script, length = draw_kind(rng)
         lead = int(rng.integers(2))  # an even number of texts puts a pad before each
         return tuple(
@@ -56,18 +60,22 @@ class GlyphStage(Stage):
         )
 
     def loss(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        ids, bitmaps, places = (part.to(self.run.device) for part in batch)
+        ids, bitmaps, characters, places = (part.to(self.run.device) for part in batch)
         states = self.module["encoder"](input_ids=ids).last_hidden_state
         states = states[:, -1 - places.shape[1] : -1]
         drawn = self.module["bitmap"](states)
-        logits = self.module["place"](states)
         return {
             "bitmap": F.mse_loss(drawn, bitmaps),
-            "place": 0.1 * F.cross_entropy(logits.flatten(0, 1), places.flatten()),
+            "character": 0.1 * _cross_entropy(self.module["character"](states), characters),
+            "place": 0.1 * _cross_entropy(self.module["place"](states), places),
         }
 
     def write(self) -> None:
         write_glyph_encoder(self.run, self.module["encoder"])
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def make_glyph_encoder() -> T5EncoderModel:
@@ -92,18 +100,14 @@ def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
     return script, int(rng.integers(1, longest + 1))
 
 
-def text_ids(text: str, lead: bool = False) -> Tensor:
-    """int64 [L]: a pad if `lead`, the bytes, and the end; bytes are shifted by three."""
-    ids = [byte + BYTE_OFFSET for byte in text.encode()]
-    return torch.tensor([*([PAD] if lead else []), *ids, EOS])
-
-
-def _example(text: str, script: str, lead: int) -> tuple[Tensor, Tensor, Tensor]:
-    bitmaps, places = [], []
+def _example(text: str, script: str, lead: int) -> tuple[Tensor, ...]:
+    bitmaps, characters, places = [], [], []
     for i, character in enumerate(text):
         count = len(character.encode())
         image = glyph_bitmap(character).reshape(SIDE, SLOT // SIDE, SIDE, SLOT // SIDE)
         bitmap = torch.from_numpy(image.mean((1, 3)) / 255).float().flatten()
         bitmaps += [bitmap] * count
+        characters += [CHARACTERS.index(character)] * count
         places += [SLOTS.index((script, i))] * count
-    return text_ids(text, bool(lead)), torch.stack(bitmaps), torch.tensor(places)
+    ids = torch.tensor([PAD] * lead + byte_ids(text))
+    return ids, torch.stack(bitmaps), torch.tensor(characters), torch.tensor(places)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .muon import Muon
 
 SAVE_EVERY = 120  # seconds
 
@@ -54,6 +57,7 @@ class Stage(ABC):
     batch: int
     learning_rate = 2e-3
     weight_decay = 0.01
+    outer: tuple[str, ...] = ()  # parts of the names of the first and last layers
     ema = 0.0  # decay of the averaged weights that are written; 0 writes the last ones
 
     def __init__(self, run: Run) -> None:
@@ -78,16 +82,20 @@ class Stage(ABC):
     def write(self) -> None:
         """Save the trained component into `run.snapshot`, in hub layout."""
 
-    def groups(self) -> list[dict]:
-        """Parameter groups: matrices decay, vectors and tables do not."""
-        tables = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Embedding)}
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
-        others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-        return [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the hidden layers' matrices, AdamW for all else."""
+        linears = {
+            f"{name}.weight": module.weight
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear) and not any(part in name for part in self.outer)
+        }
+        trained = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+        hidden = [p for name, p in trained.items() if name in linears]
+        others = [p for name, p in trained.items() if name not in linears]
+        found = [torch.optim.AdamW(others, self.learning_rate, (0.9, 0.98), weight_decay=0.0)]
+        if hidden:
+            found.append(Muon(hidden, self.learning_rate, self.weight_decay))
+        return found
 
 
 def train(stage: Stage) -> None:
@@ -95,9 +103,9 @@ def train(stage: Stage) -> None:
     run = stage.run
     folder = run.folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
-    optimiser = torch.optim.AdamW(stage.groups(), lr=stage.learning_rate, betas=(0.9, 0.98))
+    optimisers = stage.optimisers()
     average = _Average(stage.module, stage.ema)
-    state = _load(folder, stage.module, optimiser, average)
+    state = _load(folder, stage.module, optimisers, average)
     steps = run.steps or stage.steps
     clock = _Clock(state["seconds"], None if run.minutes is None else 60 * run.minutes)
     saved = time.monotonic()
@@ -105,14 +113,15 @@ def train(stage: Stage) -> None:
     bar = tqdm(total=steps, initial=state["step"], desc=stage.name, mininterval=5)
     for step, batch in _batches(stage, state["step"], last, steps, clock):
         progress = max(step / steps, clock.progress)
-        for group in optimiser.param_groups:
+        for group in chain.from_iterable(each.param_groups for each in optimisers):
             group["lr"] = stage.learning_rate * _schedule(step, progress)
         generator = torch.Generator(run.device).manual_seed(hash((run.seed, step)) % 2**63)
         losses = stage.loss(batch, generator)
-        optimiser.zero_grad(set_to_none=True)
+        stage.module.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         average.update()
         values = {name: float(value.detach()) for name, value in losses.items()}
         state["log"].append({"step": step, **values})
@@ -120,12 +129,12 @@ def train(stage: Stage) -> None:
         bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
         bar.update()
         if time.monotonic() - saved > SAVE_EVERY:
-            _save(folder, stage.module, optimiser, average, state)
+            _save(folder, stage.module, optimisers, average, state)
             saved = time.monotonic()
         if clock.progress >= 1:
             break
     bar.close()
-    _save(folder, stage.module, optimiser, average, state)
+    _save(folder, stage.module, optimisers, average, state)
     if last < steps and clock.progress < 1:
         return
     plot(state["log"], folder / "loss.png", stage.name)
@@ -199,20 +208,24 @@ def _batches(
             yield step, batch
 
 
-def _save(folder: Path, module: nn.Module, optimiser, average: _Average, state: dict) -> None:
-    content = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), **state}
+def _save(
+    folder: Path, module: nn.Module, optimisers: list, average: _Average, state: dict
+) -> None:
+    content = {"module": module.state_dict(), **state}
+    content["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
     content |= {"average": average.values, "count": average.count}
     torch.save(content, folder / "state.part")
     os.replace(folder / "state.part", folder / "state.pt")
 
 
-def _load(folder: Path, module: nn.Module, optimiser, average: _Average) -> dict:
+def _load(folder: Path, module: nn.Module, optimisers: list, average: _Average) -> dict:
     path = folder / "state.pt"
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "log": []}
     content = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(content["module"])
-    optimiser.load_state_dict(content["optimiser"])
+    for optimiser, saved in zip(optimisers, content["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
     for name, value in content["average"].items():
         average.values[name].copy_(value)
     average.count = content["count"]

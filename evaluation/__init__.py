@@ -1,0 +1,1 @@
+"""What a trained model paints, measured against what the prompt asked for."""

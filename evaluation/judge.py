@@ -1,0 +1,260 @@
+"""Pictures to what they show, by plain image analysis: shapes, a background, a text.
+
+Pictures are uint8 [H, W, 3]; a box is (top, left, height, width) in pixels.
+"""
+
+import unicodedata
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+import cv2
+import numpy as np
+from rapidocr_onnxruntime import RapidOCR
+
+from training.render import SLOT, signed_distance
+from training.scene import ANCHORS, COLOURS, SHAPES, Item, Scene, Text, free_band
+
+Box = tuple[int, int, int, int]
+
+TOKEN = 32  # pixels of a semantic token each way
+SMALLEST = 1 / 700  # share of the picture; the smallest shape, a small star, covers 1 / 210
+SAME_KIND = 0.75  # the overlap (intersection over union) of a shape with its ideal outline
+FIRST_HALF, LAST_HALF, MIDDLE = 0.45, 0.55, (0.25, 0.75)
+CHANGED = 24  # levels of 255
+TEXT_MARGIN = 24  # pixels around a text that are read with it; no shape comes nearer than 32
+LETTER_GAP, READING_BORDER = 6, 8  # pixels; letters a slot apart are read as capitals or not at all
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape in a picture; the centre is that of its bounding box, in pixels."""
+
+    colour: str
+    row: float
+    column: float
+    area: int
+    kind: str | None  # one of SHAPES; None where it is like none of them
+
+
+def find_shapes(image: np.ndarray, text_boxes: Collection[Box] = ()) -> list[Found]:
+    """All that differs from the background, but for what lies in the boxes of texts."""
+    names = _nearest_colours(image)
+    background = _background(names)
+    for top, left, height, width in text_boxes:
+        names[max(0, top - 8) : top + height + 8, max(0, left - 8) : left + width + 8] = background
+    mask = cv2.morphologyEx(
+        (names != background).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)
+    )
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    return [
+        _measure(names, labels == label, stats[label])
+        for label in range(1, count)
+        if stats[label, cv2.CC_STAT_AREA] >= SMALLEST * mask.size
+    ]
+
+
+def background_of(image: np.ndarray) -> str:
+    """The commonest colour of the picture's border."""
+    return list(COLOURS)[_background(_nearest_colours(image))]
+
+
+def shapes_of(image: np.ndarray, scene: Scene) -> list[Found]:
+    """The shapes of a picture that was asked for by `scene`, whose texts have known places."""
+    return find_shapes(image, [text_box(scene, text) for text in scene.texts])
+
+
+def matches_scene(image: np.ndarray, scene: Scene) -> bool:
+    """Whether the shapes are those of the scene in number, colour and place, on its background.
+
+    A place means what its word says: "left" is the left half. The items of a row are placed by
+    their mean.
+    """
+    return _matches(image, scene, lambda group, item: True)
+
+
+def matches_kinds(image: np.ndarray, scene: Scene) -> bool:
+    """`matches_scene`, and every shape is of the kind that was asked for."""
+    return _matches(image, scene, lambda group, item: {one.kind for one in group} == {item.shape})
+
+
+def furthest_move(before: list[Found], after: list[Found]) -> float:
+    """How far, in pixels along an axis, the shape that moved most did; colours are kept.
+
+    inf where the two do not show shapes of the same colours, or none.
+    """
+    if not before or sorted(one.colour for one in before) != sorted(one.colour for one in after):
+        return np.inf
+    rest, furthest = list(after), 0.0
+    for shape in before:
+        nearest = min(
+            (other for other in rest if other.colour == shape.colour),
+            key=lambda other: _distance(shape, other.row, other.column),
+        )
+        rest.remove(nearest)
+        furthest = max(furthest, _distance(shape, nearest.row, nearest.column))
+    return furthest
+
+
+def shows_item(found: list[Found], scene: Scene, item: Item) -> bool:
+    """Whether each shape of an item is there: its kind and colour, within a token of its centre."""
+    height, width = scene.cell
+    return all(
+        any(
+            (one.colour, one.kind) == (item.colour, item.shape)
+            and _distance(one, row * height, column * width) <= TOKEN
+            for one in found
+        )
+        for row, column in item.centres
+    )
+
+
+def text_box(scene: Scene, text: Text) -> Box:
+    row, column = scene.text_origin(text)
+    return TOKEN * row, TOKEN * column, SLOT, SLOT * len(text.content)
+
+
+def read_text(image: np.ndarray, box: Box) -> str:
+    """What an OCR model reads in and just around a box, without spaces."""
+    ink = _line_of(_ink(image, box))
+    picture = np.uint8(255 * (1 - ink))
+    ((words, _),) = _reader().text_rec(np.repeat(picture[..., None], 3, axis=-1))[0]
+    return "".join(unicodedata.normalize("NFKC", words).split())
+
+
+def changed_outside(a: np.ndarray, b: np.ndarray, box: Box) -> float:
+    """The share of the pixels outside a box that differ visibly between two pictures."""
+    changed = (np.abs(a.astype(int) - b.astype(int)) > CHANGED).any(-1)
+    outside = np.ones(changed.shape, bool)
+    top, left, height, width = box
+    outside[max(0, top) : top + height, max(0, left) : left + width] = False
+    return float(changed[outside].mean())
+
+
+def _nearest_colours(image: np.ndarray) -> np.ndarray:
+    """For every pixel the index of the nearest of COLOURS: int64 [H, W]."""
+    red, green, blue = np.moveaxis(cv2.medianBlur(np.ascontiguousarray(image), 5) >> 3, -1, 0)
+    return _colour_table()[red, green, blue]
+
+
+@lru_cache
+def _colour_table() -> np.ndarray:
+    """The nearest of COLOURS to the middle of every cube of 8 levels: int64 [32, 32, 32]."""
+    middles = 8 * np.stack(np.mgrid[:32, :32, :32], axis=-1) + 3.5
+    palette = np.array(list(COLOURS.values()))
+    return ((middles[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+
+
+def _background(names: np.ndarray) -> int:
+    border = np.concatenate([names[0], names[-1], names[:, 0], names[:, -1]])
+    return int(np.bincount(border).argmax())
+
+
+def _measure(names: np.ndarray, mask: np.ndarray, stats: np.ndarray) -> Found:
+    left, top, width, height, area = map(int, stats)
+    colour = np.bincount(names[mask]).argmax()
+    kind = _kind(mask[top : top + height, left : left + width])
+    return Found(list(COLOURS)[colour], top + height / 2, left + width / 2, area, kind)
+
+
+def _kind(mask: np.ndarray) -> str | None:
+    """The shape whose outline, brought to the same bounding box, covers the mask best."""
+    stretched = cv2.resize(mask.astype(np.float32), (64, 64), interpolation=cv2.INTER_AREA) > 0.5
+    overlaps = {
+        shape: (stretched & outline).sum() / (stretched | outline).sum()
+        for shape, outline in _outlines().items()
+    }
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] >= SAME_KIND else None
+
+
+@lru_cache
+def _outlines() -> dict[str, np.ndarray]:
+    """Each shape's inside, stretched to fill bool [64, 64]."""
+    steps = np.linspace(-1.1, 1.1, 256)
+    outlines = {}
+    for shape in SHAPES:
+        inside = (signed_distance(shape, steps[:, None], steps[None, :]) < 0).astype(np.float32)
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        tight = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        outlines[shape] = cv2.resize(tight, (64, 64), interpolation=cv2.INTER_AREA) > 0.5
+    return outlines
+
+
+def _matches(
+    image: np.ndarray, scene: Scene, alike: Callable[[tuple[Found, ...], Item], bool]
+) -> bool:
+    found = shapes_of(image, scene)
+    if background_of(image) != scene.background:
+        return False
+    if len(found) != sum(len(item.centres) for item in scene.items):
+        return False
+
+    def fits(group: tuple[Found, ...], item: Item) -> bool:
+        same_colour = all(one.colour == item.colour for one in group)
+        return same_colour and _in_place(group, item, scene) and alike(group, item)
+
+    return _share_out(found, scene.items, fits)
+
+
+def _share_out(found: list[Found], items: tuple[Item, ...], fits: Callable) -> bool:
+    """Whether every item can have shapes of its own."""
+    if not items:
+        return True
+    first, *rest = items
+    return any(
+        fits(group, first) and _share_out([f for f in found if f not in group], tuple(rest), fits)
+        for group in combinations(found, len(first.centres))
+    )
+
+
+def _in_place(group: tuple[Found, ...], item: Item, scene: Scene) -> bool:
+    """Rows are counted in the band that texts leave free, as the scene places its items."""
+    if item.place is None:
+        return True
+    first, last = free_band(scene)
+    row = (np.mean([one.row for one in group]) / scene.cell[0] - first) / (last - first)
+    column = np.mean([one.column for one in group]) / scene.width
+    for value, anchor in zip((row, column), ANCHORS[item.place], strict=True):
+        if anchor < 0.5 and value > FIRST_HALF:
+            return False
+        if anchor > 0.5 and value < LAST_HALF:
+            return False
+        if item.place == "centre" and not MIDDLE[0] <= value <= MIDDLE[1]:
+            return False
+    return True
+
+
+def _distance(shape: Found, row: float, column: float) -> float:
+    return max(abs(shape.row - row), abs(shape.column - column))
+
+
+def _ink(image: np.ndarray, box: Box) -> np.ndarray:
+    """How far every pixel around a box is from the background there, 0 to 1."""
+    top, left, height, width = box
+    rows = slice(max(0, top - TEXT_MARGIN), top + height + TEXT_MARGIN)
+    columns = slice(max(0, left - TEXT_MARGIN), left + width + TEXT_MARGIN)
+    part = image[rows, columns].astype(np.float32)
+    border = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
+    ink = np.abs(part - np.median(border, axis=0)).max(-1)
+    return ink / max(ink.max(), 1)
+
+
+def _line_of(ink: np.ndarray) -> np.ndarray:
+    """The ink's rows, its letters brought as near to each other as in a printed line."""
+    there = ink > 0.4
+    rows = np.flatnonzero(there.any(1))
+    if len(rows):
+        ink = ink[max(0, rows[0] - 2) : rows[-1] + 3]
+    blank, kept = 0, []
+    for column, inked in enumerate(there.any(0)):
+        blank = 0 if inked else blank + 1
+        if blank <= LETTER_GAP:
+            kept.append(column)
+    return np.pad(ink[:, kept], READING_BORDER)
+
+
+@lru_cache
+def _reader() -> RapidOCR:
+    return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)

@@ -1,0 +1,317 @@
+"""`python -m evaluation.run`: does the trained model in `tiny/` do what its prompts ask for?
+
+Every picture is painted by the pack's own workflows on a real server. The scenes are held out:
+training draws from other seeds.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scripts import demo, environment
+from scripts.client import Client, Prompt
+from training.edits import Edit, draw_edit
+from training.render import render
+from training.scene import Scene, draw_content, draw_scene
+from training.wording import prompt_of
+
+from .judge import (
+    TOKEN,
+    changed_outside,
+    furthest_move,
+    matches_kinds,
+    matches_scene,
+    read_text,
+    shapes_of,
+    shows_item,
+    text_box,
+)
+
+MODEL = environment.ROOT / "tiny"
+WORKFLOWS = environment.ROOT / "workflows" / "api"
+HELD_OUT = 990  # first word of the seeds of held-out scenes
+MAY_CHANGE = 0.05  # share of the pixels outside a text's box
+
+GOALS = {
+    "colours and places of shapes match": 0.9,
+    "kinds of shapes match as well": None,
+    "Latin word read": 0.8,
+    "two Chinese characters read": 0.6,
+    "glyph override changes the word alone": None,
+    "... the new word read": None,
+    "... the rest unchanged": None,
+    "locked layout, another seed: centres kept": 0.95,
+    "no lock, another seed: centres kept": None,
+    "edit keeps the unchanged shapes": None,
+    "edit does what was wished": None,
+}
+"""What is measured, and the share of the cases in which it is to hold."""
+
+Pictures = list[np.ndarray]
+Results = dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Graphs to run one after the other, and what their pictures say of the GOALS.
+
+    `inputs` are pictures that the graphs load, by their file's name.
+    """
+
+    name: str
+    prompt: str
+    graphs: tuple[Prompt, ...]
+    check: Callable[[Pictures], Results]
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all graphs share; `model` is a folder's name among the server's models."""
+
+    model: str
+    size: int = 512
+    steps: int = 20
+
+    def graph(self, workflow: str, prompt: str, seed: int, name: str) -> Prompt:
+        """A stored workflow with these values in every input of their names that is no link."""
+        values = {
+            "model_name": self.model, "width": self.size, "height": self.size,
+            "steps": self.steps, "value": prompt, "seed": seed,
+            "filename_prefix": f"evaluation/{name}",
+        }  # fmt: skip
+        graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text())
+        for node in graph.values():
+            inputs = node["inputs"]
+            inputs.update(
+                {key: values[key] for key in values.keys() & inputs if not _is_link(inputs[key])}
+            )
+        return graph
+
+
+def shape_cases(settings: Settings, count: int) -> Iterator[Case]:
+    def check(scene: Scene, pictures: Pictures) -> Results:
+        return {
+            "colours and places of shapes match": matches_scene(pictures[0], scene),
+            "kinds of shapes match as well": matches_kinds(pictures[0], scene),
+        }
+
+    for i in range(count):
+        rng = _held_out(0, i)
+        scene = _draw(rng, settings, None, lambda scene: scene.items)
+        prompt, name = prompt_of(rng, scene), f"shapes_{i:02}"
+        graph = settings.graph("text_to_image", prompt, i, name)
+        yield Case(name, prompt, (graph,), partial(check, scene))
+
+
+def latin_cases(settings: Settings, count: int) -> Iterator[Case]:
+    return _text_cases(settings, count, 1, "Latin word read", _is_latin)
+
+
+def chinese_cases(settings: Settings, count: int) -> Iterator[Case]:
+    return _text_cases(settings, count, 2, "two Chinese characters read", _is_chinese_pair)
+
+
+def override_cases(settings: Settings, count: int) -> Iterator[Case]:
+    """The same tokens and noise; the glyph encoder alone gets another word of the same length."""
+
+    def check(scene: Scene, word: str, pictures: Pictures) -> Results:
+        box = text_box(scene, scene.texts[0])
+        read = read_text(pictures[1], box) == word
+        kept = changed_outside(*pictures, box) <= MAY_CHANGE
+        return {
+            "glyph override changes the word alone": read and kept,
+            "... the new word read": read,
+            "... the rest unchanged": kept,
+        }
+
+    for i in range(count):
+        rng = _held_out(3, i)
+        scene = _draw(rng, settings, 1, _is_latin)
+        prompt, name = prompt_of(rng, scene), f"override_{i:02}"
+        old = scene.texts[0].content
+        while (new := draw_content(rng, "latin", len(old))) == old:
+            continue
+        first = settings.graph("text_to_image", prompt, i, name)
+        second = settings.graph("text_to_image", prompt, i, name)
+        node(second, "GLMImageGlyphEncode")["texts"] = new
+        yield Case(name, prompt, (first, second), partial(check, scene, new))
+
+
+def layout_cases(settings: Settings, count: int) -> Iterator[Case]:
+    """Two seeds on one locked layout, and the second seed without it.
+
+    Scenes of two items and more: one shape may well stay where it was without a lock.
+    """
+
+    def check(scene: Scene, pictures: Pictures) -> Results:
+        first, locked, free = (shapes_of(picture, scene) for picture in pictures)
+        return {
+            "locked layout, another seed: centres kept": furthest_move(first, locked) <= TOKEN,
+            "no lock, another seed: centres kept": furthest_move(first, free) <= TOKEN,
+        }
+
+    for i in range(count):
+        rng = _held_out(4, i)
+        scene = _draw(rng, settings, 0, lambda scene: len(scene.items) > 1)
+        prompt, name = prompt_of(rng, scene), f"layout_{i:02}"
+        locked = [
+            settings.graph("lock_layout_change_prompt", prompt, seed, name)
+            for seed in (i, 1000 + i)
+        ]
+        for graph in locked:
+            node(graph, "GLMImageSampleLayout")["seed"] = i
+        free = settings.graph("text_to_image", prompt, 1000 + i, name)
+        yield Case(name, prompt, (*locked, free), partial(check, scene))
+
+
+def edit_cases(settings: Settings, count: int) -> Iterator[Case]:
+    """A drawn picture is the reference. Edits that leave no shape as it was are passed over."""
+
+    def check(edit: Edit, pictures: Pictures) -> Results:
+        (picture,) = pictures
+        found = shapes_of(picture, edit.after)
+        there = [shows_item(found, edit.after, item) for item in edit.after.items]
+        kept = [item in edit.before.items for item in edit.after.items]
+        return {
+            "edit keeps the unchanged shapes": all(
+                is_there for is_there, was in zip(there, kept, strict=True) if was
+            ),
+            "edit does what was wished": all(there) and matches_kinds(picture, edit.after),
+        }
+
+    for i in range(count):
+        rng = _held_out(5, i)
+        while not set((edit := _draw_edit(rng, settings)).before.items) & set(edit.after.items):
+            continue
+        name = f"edit_{i:02}"
+        graph = settings.graph("edit_image", edit.wish, i, name)
+        node(graph, "LoadImage")["image"] = f"{name}.png"
+        inputs = {f"{name}.png": render(edit.before)}
+        yield Case(name, edit.wish, (graph,), partial(check, edit), inputs)
+
+
+SETS = (shape_cases, latin_cases, chinese_cases, override_cases, layout_cases, edit_cases)
+
+
+def node(graph: Prompt, class_type: str) -> dict:
+    """The inputs of the graph's only node of a type."""
+    (inputs,) = (one["inputs"] for one in graph.values() if one["class_type"] == class_type)
+    return inputs
+
+
+def paint(client: Client, input_folder: Path, case: Case) -> Pictures:
+    """What each graph of a case saves, uint8 [H, W, 3]; its inputs go to the server's folder."""
+    for name, picture in case.inputs.items():
+        Image.fromarray(picture).save(input_folder / name)
+    pictures = []
+    for graph in case.graphs:
+        (saving,) = (key for key, one in graph.items() if one["class_type"] == "SaveImage")
+        png = client.images(client.run(graph), saving)[0]
+        pictures.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
+    return pictures
+
+
+def totals(results: Iterable[Results]) -> dict[str, tuple[int, int]]:
+    """How often each of the GOALS held, and how often it was asked."""
+    counts: dict[str, tuple[int, int]] = {}
+    for result in results:
+        for measure, held in result.items():
+            good, asked = counts.get(measure, (0, 0))
+            counts[measure] = good + held, asked + 1
+    return counts
+
+
+def table(counts: dict[str, tuple[int, int]]) -> str:
+    lines = ["| measure | goal | result | share |", "|---|---|---|---|"]
+    for measure, goal in GOALS.items():
+        if measure in counts:
+            good, asked = counts[measure]
+            wanted = "" if goal is None else f"{goal:.0%}"
+            lines.append(f"| {measure} | {wanted} | {good}/{asked} | {good / asked:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__)
+    parser.add_argument("--count", type=int, default=50, help="cases of each kind")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("evaluation/last.json"))
+    given = parser.parse_args()
+    if not MODEL.is_dir():
+        raise SystemExit(f"There is no trained model in {MODEL}: python -m training makes one.")
+    settings = Settings(demo.prepare_model(str(MODEL)), given.size, given.steps)
+    records = []
+    with demo.demo_server(environment.host(), settings.model) as address:
+        client = Client(address)
+        for case in (case for cases in SETS for case in cases(settings, given.count)):
+            results = case.check(paint(client, demo.BASE / "input", case))
+            records.append({"case": case.name, "prompt": case.prompt, "held": results})
+            print(case.name, "".join("x."[held] for held in results.values()), flush=True)
+    counts = totals(record["held"] for record in records)
+    print(table(counts))
+    summary = {
+        measure: {"goal": GOALS[measure], "good": good, "cases": asked}
+        for measure, (good, asked) in counts.items()
+    }
+    used = {"size": given.size, "steps": given.steps, "count": given.count}
+    report = {"settings": used, "summary": summary, "cases": records}
+    given.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def _text_cases(
+    settings: Settings, count: int, number: int, measure: str, wanted: Callable[[Scene], bool]
+) -> Iterator[Case]:
+    def check(scene: Scene, pictures: Pictures) -> Results:
+        text = scene.texts[0]
+        return {measure: read_text(pictures[0], text_box(scene, text)) == text.content}
+
+    for i in range(count):
+        rng = _held_out(number, i)
+        scene = _draw(rng, settings, 1, wanted)
+        prompt, name = prompt_of(rng, scene), f"{scene.texts[0].script}_{i:02}"
+        graph = settings.graph("text_to_image", prompt, i, name)
+        yield Case(name, prompt, (graph,), partial(check, scene))
+
+
+def _held_out(number: int, i: int) -> np.random.Generator:
+    return np.random.default_rng([HELD_OUT, 1000 * number + i])
+
+
+def _draw(
+    rng: np.random.Generator,
+    settings: Settings,
+    texts: int | None,
+    wanted: Callable[[Scene], bool | tuple],
+) -> Scene:
+    while not wanted(scene := draw_scene(rng, settings.size, settings.size, texts)):
+        continue
+    return scene
+
+
+def _draw_edit(rng: np.random.Generator, settings: Settings) -> Edit:
+    return draw_edit(rng, settings.size, settings.size)
+
+
+def _is_latin(scene: Scene) -> bool:
+    return scene.texts[0].script == "latin"
+
+
+def _is_chinese_pair(scene: Scene) -> bool:
+    return scene.texts[0].script == "chinese" and len(scene.texts[0].content) == 2
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The pictures that training draws: what is drawn, what is asked for, and what the codes say agree."""
+
+import numpy as np
+import pytest
+from glm_image.glm_core.glyph import texts_to_render
+from glm_image.training.codes import CODEBOOK, EDGE, INSIDE, NAMES, TEXT, USED, cells, vectors
+from glm_image.training.edits import draw_edit
+from glm_image.training.render import render
+from glm_image.training.scene import COLOURS, SIZES, Scene, draw_scene
+from glm_image.training.wording import ZH_COLOURS, ZH_SHAPES, prompt_of
+
+
+def scenes(count: int = 30) -> list[tuple[np.random.Generator, Scene]]:
+    drawn = []
+    for i in range(count):
+        rng = np.random.default_rng([1, i])
+        drawn.append((rng, draw_scene(rng, *SIZES[i % len(SIZES)])))
+    return drawn
+
+
+def test_a_seed_draws_the_same_scene() -> None:
+    assert [s for _, s in scenes(5)] == [s for _, s in scenes(5)]
+    assert len({s for _, s in scenes(20)}) == 20
+
+
+def test_a_window_is_a_part_of_the_picture() -> None:
+    for _, scene in scenes(6):
+        part = render(scene, (64, 96, 128, 192))
+        assert np.array_equal(part, render(scene)[64:192, 96:288])
+
+
+def test_a_prompt_names_all_that_is_drawn() -> None:
+    for rng, scene in scenes(60):
+        prompt = prompt_of(rng, scene)
+        chinese = any(name in prompt for name in ZH_COLOURS.values())
+        words = prompt.lower()
+        for item in scene.items:
+            assert (ZH_COLOURS[item.colour] if chinese else item.colour) in words
+            assert (ZH_SHAPES[item.shape] if chinese else item.shape) in words
+        assert (ZH_COLOURS[scene.background] if chinese else scene.background) in words
+        assert sorted(filter(None, texts_to_render(prompt))) == sorted(
+            t.content for t in scene.texts
+        )
+
+
+@pytest.mark.parametrize("preview", [False, True])
+def test_a_code_says_what_its_cell_shows(preview) -> None:
+    for _, scene in scenes():
+        grid = scene.preview if preview else scene.grid
+        codes, picture = cells(scene, grid), render(scene).astype(float)
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                code = codes[row, column]
+                top, bottom = (row * scene.height // grid[0], (row + 1) * scene.height // grid[0])
+                left, right = (
+                    column * scene.width // grid[1],
+                    (column + 1) * scene.width // grid[1],
+                )
+                colour = picture[top:bottom, left:right].mean((0, 1))
+                if code < EDGE:
+                    name = NAMES[code % INSIDE]
+                    if not _near_text(codes, row, column):
+                        assert np.abs(colour - COLOURS[name]).max() < 12
+                elif code >= TEXT:
+                    assert scene.texts
+
+
+def _near_text(codes: np.ndarray, row: int, column: int) -> bool:
+    """A preview's cell may hold a sliver of a character whose code its neighbour has."""
+    return (codes[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] >= TEXT).any()
+
+
+def test_edges_and_texts_are_where_shapes_and_texts_are() -> None:
+    for _, scene in scenes():
+        codes = cells(scene)
+        assert ((codes >= EDGE) & (codes < TEXT)).any() == bool(scene.items)
+        letters = sum(len(text.content) for text in scene.texts)
+        assert (codes >= TEXT).sum() == 4 * letters
+
+
+def test_no_two_codes_that_are_drawn_have_one_vector() -> None:
+    assert USED <= CODEBOOK
+    drawn = np.unique(np.concatenate([cells(scene).ravel() for _, scene in scenes(60)]))
+    assert len(drawn) > 200
+    table = vectors()[drawn]
+    likeness = table @ table.T - 2 * np.eye(len(drawn))
+    assert likeness.max() < 1 - 1e-5
+
+
+def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
+    kinds = set()
+    for i in range(60):
+        edit = draw_edit(np.random.default_rng([2, i]), 512, 512)
+        kinds.add(edit.kind)
+        before, after = edit.before, edit.after
+        kept = set(before.items) & set(after.items)
+        if edit.kind == "background":
+            assert after.items == before.items
+            assert edit.after.background in edit.wish or ZH_COLOURS[after.background] in edit.wish
+        elif edit.kind == "move":
+            assert len(after.items) == 1
+            assert after.background != before.background
+        else:
+            assert after.background == before.background
+            assert len(kept) == len(before.items) - 1
+    assert kinds == {"recolour", "background", "replace", "remove", "move"}
