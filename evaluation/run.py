@@ -8,7 +8,7 @@ import argparse
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from scripts import demo, environment
 from scripts.client import Client, Prompt
 from training.edits import Edit, draw_edit
 from training.render import render
-from training.scene import Scene, draw_content, draw_scene
+from training.scene import HELD_OUT_WORDS, Scene, draw_content, draw_scene
 from training.wording import prompt_of
 
 from .judge import (
@@ -112,6 +112,7 @@ def shape_cases(settings: Settings, count: int) -> Iterator[Case]:
 
 
 def latin_cases(settings: Settings, count: int) -> Iterator[Case]:
+    """Words that no training stage draws."""
     return _text_cases(settings, count, 1, "Latin word read", _is_latin)
 
 
@@ -250,7 +251,7 @@ def main() -> None:
         raise SystemExit(f"There is no trained model in {MODEL}: python -m training makes one.")
     settings = Settings(demo.prepare_model(str(MODEL)), given.size, given.steps)
     records = []
-    with demo.demo_server(environment.host(), settings.model) as address:
+    with demo.demo_server(environment.host()) as address:
         client = Client(address)
         for case in (case for cases in SETS for case in cases(settings, given.count)):
             results = case.check(paint(client, demo.BASE / "input", case))
@@ -277,6 +278,8 @@ def _text_cases(
     for i in range(count):
         rng = _held_out(number, i)
         scene = _draw(rng, settings, 1, wanted)
+        if scene.texts[0].script == "latin":
+            scene = _with_word(scene, str(rng.choice(HELD_OUT_WORDS)))
         prompt, name = prompt_of(rng, scene), f"{scene.texts[0].script}_{i:02}"
         graph = settings.graph("text_to_image", prompt, i, name)
         yield Case(name, prompt, (graph,), partial(check, scene))
@@ -295,6 +298,10 @@ def _draw(
     while not wanted(scene := draw_scene(rng, settings.size, settings.size, texts)):
         continue
     return scene
+
+
+def _with_word(scene: Scene, word: str) -> Scene:
+    return replace(scene, texts=(replace(scene.texts[0], content=word),))
 
 
 def _draw_edit(rng: np.random.Generator, settings: Settings) -> Edit:

@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix with about the same singular vectors, and singular values near one (Newton-Schulz)."""
+    """The same singular vectors, with singular values near one (Newton-Schulz)."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
