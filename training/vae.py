@@ -25,7 +25,7 @@ def _details(images: Tensor) -> Tensor:
 
 
 class VAEStage(Stage):
-    """L1, more of it at edges, and a little KL; latents are normalised by what is measured at the end."""
+    """L1, more of it at edges, and a little KL; what normalises the latents is measured last."""
 
     name = "vae"
     steps = 4000

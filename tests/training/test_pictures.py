@@ -1,4 +1,4 @@
-"""The pictures that training draws: what is drawn, what is asked for, and what the codes say agree."""
+"""What training draws, what its prompts ask for and what the codes say are the same."""
 
 import numpy as np
 import pytest
