@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GlmImageConfig, GlmImageForConditiona
 from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
-from .codes import CODEBOOK, INSIDE, cells, vectors
+from .codes import CODEBOOK, INSIDE, cells, factors
 from .edits import draw_edit
 from .scene import SIZES, draw_scene
 from .stage import Run, Stage
@@ -60,13 +60,12 @@ class AutoregressiveStage(Stage):
 
     def build(self) -> nn.Module:
         model = GlmImageForConditionalGeneration(ar_config())
-        table = torch.from_numpy(vectors())
-        mix = torch.randn(table.shape[1], HIDDEN, generator=torch.Generator().manual_seed(3))
-        codes = table @ mix / table.shape[1] ** 0.5
+        table = torch.from_numpy(factors())
+        codes = table @ torch.randn(table.shape[1], HIDDEN) / 3**0.5  # three things a code
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.mul_(50)  # from 0.02 to unit size
-            model.model.language_model.embed_tokens.weight[:CODEBOOK] = 8 * codes
-            model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5 * 8
+            model.model.language_model.embed_tokens.weight[:CODEBOOK] = codes
+            model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
         return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:

@@ -59,6 +59,30 @@ def vectors() -> np.ndarray:
     return (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float32)
 
 
+def factors() -> np.ndarray:
+    """float32 [CODEBOOK, F]: what a code says, a column for each thing that codes can share.
+
+    The two colours of an edge, its pattern, the inside, a text's script, place and part: added up
+    as embeddings, they let a model learn of one pair of colours what holds for all.
+    """
+    count = len(NAMES)
+    inside, pattern = 2 * count, 2 * count + 1
+    text = pattern + PATTERNS
+    table = np.zeros((CODEBOOK, text + 1 + len(SLOTS) + THIRDS**2), np.float32)
+    for i in range(count):
+        table[i, i] = 1
+        table[INSIDE + i, [count + i, inside]] = 1
+    for (name, ground), i in PAIRS.items():
+        for j in range(PATTERNS):
+            shared = [NAMES.index(ground), count + NAMES.index(name), pattern + j]
+            table[EDGE + i * PATTERNS + j, shared] = 1
+    for i in range(len(SLOTS)):
+        for part in range(THIRDS**2):
+            shared = [text, text + 1 + i, text + 1 + len(SLOTS) + part]
+            table[TEXT + i * THIRDS**2 + part, shared] = 1
+    return table
+
+
 @lru_cache
 def patterns() -> np.ndarray:
     """float32 [PATTERNS, 16]: centres of the patterns that edges make, by k-means."""
