@@ -52,9 +52,10 @@ class DecoderStage(Stage):
 
     name = "decoder"
     steps = 20000
-    batch = 32
+    batch = 40
     learning_rate = 2e-3
-    outer = ("image_projector", "proj_out")
+    # Orthogonal steps of the modulations and of the glyph encoder would take a third of the time.
+    outer = ("image_projector", "proj_out", "norm1.linear", "time_condition", "glyphs.")
     ema = 0.999
 
     def __init__(self, run: Run) -> None:

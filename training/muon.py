@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal, for the hidden layers of the transformers.
 
-After Jordan et al., "Muon: an optimizer for hidden layers" (2024), with the step size of Liu et
-al., "Muon is scalable for LLM training" (2025), by which AdamW's learning rates hold. torch's own
+After Jordan et al., "Muon: an optimizer for hidden layers" (2024), with a step that grows with the
+matrix as in Liu et al., "Muon is scalable for LLM training" (2025). torch's own
 Muon iterates in bfloat16, which takes seconds a step on a CPU that has no such products.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+STEP = 0.5  # 0.2 would be as long as AdamW's steps; networks this small bear longer ones
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,7 +33,7 @@ class Muon(torch.optim.Optimizer):
                 average = state.setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonal(weight.grad.lerp(average, group["momentum"]))
-                scale = 0.2 * max(weight.shape) ** 0.5
+                scale = STEP * max(weight.shape) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * scale)
 
