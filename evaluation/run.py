@@ -251,7 +251,7 @@ def main() -> None:
         raise SystemExit(f"There is no trained model in {MODEL}: python -m training makes one.")
     settings = Settings(demo.prepare_model(str(MODEL)), given.size, given.steps)
     records = []
-    with demo.demo_server(environment.host()) as address:
+    with demo.demo_server(environment.host(), settings.model) as address:
         client = Client(address)
         for case in (case for cases in SETS for case in cases(settings, given.count)):
             results = case.check(paint(client, demo.BASE / "input", case))

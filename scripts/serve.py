@@ -9,9 +9,9 @@ from .demo import demo_server, prepare_model
 
 
 def main() -> None:
-    prepare_model(os.environ.get("MODEL"))
+    model = prepare_model(os.environ.get("MODEL"))
     port = int(os.environ.get("PORT", "8188"))
-    with demo_server(environment.host(), port) as address:
+    with demo_server(environment.host(), model, port) as address:
         print(f"ComfyUI with the pack is at http://{address} (Ctrl-C stops it)")
         with contextlib.suppress(KeyboardInterrupt):
             while True:

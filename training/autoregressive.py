@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GlmImageConfig, GlmImageForConditiona
 from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
-from .codes import CODEBOOK, INSIDE, cells, factors
+from .codes import CODEBOOK, cells, factors
 from .edits import draw_edit
 from .scene import SIZES, draw_scene
 from .stage import Run, Stage
@@ -24,7 +24,6 @@ HIDDEN, LAYERS = 192, 4
 # The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
 # tell neighbouring columns by three thousandths of a radian.
 ROPE_THETA = 4.0
-BUSY_WEIGHT = 4.0  # in the loss, of a cell that is not plain background; comes down to one
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,6 @@ class Sample:
     prompt: Prompt
     codes: Tensor  # int64 [N]
     positions: Tensor  # int64 [3, N]
-
-
-@dataclass(frozen=True)
-class Batch:
-    samples: list[Sample]
-    busy_weight: float
 
 
 class AutoregressiveStage(Stage):
@@ -68,30 +61,24 @@ class AutoregressiveStage(Stage):
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
         return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
 
-    def draw(self, rng: np.random.Generator, progress: float) -> Batch:
+    def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
         """All of one kind and size: only previews at first, then more and more whole images."""
         kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.size * 300 // tokens)
-        weight = BUSY_WEIGHT ** max(0.0, 1 - 1.25 * progress)
         if kind == 2:
-            return Batch([self._edit(rng, height, width) for _ in range(count)], weight)
-        images = [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
-        return Batch(images, weight)
+            return [self._edit(rng, height, width) for _ in range(count)]
+        return [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        parts = collate(batch.samples)
-        ids, positions, mask, targets = (part.to(self.run.device) for part in parts)
+    def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
+        ids, positions, mask, targets = (part.to(self.run.device) for part in collate(batch))
         states = self.module["text"](
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
         count = targets.shape[1]
         logits = self.module["head"](states[:, -count:])[..., :CODEBOOK]
-        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        busy = (targets.flatten() >= INSIDE).float()
-        weight = 1 + (batch.busy_weight - 1) * busy
-        return {"codes": (each * weight).sum() / weight.sum()}
+        return {"codes": F.cross_entropy(logits.flatten(0, 1), targets.flatten())}
 
     def write(self) -> None:
         text = {f"model.language_model.{k}": v for k, v in self.module["text"].state_dict().items()}

@@ -28,6 +28,7 @@ ANCHORS = {
     "centre": (0.5, 0.5), "top left": (0.2, 0.25), "top right": (0.2, 0.75),
     "bottom left": (0.8, 0.25), "bottom right": (0.8, 0.75),
 }  # fmt: skip
+NEARBY = (0.25, 0.5, 0.25)  # how often a shape is a cell before, at, or after its anchor, each way
 TEXT_PLACES = ("top", "bottom", "centre")
 MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
 TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of shapes
@@ -137,9 +138,9 @@ def place_item(
     half = radius + pitch * (count - 1) / 2
     for _ in range(8):
         row, column = ANCHORS[place or "centre"]
-        reach = 1 if place else 3
-        row = round(first + row * (last - first)) + rng.integers(-reach, reach + 1)
-        column = round(column * columns) + rng.integers(-reach, reach + 1)
+        beside = rng.choice((-1, 0, 1), 2, p=NEARBY) if place else rng.integers(-3, 4, 2)
+        row = round(first + row * (last - first)) + beside[0]
+        column = round(column * columns) + beside[1]
         row = np.clip(row, first + radius, last - radius)
         column = np.clip(column, np.ceil(half), np.floor(columns - half))
         start = column - pitch * (count - 1) // 2

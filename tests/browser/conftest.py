@@ -1,5 +1,7 @@
 """One real server, and its page in headless Chromium."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     """A server whose one model is named as in the stored workflows."""
     base: Path = host.make_base(tmp_path_factory.mktemp("comfyui"))
     model = base / "models" / "glm_image" / "GLM-Image"
-    model.symlink_to(environment.ROOT / "tiny")
+    command = [sys.executable, "-m", "scripts.random_checkpoint", str(model)]
+    subprocess.run(command, check=True, cwd=environment.ROOT)
     with host.serve(environment.host(), base, threads=1) as address:
         yield address
 

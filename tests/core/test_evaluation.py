@@ -1,0 +1,49 @@
+"""The cases of `make eval` hold for pictures drawn as they should be, and for blank ones never."""
+
+import numpy as np
+import pytest
+
+from evaluation import run as evaluation
+from training.render import render
+
+SETTINGS = evaluation.Settings("tiny", size=512)
+SETS = (evaluation.shape_cases, evaluation.latin_cases, evaluation.chinese_cases)
+BLANK = np.full((512, 512, 3), 128, np.uint8)
+
+
+@pytest.mark.parametrize("cases", SETS, ids=lambda cases: cases.__name__)
+def test_a_picture_of_the_scene_passes_and_a_blank_one_does_not(cases) -> None:
+    for case in cases(SETTINGS, 3):
+        (scene,) = case.check.args
+        assert all(case.check([render(scene)]).values())
+        assert not any(case.check([BLANK]).values())
+
+
+def test_an_edit_passes_when_it_is_drawn_and_not_when_nothing_was_done() -> None:
+    for case in evaluation.edit_cases(SETTINGS, 3):
+        (edit,) = case.check.args
+        assert all(case.check([render(edit.after)]).values())
+        undone = case.check([render(edit.before)])
+        assert not undone["edit does what was wished"]
+
+
+def test_blank_pictures_show_nothing_that_was_asked_for() -> None:
+    for cases in evaluation.SETS:
+        for case in cases(SETTINGS, 2):
+            held = case.check([BLANK] * len(case.graphs))
+            held.pop("... the rest unchanged", None)  # between two blank pictures it is
+            assert not any(held.values())
+
+
+def test_an_override_changes_the_texts_and_nothing_else() -> None:
+    for case in evaluation.override_cases(SETTINGS, 3):
+        first, second = case.graphs
+        changed = [key for key in first if first[key] != second[key]]
+        assert [first[key]["class_type"] for key in changed] == ["GLMImageGlyphEncode"]
+
+
+def test_no_case_asks_for_what_training_drew() -> None:
+    prompts = {case.prompt for case in evaluation.shape_cases(SETTINGS, 20)}
+    assert len(prompts) == 20
+    words = {case.check.args[0].texts[0].content for case in evaluation.latin_cases(SETTINGS, 20)}
+    assert words <= set(evaluation.HELD_OUT_WORDS)
