@@ -20,7 +20,7 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="all, if none is named")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all, if none is named")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny", help="of the run")
     parser.add_argument("--target", type=Path, default=ROOT / "tiny", help="of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
@@ -34,13 +34,20 @@ def main() -> None:
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
     target, asked = given.pop("target"), given.pop("stages")
+    if unknown := set(asked) - STAGES.keys():
+        parser.error(f"there is no stage {', '.join(sorted(unknown))}")
+    if given["stop"] is not None and len(asked) != 1:
+        parser.error("--stop goes with one stage")
     run = Run(**given)
     for name in asked or STAGES:
         module, stage = STAGES[name]
         train(getattr(import_module(f"{__package__}.{module}"), stage)(run))
     if not asked:
-        assemble(run.snapshot, target)
+        assemble(run.folder, target)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None

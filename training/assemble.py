@@ -1,4 +1,4 @@
-"""From the training run's snapshot to `tiny/`: bfloat16 weights, one file a component."""
+"""From a training run to `tiny/`: bfloat16 weights, one file a component."""
 
 import argparse
 import json
@@ -7,10 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, GlmImageForConditionalGeneration
+
+from .autoregressive import ar_config
+from .tokenizer import IMAGE_END, VISUAL
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT_WHOLE = ("text_encoder",)  # float32 on the hub as well; a tenth of the bytes
+FLOAT32 = ("text_encoder",)  # as on the hub
 WEIGHTS = "*.safetensors"
+STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
 PIPELINE = {
     "_class_name": "GlmImagePipeline",
     "processor": ["transformers", "GlmImageProcessor"],
@@ -23,25 +28,37 @@ PIPELINE = {
 }
 
 
-def assemble(snapshot: Path, target: Path) -> None:
-    """Copy every component, its weights in bfloat16; what else lies in `target` stays.
+def assemble(folder: Path, target: Path) -> None:
+    """Put a run's components into `target`, weights in bfloat16; what else lies there stays.
 
     Raises:
-        FileNotFoundError: a component has not been trained yet.
+        FileNotFoundError: a stage has not been trained to its end.
     """
-    components = [name for name in PIPELINE if not name.startswith("_")]
-    missing = [name for name in components if not (snapshot / name).is_dir()]
+    missing = [name for name in STAGES if not (folder / name / "summary.json").is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{snapshot} has no {', '.join(missing)}: train these stages first."
-        )
-    for name in components:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: train these stages first.")
+    snapshot = folder / "snapshot"
+    _join_ar(folder).save_pretrained(snapshot / "vision_language_encoder")
+    for name in (name for name in PIPELINE if not name.startswith("_")):
         shutil.rmtree(target / name, ignore_errors=True)
         shutil.copytree(snapshot / name, target / name, ignore=shutil.ignore_patterns(WEIGHTS))
         for file in (snapshot / name).glob(WEIGHTS):
-            dtype = torch.float32 if name in KEPT_WHOLE else torch.bfloat16
+            dtype = torch.float32 if name in FLOAT32 else torch.bfloat16
             _store(file, target / name / file.name, dtype)
     (target / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+
+
+def _join_ar(folder: Path) -> GlmImageForConditionalGeneration:
+    """The text model and head of one stage, and the tower and quantiser of another."""
+    model = GlmImageForConditionalGeneration(ar_config())
+    stages = ("autoregressive", "vision")
+    parts = [load_file(folder / stage / "weights.safetensors") for stage in stages]
+    model.load_state_dict(parts[0] | parts[1])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
+        eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,
+    )  # fmt: skip
+    return model
 
 
 def _store(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -54,7 +71,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny")
     parser.add_argument("--target", type=Path, default=ROOT / "tiny")
     given = parser.parse_args()
-    assemble(given.folder / "snapshot", given.target)
+    assemble(given.folder, given.target)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, GlmImageConfig, GlmImageForConditionalGeneration
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
@@ -17,7 +18,7 @@ from .codes import CODEBOOK, cells, factors
 from .edits import draw_edit
 from .scene import SIZES, draw_scene
 from .stage import Run, Stage
-from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, make_processor
+from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, image_placeholder, make_processor
 from .wording import prompt_of
 
 HIDDEN, LAYERS = 192, 4
@@ -42,14 +43,15 @@ class AutoregressiveStage(Stage):
     steps = 8000
     batch = 12
     learning_rate = 2e-3
-    outer = ("head",)
+    by_adamw = ("head",)
     ema = 0.998
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        processor = make_processor()
-        processor.save_pretrained(run.snapshot / "processor")
-        self.tokenizer = read_tokenizer(run)
+        folder = run.snapshot / "processor"
+        if not folder.is_dir():  # a run keeps the vocabulary that it began with
+            make_processor().save_pretrained(folder)
+        self.tokenizer = read_tokenizer(folder)
 
     def build(self) -> nn.Module:
         model = GlmImageForConditionalGeneration(ar_config())
@@ -62,7 +64,7 @@ class AutoregressiveStage(Stage):
         return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
 
     def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
-        """All of one kind and size: only previews at first, then more and more whole images."""
+        """All of one kind and size: mostly previews at first, then more whole images, and edits."""
         kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
@@ -83,7 +85,7 @@ class AutoregressiveStage(Stage):
     def write(self) -> None:
         text = {f"model.language_model.{k}": v for k, v in self.module["text"].state_dict().items()}
         head = {f"lm_head.{k}": v for k, v in self.module["head"].state_dict().items()}
-        write_ar(self.run, {**text, **head})
+        save_file({**text, **head}, self.folder / "weights.safetensors")
 
     def _image(self, rng: np.random.Generator, height: int, width: int, whole: bool) -> Sample:
         scene = draw_scene(rng, height, width)
@@ -119,8 +121,8 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets
 
 
-def read_tokenizer(run: Run) -> PromptTokenizer:
-    folder = run.snapshot / "processor"
+def read_tokenizer(folder: Path) -> PromptTokenizer:
+    """The pack's own prompt tokenizer on a saved processor."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
     return PromptTokenizer((folder / "tokenizer.json").read_text(), config, template)
@@ -137,7 +139,7 @@ def ar_config() -> GlmImageConfig:
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 3,
             "num_key_value_heads": 1,
-            "pad_token_id": IMAGE_END,
+            "pad_token_id": image_placeholder(),  # whose embedding nothing reads
             "eos_token_id": IMAGE_END,
             "rope_parameters": {
                 "rope_type": "default",
@@ -151,21 +153,7 @@ def ar_config() -> GlmImageConfig:
             "image_size": 1024, "patch_size": 16,
         },
         vq_config={"embed_dim": 64, "num_embeddings": CODEBOOK, "latent_channels": 128},
-        image_token_id=make_processor().tokenizer.convert_tokens_to_ids("<|image|>"),
+        image_token_id=image_placeholder(),
         image_start_token_id=IMAGE_START,
         image_end_token_id=IMAGE_END,
     )  # fmt: skip
-
-
-def write_ar(run: Run, weights: dict[str, Tensor]) -> None:
-    """Put some of its weights into the snapshot's AR model, which keeps what others wrote there."""
-    folder = run.snapshot / "vision_language_encoder"
-    model = GlmImageForConditionalGeneration(ar_config())
-    for file in folder.glob("*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)
-    model.load_state_dict(weights, strict=False)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
-        eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,
-    )  # fmt: skip
-    model.save_pretrained(folder)

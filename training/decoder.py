@@ -1,26 +1,29 @@
 """The diffusion decoder, with the glyph encoder: codes, texts and references to latents.
 
-Trained by flow matching on windows of scenes, of 128 pixels and more, whole images last. Sigma is
-shifted by the size of the whole image as the scheduler does, and the network is given the unshifted
-timestep.
+Trained by flow matching on windows of scenes, of 128 pixels and more, and on whole images last.
+Sigma is shifted by the size of the whole image as the scheduler does, and the network is given the
+unshifted timestep.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import ByT5Tokenizer, T5EncoderModel
 
 from glm_core.glyph import glyph_ids
+from glm_core.grids import upsample_tokens
+from glm_core.schedule import ScheduleConfig
 
 from .codes import CODEBOOK, cells, vectors
 from .edits import draw_edit
-from .glyphs import WIDTH, draw_kind, make_glyph_encoder, write_glyph_encoder
+from .glyphs import WIDTH, draw_kind
 from .render import render
 from .scene import SIZES, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
@@ -28,15 +31,16 @@ from .vae import busy_window
 
 HEADS, HEAD_DIM, LAYERS = 2, 128, 5
 MARGIN = 16  # pixels around a window that the VAE sees and the decoder does not
-SHIFT = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256}
+SCHEDULE = ScheduleConfig(1000, base_shift=0.25, max_shift=0.75, base_image_seq_len=256)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one size, whose texts have one length.
+    """Windows of one size; the first texts of all scenes have one length, and so the second.
 
     pixels: float [B, 3, H, W] with a margin; inner: the windows (top, left, height, width) in it.
-    codes: int64 [B, H / 32, W / 32]; texts: one int64 [B, L] per text; sizes: of the whole images.
+    codes: int64 [B, H / 32, W / 32]; texts: one int64 [B, L] per text; size: of the whole images.
+    reference: the same windows before they were edited.
     """
 
     pixels: Tensor
@@ -55,12 +59,15 @@ class DecoderStage(Stage):
     batch = 40
     learning_rate = 2e-3
     # Orthogonal steps of the modulations and of the glyph encoder would take a third of the time.
-    outer = ("image_projector", "proj_out", "norm1.linear", "time_condition", "glyphs.")
+    by_adamw = (
+        "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition", "glyphs.",
+    )  # fmt: skip
     ema = 0.999
 
     def __init__(self, run: Run) -> None:
+        folder = required(run.snapshot / "vae", "vae")
         super().__init__(run)
-        self.vae = AutoencoderKL.from_pretrained(run.snapshot / "vae").to(run.device)
+        self.vae = AutoencoderKL.from_pretrained(folder).to(run.device)
         self.vae.requires_grad_(False)
         shape = (1, 16, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=run.device).view(shape)
@@ -82,53 +89,56 @@ class DecoderStage(Stage):
             for block in network.transformer_blocks:  # gates begin closed
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
-        encoder = make_glyph_encoder()
-        trained = self.run.snapshot / "text_encoder"
-        if trained.is_dir():
-            encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
+        trained = required(self.run.folder / "glyphs" / "encoder", "glyphs")
+        encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
         return nn.ModuleDict({"decoder": network, "glyphs": encoder.train().requires_grad_(True)})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
+        """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
+        height, width = SIZES[rng.integers(len(SIZES))]
         side = (128, 256, 512)[
             rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.5 else (0.45, 0.35, 0.2))
         ]
-        height, width = SIZES[rng.integers(len(SIZES))]
+        window = (side, side)
+        if progress > 0.8 and rng.random() < 0.3:
+            window = (height, width)
         if rng.random() < 0.12:
-            return self._edited(rng, min(side, 256), height, width)
+            return self._edited(rng, window, height, width)
         kinds = [draw_kind(rng) for _ in range(rng.choice(3, p=(0.15, 0.65, 0.2)))]
         if len(kinds) == 2 and kinds[0][0] == kinds[1][0]:
             kinds = kinds[:1]
-        scenes = [self._scene(rng, height, width, kinds) for _ in range(self._count(side))]
-        windows = [busy_window(rng, scene, side, 32) for scene in scenes]
-        return _batch(scenes, windows)
+        scenes = [self._scene(rng, height, width, kinds) for _ in range(self._count(window))]
+        return _batch(scenes, [_place(rng, scene, window) for scene in scenes])
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         latents = self._latents(batch)
         count = len(latents)
         uniform = torch.rand(count, generator=generator, device=latents.device)
         height, width = batch.size
-        mu = shift_of(height, width)
+        mu = SCHEDULE.shift(height, width)
         sigma = (mu * uniform / (1 + (mu - 1) * uniform)).view(-1, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        draw = torch.rand(2, generator=generator, device=latents.device)
-        without = bool(draw[0] < 0.1)  # the unconditional pass has neither codes nor texts
-        glyphs = self._glyphs([] if without else batch.texts, count)
-        cache = None if batch.reference is None or without else self._cache(batch.reference)
+        # The unconditional pass has neither codes nor texts nor references.
+        bare = bool(torch.rand((), generator=generator, device=latents.device) < 0.1)
+        glyphs = self._glyphs([] if bare else batch.texts, count)
+        cache = None if batch.reference is None or bare else self._cache(batch.reference)
         velocity = self._network(
-            (1 - sigma) * latents + sigma * noise, glyphs, batch, 1000 * uniform - 1, without, cache
+            (1 - sigma) * latents + sigma * noise, glyphs, batch, 1000 * uniform - 1, bare, cache
         )
         return {"velocity": F.mse_loss(velocity, noise - latents)}
 
     def write(self) -> None:
         self.module["decoder"].save_pretrained(self.run.snapshot / "transformer")
-        write_glyph_encoder(self.run, self.module["glyphs"])
+        self.module["glyphs"].save_pretrained(self.run.snapshot / "text_encoder")
+        ByT5Tokenizer().save_pretrained(self.run.snapshot / "tokenizer")
         FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=1000, use_dynamic_shifting=True, max_image_seq_len=4096,
-            time_shift_type="linear", **SHIFT,
+            time_shift_type="linear", base_shift=SCHEDULE.base_shift,
+            max_shift=SCHEDULE.max_shift, base_image_seq_len=SCHEDULE.base_image_seq_len,
         ).save_pretrained(self.run.snapshot / "scheduler")  # fmt: skip
 
-    def _count(self, side: int) -> int:
-        return max(1, self.size * 128 * 128 // side**2)
+    def _count(self, window: tuple[int, int]) -> int:
+        return max(1, self.size * 128 * 128 // (window[0] * window[1]))
 
     def _scene(self, rng: np.random.Generator, height: int, width: int, kinds: list) -> Scene:
         scene = draw_scene(rng, height, width, texts=len(kinds))
@@ -138,10 +148,12 @@ class DecoderStage(Stage):
         )
         return replace(scene, texts=texts)
 
-    def _edited(self, rng: np.random.Generator, side: int, height: int, width: int) -> Batch:
+    def _edited(
+        self, rng: np.random.Generator, window: tuple[int, int], height: int, width: int
+    ) -> Batch:
         """Windows of edited scenes, with the same windows of the scenes before as references."""
-        edits = [draw_edit(rng, height, width) for _ in range(max(1, self._count(side) // 2))]
-        windows = [busy_window(rng, edit.before, side, 32) for edit in edits]
+        edits = [draw_edit(rng, height, width) for _ in range(max(1, self._count(window) // 2))]
+        windows = [_place(rng, edit.before, window) for edit in edits]
         reference = _batch([edit.before for edit in edits], windows)
         return replace(_batch([edit.after for edit in edits], windows), reference=reference)
 
@@ -169,12 +181,13 @@ class DecoderStage(Stage):
         return cache
 
     def _network(
-        self, latents: Tensor, glyphs: Tensor, batch: Batch, timestep: Tensor, without: bool, cache
-    ) -> Tensor:
-        codes = repeat(batch.codes.to(latents.device), "b h w -> b (h p) (w q)", p=2, q=2)
+        self, latents: Tensor, glyphs: Tensor, batch: Batch, timestep: Tensor, bare: bool,
+        cache: GlmImageKVCache | None,
+    ) -> Tensor:  # fmt: skip
+        codes = upsample_tokens(batch.codes.to(latents.device))
         count = len(latents)
         size = torch.tensor([batch.size], device=latents.device).expand(count, 2)
-        drop = torch.full((count,), without, device=latents.device)
+        drop = torch.full((count,), bare, device=latents.device)
         return self.module["decoder"](
             hidden_states=latents, encoder_hidden_states=glyphs,
             prior_token_id=rearrange(codes, "b h w -> b (h w)"), prior_token_drop=drop,
@@ -183,10 +196,24 @@ class DecoderStage(Stage):
         ).sample  # fmt: skip
 
 
-def shift_of(height: int, width: int) -> float:
-    """mu of the checkpoint's schedule."""
-    tokens = height * width / 256
-    return SHIFT["max_shift"] * (tokens / SHIFT["base_image_seq_len"]) ** 0.5 + SHIFT["base_shift"]
+def required(folder: Path, stage: str) -> Path:
+    """A folder that another stage leaves.
+
+    Raises:
+        FileNotFoundError: the stage has not been trained.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: train the stage {stage} first.")
+    return folder
+
+
+def _place(
+    rng: np.random.Generator, scene: Scene, window: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Where a window of this size lies in the scene; all of it, if it is as large."""
+    if window == (scene.height, scene.width):
+        return 0, 0, *window
+    return busy_window(rng, scene, window[0], 32)
 
 
 def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Batch:

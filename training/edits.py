@@ -10,6 +10,8 @@ from .wording import ZH_COLOURS, ZH_SHAPES, noun
 
 @dataclass(frozen=True)
 class Edit:
+    """What a reference shows, what it should become, and the words for it."""
+
     before: Scene
     after: Scene
     wish: str
@@ -20,8 +22,8 @@ def draw_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
     """A scene without texts, and one change of it."""
     while not (scene := draw_scene(rng, height, width, texts=0)).items:
         continue
-    kind = str(rng.choice(("recolour", "background", "replace", "remove", "move")))
-    return globals()[f"_{kind}"](rng, scene)
+    kind = str(rng.choice(list(EDITS)))
+    return EDITS[kind](rng, scene)
 
 
 def _other(rng: np.random.Generator, options, *taken: str) -> str:
@@ -41,7 +43,8 @@ def _changed(scene: Scene, index: int, **what) -> Scene:
 def _recolour(rng: np.random.Generator, scene: Scene) -> Edit:
     index = _subject(rng, scene)
     item = scene.items[index]
-    colour = _other(rng, COLOURS, item.colour, scene.background)
+    alike = [other.colour for other in scene.items if other.shape == item.shape]
+    colour = _other(rng, COLOURS, scene.background, *alike)
     wish = f"make {noun(item, 'the')} {colour}"
     if rng.random() < 0.25:
         wish = f"把{ZH_COLOURS[item.colour]}{ZH_SHAPES[item.shape]}变成{ZH_COLOURS[colour]}"
@@ -59,7 +62,8 @@ def _background(rng: np.random.Generator, scene: Scene) -> Edit:
 def _replace(rng: np.random.Generator, scene: Scene) -> Edit:
     index = _subject(rng, scene)
     item = scene.items[index]
-    shape = _other(rng, SHAPES, item.shape)
+    alike = [other.shape for other in scene.items if other.colour == item.colour]
+    shape = _other(rng, SHAPES, *alike)
     plural = "s" if len(item.centres) > 1 else ""
     wish = f"turn {noun(item, 'the')} into {'' if plural else 'a '}{shape}{plural}"
     return Edit(scene, _changed(scene, index, shape=shape), wish, "replace")
@@ -72,9 +76,18 @@ def _remove(rng: np.random.Generator, scene: Scene) -> Edit:
     return Edit(scene, replace(scene, items=rest), wish, "remove")
 
 
-def _move(rng: np.random.Generator, scene: Scene) -> Edit:
+def _isolate(rng: np.random.Generator, scene: Scene) -> Edit:
     """The subject alone, where it was, on another background."""
     item = scene.items[_subject(rng, scene)]
     colour = _other(rng, COLOURS, scene.background, item.colour)
     wish = f"only {noun(item, 'the')}, {colour} background"
-    return Edit(scene, replace(scene, background=colour, items=(item,)), wish, "move")
+    return Edit(scene, replace(scene, background=colour, items=(item,)), wish, "isolate")
+
+
+EDITS = {
+    "recolour": _recolour,
+    "background": _background,
+    "replace": _replace,
+    "remove": _remove,
+    "isolate": _isolate,
+}

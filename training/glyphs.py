@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from glm_core.glyph import PAD, byte_ids
 
@@ -30,7 +30,7 @@ class GlyphStage(Stage):
     steps = 3000
     batch = 96
     learning_rate = 3e-3
-    outer = ("bitmap", "character", "place")
+    by_adamw = ("bitmap", "character", "place")
 
     def build(self) -> nn.Module:
         return nn.ModuleDict(
@@ -71,7 +71,7 @@ class GlyphStage(Stage):
         }
 
     def write(self) -> None:
-        write_glyph_encoder(self.run, self.module["encoder"])
+        self.module["encoder"].save_pretrained(self.folder / "encoder")
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -79,6 +79,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def make_glyph_encoder() -> T5EncoderModel:
+    """An untrained encoder of the tiny model's sizes."""
     return T5EncoderModel(
         T5Config(
             d_model=WIDTH, d_ff=384, d_kv=32, num_heads=6, num_layers=3, vocab_size=384,
@@ -86,11 +87,6 @@ def make_glyph_encoder() -> T5EncoderModel:
             relative_attention_max_distance=128, dropout_rate=0.0,
         )
     )  # fmt: skip
-
-
-def write_glyph_encoder(run, encoder: T5EncoderModel) -> None:
-    encoder.save_pretrained(run.snapshot / "text_encoder")
-    ByT5Tokenizer().save_pretrained(run.snapshot / "tokenizer")
 
 
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:

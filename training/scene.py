@@ -36,7 +36,7 @@ TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of sha
 
 @dataclass(frozen=True)
 class Item:
-    """`count` shapes of one kind in a row; `centres` are (row, column) in preview cells."""
+    """One shape, or some of a kind in a row; `centres` are (row, column) in preview cells."""
 
     shape: str
     colour: str
@@ -70,10 +70,12 @@ class Scene:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns of the large grid."""
         return self.height // 32, self.width // 32
 
     @property
     def preview(self) -> tuple[int, int]:
+        """Rows and columns of the preview, as `glm_core.grids.preview_grid` has it."""
         ratio = self.height / self.width
         return int(ratio**0.5 * 16), int((1 / ratio) ** 0.5 * 16)
 
@@ -84,6 +86,7 @@ class Scene:
 
     @property
     def ink(self) -> str:
+        """The colour of texts."""
         return "black" if self.background in LIGHT else "white"
 
     def text_origin(self, text: Text) -> tuple[int, int]:
@@ -92,13 +95,6 @@ class Scene:
         margin = round(rows / self.preview[0])
         top = {"top": margin, "bottom": rows - 2 - margin, "centre": rows // 2 - 1}[text.place]
         return top, (columns - 2 * len(text.content)) // 2
-
-    def with_size(self, height: int, width: int) -> "Scene":
-        """The same composition at another size of the same preview grid."""
-        other = replace(self, height=height, width=width)
-        if other.preview != self.preview:
-            raise ValueError(f"{width}x{height} has another preview grid than {self.preview}.")
-        return other
 
 
 def draw_scene(

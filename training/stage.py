@@ -1,8 +1,9 @@
 """What every stage shares: a seeded loop that can be broken off and taken up, its bar and its plot.
 
-A stage is a `Stage`: networks by name, a loss for the batch of a step, and what to write when it
-is done. Step `i` draws its batch from (seed, stage, i) alone, so a run that was broken off goes on
-as if it had not been.
+A stage is a `Stage`: a module, a loss for the batch of a step, and what to write when it is done.
+Step `i` draws its batch and its noise from (seed, stage, i), so a run that was broken off goes on
+as if it had not been. The learning rate, and what some stages draw, depend on the progress as well:
+with `minutes` that is the clock's, and no two runs are alike.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,18 +48,19 @@ class Run:
 
     @property
     def snapshot(self) -> Path:
+        """The folder in hub layout that stages leave their components in."""
         return self.folder / "snapshot"
 
 
 class Stage(ABC):
-    """One network's training. Subclasses set the class attributes and the three methods."""
+    """One network's training. Subclasses set the class attributes and four methods."""
 
     name: str
     steps: int
     batch: int
     learning_rate = 2e-3
     weight_decay = 0.01
-    outer: tuple[str, ...] = ()  # parts of the names of the first and last layers
+    by_adamw: tuple[str, ...] = ()  # parts of the names of layers that Muon is not for
     ema = 0.0  # decay of the averaged weights that are written; 0 writes the last ones
 
     def __init__(self, run: Run) -> None:
@@ -65,6 +68,11 @@ class Stage(ABC):
         self.size = run.batch or self.batch
         torch.manual_seed(run.seed)
         self.module = self.build().to(run.device)
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage keeps its state, its plot and its summary."""
+        return self.run.folder / self.name
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -87,7 +95,7 @@ class Stage(ABC):
         linears = {
             f"{name}.weight": module.weight
             for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear) and not any(part in name for part in self.outer)
+            if isinstance(module, nn.Linear) and not any(part in name for part in self.by_adamw)
         }
         trained = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
         hidden = [p for name, p in trained.items() if name in linears]
@@ -99,51 +107,65 @@ class Stage(ABC):
 
 
 def train(stage: Stage) -> None:
-    """Run a stage from where it stands to its end, then write its component and its plot."""
-    run = stage.run
-    folder = run.folder / stage.name
+    """Run a stage from where it stands to its end, then write its component and its plot.
+
+    A stage that has had its steps or its minutes is only written again.
+    """
+    run, folder = stage.run, stage.folder
     folder.mkdir(parents=True, exist_ok=True)
     optimisers = stage.optimisers()
     average = _Average(stage.module, stage.ema)
     state = _load(folder, stage.module, optimisers, average)
     steps = run.steps or stage.steps
+    last = steps if run.stop is None else min(steps, run.stop)
     clock = _Clock(state["seconds"], None if run.minutes is None else 60 * run.minutes)
     saved = time.monotonic()
-    last = steps if run.stop is None else min(steps, run.stop)
     bar = tqdm(total=steps, initial=state["step"], desc=stage.name, mininterval=5)
     for step, batch in _batches(stage, state["step"], last, steps, clock):
         progress = max(step / steps, clock.progress)
-        for group in chain.from_iterable(each.param_groups for each in optimisers):
-            group["lr"] = stage.learning_rate * _schedule(step, progress)
-        generator = torch.Generator(run.device).manual_seed(hash((run.seed, step)) % 2**63)
-        losses = stage.loss(batch, generator)
-        stage.module.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
+        if progress >= 1:
+            break
+        losses = _step(stage, optimisers, batch, step, progress)
         average.update()
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        state["log"].append({"step": step, **values})
+        state["log"].append({"step": step, **losses})
         state["step"], state["seconds"] = step + 1, clock.seconds
-        bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
+        bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
         bar.update()
         if time.monotonic() - saved > SAVE_EVERY:
             _save(folder, stage.module, optimisers, average, state)
             saved = time.monotonic()
-        if clock.progress >= 1:
-            break
     bar.close()
     _save(folder, stage.module, optimisers, average, state)
-    if last < steps and clock.progress < 1:
-        return
-    plot(state["log"], folder / "loss.png", stage.name)
-    average.apply()
+    if last == steps or clock.progress >= 1:
+        average.apply()
+        _finish(stage, state)
+
+
+def _step(
+    stage: Stage, optimisers: list[torch.optim.Optimizer], batch: Any, step: int, progress: float
+) -> dict[str, float]:
+    """One optimiser step; gives the losses it was taken on."""
+    for group in chain.from_iterable(each.param_groups for each in optimisers):
+        group["lr"] = stage.learning_rate * _schedule(step, progress)
+    seed = np.random.SeedSequence([stage.run.seed, *stage.name.encode(), step])
+    generator = torch.Generator(stage.run.device).manual_seed(int(seed.generate_state(1)[0]))
+    losses = stage.loss(batch, generator)
+    stage.module.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
+    for optimiser in optimisers:
+        optimiser.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _finish(stage: Stage, state: dict) -> None:
+    if state["log"]:
+        plot(state["log"], stage.folder / "loss.png", stage.name)
     stage.module.eval().requires_grad_(False)
     stage.write()
     summary = {"stage": stage.name, "steps": state["step"], "minutes": state["seconds"] / 60}
-    summary |= {"batch": stage.size, "seed": run.seed, "device": run.device}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary |= {"batch": stage.size, "seed": stage.run.seed, "device": stage.run.device}
+    (stage.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 class _Clock:
@@ -234,12 +256,8 @@ def _load(folder: Path, module: nn.Module, optimisers: list, average: _Average) 
 
 def plot(log: list[dict], path: Path, title: str) -> None:
     """The losses over the steps, smoothed over a fiftieth of them, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
     for name in [key for key in log[-1] if key != "step"] if log else []:
         values = np.array([entry.get(name, np.nan) for entry in log])
         width = max(1, len(values) // 50)
@@ -247,6 +265,4 @@ def plot(log: list[dict], path: Path, title: str) -> None:
         axes.plot(np.arange(len(smooth)) + width // 2, smooth, label=name)
     axes.set(title=title, xlabel="step", yscale="log")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)

@@ -1,5 +1,8 @@
 """The AR model's tokenizer: byte-level BPE on the prompts, one token a capital, digit or Hanzi."""
 
+import json
+from functools import lru_cache
+
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GlmImageProcessor, PreTrainedTokenizerFast
@@ -41,6 +44,12 @@ def make_processor() -> GlmImageProcessor:
     )  # fmt: skip
 
 
+def image_placeholder() -> int:
+    """The id that stands for a reference in a prompt."""
+    return _tokenizer().convert_tokens_to_ids("<|image|>")
+
+
+@lru_cache
 def _tokenizer() -> PreTrainedTokenizerFast:
     learned = _learn_bpe()
     visual = [f"<|dit_token_{i}|>" for i in range(VISUAL)]
@@ -79,8 +88,6 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 def _learn_bpe() -> dict:
     """Vocabulary and merges from drawn prompts and every character that pictures may carry."""
-    import json
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _splitter()
     trainer = trainers.BpeTrainer(

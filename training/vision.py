@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GlmImageForConditionalGeneration
 
-from .autoregressive import ar_config, write_ar
+from .autoregressive import ar_config
 from .codes import INSIDE, cells, vectors
 from .render import render
 from .scene import SIZES, draw_scene
@@ -68,9 +69,8 @@ class VisionStage(Stage):
         return rearrange(self.module["vqmodel"].quant_conv(maps), "b d h w -> (b h w) d")
 
     def write(self) -> None:
-        write_ar(
-            self.run, {f"model.{name}": value for name, value in self.module.state_dict().items()}
-        )
+        weights = {f"model.{name}": value for name, value in self.module.state_dict().items()}
+        save_file(weights, self.folder / "weights.safetensors")
 
 
 def _half(rng: np.random.Generator, image: np.ndarray) -> Tensor:

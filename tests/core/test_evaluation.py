@@ -1,10 +1,13 @@
 """The cases of `make eval` hold for pictures drawn as they should be, and for blank ones never."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from evaluation import run as evaluation
 from training.render import render
+from training.scene import HELD_OUT_WORDS, draw_content
 
 SETTINGS = evaluation.Settings("tiny", size=512)
 SETS = (evaluation.shape_cases, evaluation.latin_cases, evaluation.chinese_cases)
@@ -42,8 +45,27 @@ def test_an_override_changes_the_texts_and_nothing_else() -> None:
         assert [first[key]["class_type"] for key in changed] == ["GLMImageGlyphEncode"]
 
 
-def test_no_case_asks_for_what_training_drew() -> None:
-    prompts = {case.prompt for case in evaluation.shape_cases(SETTINGS, 20)}
-    assert len(prompts) == 20
-    words = {case.check.args[0].texts[0].content for case in evaluation.latin_cases(SETTINGS, 20)}
-    assert words <= set(evaluation.HELD_OUT_WORDS)
+def test_training_draws_no_word_that_is_asked_for() -> None:
+    rng = np.random.default_rng(5)
+    drawn = {draw_content(rng, "latin") for _ in range(20000)}
+    assert not drawn & set(HELD_OUT_WORDS)
+    asked = {case.check.args[0].texts[0].content for case in evaluation.latin_cases(SETTINGS, 20)}
+    assert asked <= set(HELD_OUT_WORDS)
+
+
+def test_a_layout_counts_as_kept_when_it_is() -> None:
+    for case in evaluation.layout_cases(SETTINGS, 3):
+        (scene,) = case.check.args
+        moved = np.roll(render(scene), 70, axis=(0, 1))
+        held = case.check([render(scene), render(scene), moved])
+        assert held["locked layout, another seed: centres kept"]
+        assert not held["no lock, another seed: centres kept"]
+
+
+def test_an_override_counts_when_the_word_alone_is_another() -> None:
+    for case in evaluation.override_cases(SETTINGS, 3):
+        scene, word = case.check.args
+        text = replace(scene.texts[0], content=word)
+        other = render(replace(scene, texts=(text,)))
+        assert all(case.check([render(scene), other]).values())
+        assert not case.check([render(scene), render(scene)])["... the new word read"]

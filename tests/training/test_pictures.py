@@ -97,10 +97,10 @@ def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
         if edit.kind == "background":
             assert after.items == before.items
             assert edit.after.background in edit.wish or ZH_COLOURS[after.background] in edit.wish
-        elif edit.kind == "move":
+        elif edit.kind == "isolate":
             assert len(after.items) == 1
             assert after.background != before.background
         else:
             assert after.background == before.background
             assert len(kept) == len(before.items) - 1
-    assert kinds == {"recolour", "background", "replace", "remove", "move"}
+    assert kinds == {"recolour", "background", "replace", "remove", "isolate"}

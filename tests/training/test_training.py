@@ -1,15 +1,21 @@
-"""Every training stage, for two steps: it runs, can be taken up, and leaves a checkpoint."""
+"""Training runs in every stage, can be taken up, and leaves what it trained as a checkpoint."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from glm_image.scripts.environment import ROOT
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import GlmImageForConditionalGeneration
+
+from training.autoregressive import AutoregressiveStage, collate
+from training.decoder import DecoderStage
+from training.stage import Run
 
 STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
 
@@ -17,7 +23,8 @@ STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
 def train(folder: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "training", "--folder", str(folder / "run"), "--threads", "1",
                "--target", str(folder / "tiny"), "--batch", "2", *arguments]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +41,76 @@ def test_every_stage_leaves_its_losses_and_their_plot(folder) -> None:
         assert Image.open(folder / "run" / stage / "loss.png").width > 300
 
 
-def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_path) -> None:
+def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(tmp_path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, "glyphs", "--steps", "4")
-    train(parts, "glyphs", "--steps", "4", "--stop", "2")
-    assert state(parts)["step"] == 2
-    train(parts, "glyphs", "--steps", "4")
-    assert state(parts)["log"] == state(whole)["log"]
-    for key, value in state(whole)["module"].items():
-        assert torch.equal(value, state(parts)["module"][key])
+    train(whole, "vision", "--steps", "3")
+    train(parts, "vision", "--steps", "3", "--stop", "1")
+    assert state(parts, "vision")["step"] == 1
+    train(parts, "vision", "--steps", "3")
+    expected, found = state(whole, "vision"), state(parts, "vision")
+    assert found["log"] == expected["log"]
+    for weights in ("module", "average"):
+        for key, value in expected[weights].items():
+            assert torch.equal(found[weights][key], value)
 
 
-def state(folder: Path) -> dict:
-    return torch.load(folder / "run" / "glyphs" / "state.pt", weights_only=True)
+def state(folder: Path, stage: str) -> dict:
+    return torch.load(folder / "run" / stage / "state.pt", weights_only=True)
 
 
-def test_the_checkpoint_has_every_component_in_bfloat16(folder) -> None:
-    tiny = folder / "tiny"
-    for component in ("vision_language_encoder", "transformer", "vae"):
-        (file,) = (tiny / component).glob("*.safetensors")
-        assert {weight.dtype for weight in load_file(file).values()} == {torch.bfloat16}
-    assert sum(file.stat().st_size for file in tiny.rglob("*") if file.is_file()) < 40e6
+def test_the_checkpoint_holds_what_was_trained_in_bfloat16(folder) -> None:
+    decoder, ar = state(folder, "decoder")["average"], state(folder, "autoregressive")["average"]
+    saved = only_file(folder / "tiny" / "transformer")
+    for key in ("proj_out.weight", "transformer_blocks.0.attn1.to_q.weight"):
+        assert torch.equal(saved[key], decoder[f"decoder.{key}"].bfloat16())
+    saved = only_file(folder / "tiny" / "vision_language_encoder")
+    key = "layers.0.mlp.down_proj.weight"
+    assert torch.equal(saved[f"model.language_model.{key}"], ar[f"text.{key}"].bfloat16())
+    seen = state(folder, "vision")["average"]["vqmodel.quantize.embedding.weight"]
+    assert torch.equal(saved["model.vqmodel.quantize.embedding.weight"], seen.bfloat16())
+    assert sum(file.stat().st_size for file in (folder / "tiny").rglob("*.*")) < 40e6
+
+
+def only_file(component: Path) -> dict[str, torch.Tensor]:
+    (file,) = component.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_stage_that_is_missing_is_named(tmp_path) -> None:
+    command = [sys.executable, "-m", "training", "decoder", "--folder", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "train the stage vae first" in run.stderr
+
+
+def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
+    """What the AR stage learns to continue is what transformers will ask it to."""
+    stage = AutoregressiveStage(Run(folder / "run", batch=1))
+    network = GlmImageForConditionalGeneration.from_pretrained(
+        folder / "tiny" / "vision_language_encoder"
+    )
+    sample = stage._image(np.random.default_rng(3), 512, 768, whole=True)
+    ids, positions, _, targets = collate([sample])
+    grids = torch.tensor([[1, 16, 24], [1, 13, 19]])
+    prompt = len(sample.prompt)
+    expected, _ = network.model.get_rope_index(
+        ids[:, :prompt], image_grid_thw=grids, images_per_sample=torch.tensor([2])
+    )
+    assert torch.equal(positions[:, :, :prompt], expected)
+    assert targets.shape == (1, 13 * 19 + 16 * 24)
+    assert torch.equal(ids[0, prompt:], targets[0, :-1])
+
+
+@pytest.mark.parametrize("window", [(128, 128), (512, 512)])
+def test_edits_are_trained_on_their_references(folder, window) -> None:
+    stage = DecoderStage(Run(folder / "run", batch=16))
+    batch = stage._edited(np.random.default_rng(4), window, 512, 512)
+    assert batch.reference.pixels.shape == batch.pixels.shape
+    with torch.enable_grad():
+        generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+        with_reference = stage.loss(batch, generators[0])["velocity"]
+        batch.reference.codes.fill_(0)
+        batch.reference.pixels.fill_(1)
+        other = stage.loss(batch, generators[1])["velocity"]
+    assert with_reference.isfinite()
+    assert with_reference != other
