@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GlmImageForConditionalGeneration
 
+from scripts.random_checkpoint import MODEL_INDEX
+
 from .autoregressive import ar_config
 from .tokenizer import IMAGE_END, VISUAL
 
@@ -16,16 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOAT32 = ("text_encoder",)  # as on the hub
 WEIGHTS = "*.safetensors"
 STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
-PIPELINE = {
-    "_class_name": "GlmImagePipeline",
-    "processor": ["transformers", "GlmImageProcessor"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "ByT5Tokenizer"],
-    "transformer": ["diffusers", "GlmImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"],
-}
 
 
 def assemble(folder: Path, target: Path) -> None:
@@ -39,13 +31,13 @@ def assemble(folder: Path, target: Path) -> None:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: train these stages first.")
     snapshot = folder / "snapshot"
     _join_ar(folder).save_pretrained(snapshot / "vision_language_encoder")
-    for name in (name for name in PIPELINE if not name.startswith("_")):
+    for name in (name for name in MODEL_INDEX if not name.startswith("_")):
         shutil.rmtree(target / name, ignore_errors=True)
         shutil.copytree(snapshot / name, target / name, ignore=shutil.ignore_patterns(WEIGHTS))
         for file in (snapshot / name).glob(WEIGHTS):
             dtype = torch.float32 if name in FLOAT32 else torch.bfloat16
             _store(file, target / name / file.name, dtype)
-    (target / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    (target / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
 def _join_ar(folder: Path) -> GlmImageForConditionalGeneration:

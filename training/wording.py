@@ -48,12 +48,12 @@ def quoted(rng: np.random.Generator, text: Text) -> str:
 
 
 def noun(item: Item, article: str) -> str:
-    """`a big red circle`, `three small blue stars`; a small row says no size."""
+    """`a big red circle`, `the red circle`, `blue stars`; rows are small and do not say so."""
     count = len(item.centres)
     size = "" if item.size == "medium" or count > 1 else f"{item.size} "
     words = f"{size}{item.colour} {item.shape}"
     if count > 1:
-        return f"{words}s"
+        return f"the {words}s" if article == "the" else f"{words}s"
     vowel = article == "a" and words[0] in "aeiou"
     return f"{article}{'n' * vowel} {words}"
 
@@ -68,7 +68,7 @@ def _english(rng: np.random.Generator, scene: Scene) -> str:
     texts = [_english_text(rng, text) for text in scene.texts]
     parts = [*things, ground] if rng.random() < 0.8 else [ground, *things]
     parts = [*parts, *texts] if rng.random() < 0.8 else [*texts, *parts]
-    start = _pick(rng, ("", "", "", "a picture of "))
+    start = "a picture of " if parts[0] in things and rng.random() < 0.25 else ""
     sentence = start + ", ".join(parts) + _pick(rng, ("", "", "."))
     return sentence[0].upper() + sentence[1:] if rng.random() < 0.3 else sentence
 
