@@ -34,7 +34,6 @@ class Found:
     colour: str
     row: float
     column: float
-    area: int
     kind: str | None  # one of SHAPES; None where it is like none of them
 
 
@@ -111,6 +110,7 @@ def shows_item(found: list[Found], scene: Scene, item: Item) -> bool:
 
 
 def text_box(scene: Scene, text: Text) -> Box:
+    """Where a text of the scene stands."""
     row, column = scene.text_origin(text)
     return TOKEN * row, TOKEN * column, SLOT, SLOT * len(text.content)
 
@@ -152,10 +152,10 @@ def _background(names: np.ndarray) -> int:
 
 
 def _measure(names: np.ndarray, mask: np.ndarray, stats: np.ndarray) -> Found:
-    left, top, width, height, area = map(int, stats)
+    left, top, width, height, _ = map(int, stats)
     colour = np.bincount(names[mask]).argmax()
     kind = _kind(mask[top : top + height, left : left + width])
-    return Found(list(COLOURS)[colour], top + height / 2, left + width / 2, area, kind)
+    return Found(list(COLOURS)[colour], top + height / 2, left + width / 2, kind)
 
 
 def _kind(mask: np.ndarray) -> str | None:

@@ -89,11 +89,7 @@ class Settings:
             "filename_prefix": f"evaluation/{name}",
         }  # fmt: skip
         graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text())
-        for node in graph.values():
-            inputs = node["inputs"]
-            inputs.update(
-                {key: values[key] for key in values.keys() & inputs if not _is_link(inputs[key])}
-            )
+        demo.set_inputs(graph, values)
         return graph
 
 
@@ -194,7 +190,8 @@ def edit_cases(settings: Settings, count: int) -> Iterator[Case]:
 
     for i in range(count):
         rng = _held_out(5, i)
-        while not set((edit := _draw_edit(rng, settings)).before.items) & set(edit.after.items):
+        size = (settings.size, settings.size)
+        while not set((edit := draw_edit(rng, *size)).before.items) & set(edit.after.items):
             continue
         name = f"edit_{i:02}"
         graph = settings.graph("edit_image", edit.wish, i, name)
@@ -312,20 +309,12 @@ def _with_word(scene: Scene, word: str) -> Scene:
     return replace(scene, texts=(replace(scene.texts[0], content=word),))
 
 
-def _draw_edit(rng: np.random.Generator, settings: Settings) -> Edit:
-    return draw_edit(rng, settings.size, settings.size)
-
-
 def _is_latin(scene: Scene) -> bool:
     return scene.texts[0].script == "latin"
 
 
 def _is_chinese_pair(scene: Scene) -> bool:
     return scene.texts[0].script == "chinese" and len(scene.texts[0].content) == 2
-
-
-def _is_link(value: object) -> bool:
-    return isinstance(value, list)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:
     ):
         if wanted.get(variable):
             values[name] = kind(wanted[variable])
+    set_inputs(prompt, values)
+
+
+def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> None:
+    """Puts values into every node input of their names that is no link."""
     for node in prompt.values():
         for name in values.keys() & node["inputs"].keys():
             if not isinstance(node["inputs"][name], list):

@@ -7,15 +7,7 @@ from pathlib import Path
 import torch
 
 from .assemble import ROOT, assemble
-from .stage import Run, train
-
-STAGES = {
-    "vae": ("vae", "VAEStage"),
-    "autoregressive": ("autoregressive", "AutoregressiveStage"),
-    "vision": ("vision", "VisionStage"),
-    "glyphs": ("glyphs", "GlyphStage"),
-    "decoder": ("decoder", "DecoderStage"),
-}
+from .stage import STAGES, Run, train
 
 
 def main() -> None:
@@ -40,8 +32,8 @@ def main() -> None:
         parser.error("--stop goes with one stage")
     run = Run(**given)
     for name in asked or STAGES:
-        module, stage = STAGES[name]
-        train(getattr(import_module(f"{__package__}.{module}"), stage)(run))
+        stage = getattr(import_module(f"{__package__}.{name}"), STAGES[name])
+        train(stage(run))
     if not asked:
         assemble(run.folder, target)
 

@@ -12,12 +12,12 @@ from transformers import GenerationConfig, GlmImageForConditionalGeneration
 from scripts.random_checkpoint import MODEL_INDEX
 
 from .autoregressive import ar_config
+from .stage import STAGES
 from .tokenizer import IMAGE_END, VISUAL
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32 = ("text_encoder",)  # as on the hub
 WEIGHTS = "*.safetensors"
-STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
 
 
 def assemble(folder: Path, target: Path) -> None:

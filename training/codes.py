@@ -17,15 +17,13 @@ from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene, draw_scene
 CODEBOOK = 2048
 PATTERNS = 32
 PARTS = 4  # a cell's pattern has so many parts a side
+NOTHING, WHOLE = 0.02, 0.98  # shares of a cell that count as none of it, and as all
 SAMPLES = 2  # points a side that a part is measured at
 
 NAMES = list(COLOURS)
 PAIRS = {pair: i for i, pair in enumerate(permutations(NAMES, 2))}  # (shape, background)
-SLOTS = [
-    (script, i)
-    for script, count in (("latin", MAX_LETTERS), ("digit", MAX_OTHERS), ("chinese", MAX_OTHERS))
-    for i in range(count)
-]
+LONGEST = {"latin": MAX_LETTERS, "digit": MAX_OTHERS, "chinese": MAX_OTHERS}
+SLOTS = [(script, i) for script, count in LONGEST.items() for i in range(count)]
 INSIDE = len(NAMES)
 EDGE = 2 * len(NAMES)
 TEXT = EDGE + len(PAIRS) * PATTERNS
@@ -41,8 +39,8 @@ def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
         parts = _parts(scene, item, grid)
         mean = parts.mean((2, 3))
         first = EDGE + PAIRS[item.colour, scene.background] * PATTERNS
-        edge = (mean > 0.02) & (mean < 0.98)
-        codes[mean >= 0.98] = INSIDE + NAMES.index(item.colour)
+        edge = _is_edge(mean)
+        codes[mean >= WHOLE] = INSIDE + NAMES.index(item.colour)
         codes[edge] = first + _nearest(parts[edge].reshape(-1, PARTS**2), patterns())
     for text in scene.texts:
         _set_text(codes, scene, text)
@@ -93,7 +91,7 @@ def patterns() -> np.ndarray:
         for item in scene.items:
             parts = _parts(scene, item, scene.grid).reshape(-1, PARTS**2)
             mean = parts.mean(1)
-            found.append(parts[(mean > 0.02) & (mean < 0.98)])
+            found.append(parts[_is_edge(mean)])
     found = np.concatenate(found)
     centres = found[np.random.default_rng(11).choice(len(found), PATTERNS, replace=False)]
     for _ in range(30):
@@ -103,6 +101,10 @@ def patterns() -> np.ndarray:
              for i in range(PATTERNS)]
         )  # fmt: skip
     return centres.astype(np.float32)
+
+
+def _is_edge(covered: np.ndarray) -> np.ndarray:
+    return (covered > NOTHING) & (covered < WHOLE)
 
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -155,7 +157,7 @@ def _features() -> np.ndarray:
         for part in range(THIRDS**2):
             code = TEXT + i * THIRDS**2 + part
             places = (
-                ("latin", "digit", "chinese").index(script),
+                list(LONGEST).index(script),
                 3 + place,
                 3 + MAX_LETTERS + part // THIRDS,
                 3 + MAX_LETTERS + THIRDS + part % THIRDS,

@@ -13,9 +13,9 @@ from transformers import T5Config, T5EncoderModel
 
 from glm_core.glyph import PAD, byte_ids
 
-from .codes import SLOTS
+from .codes import LONGEST, SLOTS
 from .render import SLOT, glyph_bitmap
-from .scene import CHINESE, MAX_LETTERS, MAX_OTHERS, draw_content
+from .scene import CHINESE, draw_content
 from .stage import Stage
 
 WIDTH = 192
@@ -92,8 +92,7 @@ def make_glyph_encoder() -> T5EncoderModel:
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
     """A script and a number of characters, for all texts of a batch."""
     script = str(rng.choice(("latin", "digit", "chinese"), p=(0.2, 0.05, 0.75)))
-    longest = MAX_LETTERS if script == "latin" else MAX_OTHERS
-    return script, int(rng.integers(1, longest + 1))
+    return script, int(rng.integers(1, LONGEST[script] + 1))
 
 
 def _example(text: str, script: str, lead: int) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .scene import COLOURS, Item, Scene
+from .scene import COLOURS, Item, Scene, Text
 
 SLOT = 64  # pixels that a character has, two cells of 32 each way
 LATIN_FONT = ("font_roboto", "files/Roboto-Bold.ttf")  # Apache 2.0
@@ -95,30 +95,48 @@ def _windows(scene: Scene, item: Item) -> list[tuple[int, int, int, int]]:
     ]  # fmt: skip
 
 
-def _paint_shape(image, scene: Scene, item: Item, window, origin: tuple[int, int]) -> None:
-    top, bottom = max(window[0], origin[0]), min(window[1], origin[0] + image.shape[0])
-    left, right = max(window[2], origin[1]), min(window[3], origin[1] + image.shape[1])
-    if top >= bottom or left >= right:
-        return
-    rows = np.arange(top, bottom, dtype=np.float32) + 0.5
-    columns = np.arange(left, right, dtype=np.float32) + 0.5
-    alpha = coverage(scene, item, rows, columns, 1.0)[..., None]
-    part = image[top - origin[0] : bottom - origin[0], left - origin[1] : right - origin[1]]
-    part += alpha * (np.array(COLOURS[item.colour], np.float32) - part)
+def _overlap(
+    image: np.ndarray, origin: tuple[int, int], window: tuple[int, int, int, int]
+) -> tuple[slice, slice]:
+    """The rows and columns of the scene that lie both in the image and in the window."""
+    (top, bottom, left, right), (first, start) = window, origin
+    rows = slice(max(top, first), max(top, first, min(bottom, first + image.shape[0])))
+    columns = slice(max(left, start), max(left, start, min(right, start + image.shape[1])))
+    return rows, columns
 
 
-def _paint_text(image, scene: Scene, text, origin: tuple[int, int]) -> None:
+def _shifted(rows: slice, columns: slice, top: int, left: int) -> tuple[slice, slice]:
+    return slice(rows.start - top, rows.stop - top), slice(
+        columns.start - left, columns.stop - left
+    )
+
+
+def _blend(image: np.ndarray, where: tuple[slice, slice], alpha: np.ndarray, colour: str) -> None:
+    part = image[where]
+    part += alpha[..., None] * (np.array(COLOURS[colour], np.float32) - part)
+
+
+def _paint_shape(
+    image: np.ndarray, scene: Scene, item: Item, window: tuple[int, int, int, int],
+    origin: tuple[int, int],
+) -> None:  # fmt: skip
+    rows, columns = _overlap(image, origin, window)
+    y = np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5
+    x = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5
+    if len(y) and len(x):
+        alpha = coverage(scene, item, y, x, 1.0)
+        _blend(image, _shifted(rows, columns, *origin), alpha, item.colour)
+
+
+def _paint_text(image: np.ndarray, scene: Scene, text: Text, origin: tuple[int, int]) -> None:
     row, column = scene.text_origin(text)
-    ink = np.array(COLOURS[scene.ink], np.float32)
     for i, character in enumerate(text.content):
-        top, left = 32 * row - origin[0], 32 * column + SLOT * i - origin[1]
-        above, before = max(0, -top), max(0, -left)
-        part = image[top + above : top + SLOT, left + before : left + SLOT] if (
-            top + SLOT > 0 and left + SLOT > 0
-        ) else image[:0, :0]  # fmt: skip
-        if part.size:
-            glyph = glyph_bitmap(character)[above:, before:][: part.shape[0], : part.shape[1]]
-            part += glyph[..., None].astype(np.float32) / 255 * (ink - part)
+        top, left = 32 * row, 32 * column + SLOT * i
+        rows, columns = _overlap(image, origin, (top, top + SLOT, left, left + SLOT))
+        glyph = glyph_bitmap(character)[_shifted(rows, columns, top, left)]
+        if glyph.size:
+            alpha = glyph.astype(np.float32) / 255
+            _blend(image, _shifted(rows, columns, *origin), alpha, scene.ink)
 
 
 @lru_cache(maxsize=2048)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from glm_core.grids import preview_grid
+
 COLOURS = {
     "red": (220, 40, 45),
     "orange": (245, 140, 35),
@@ -75,9 +77,8 @@ class Scene:
 
     @property
     def preview(self) -> tuple[int, int]:
-        """Rows and columns of the preview, as `glm_core.grids.preview_grid` has it."""
-        ratio = self.height / self.width
-        return int(ratio**0.5 * 16), int((1 / ratio) ** 0.5 * 16)
+        """Rows and columns of the preview."""
+        return preview_grid(self.grid)
 
     @property
     def cell(self) -> tuple[float, float]:

@@ -27,6 +27,13 @@ from tqdm import tqdm
 from .muon import Muon
 
 SAVE_EVERY = 120  # seconds
+STAGES = {  # a module each and its class, in the order they are trained
+    "vae": "VAEStage",
+    "autoregressive": "AutoregressiveStage",
+    "vision": "VisionStage",
+    "glyphs": "GlyphStage",
+    "decoder": "DecoderStage",
+}
 
 
 @dataclass(frozen=True)

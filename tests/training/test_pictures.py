@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from glm_image.glm_core.glyph import texts_to_render
-from glm_image.training.codes import CODEBOOK, EDGE, INSIDE, NAMES, TEXT, USED, cells, vectors
-from glm_image.training.edits import draw_edit
-from glm_image.training.render import render
-from glm_image.training.scene import COLOURS, SIZES, Scene, draw_scene
-from glm_image.training.wording import ZH_COLOURS, ZH_SHAPES, prompt_of
+
+from glm_core.glyph import texts_to_render
+from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, TEXT, USED, cells, vectors
+from training.edits import draw_edit
+from training.render import render
+from training.scene import COLOURS, SIZES, Scene, draw_scene
+from training.wording import ZH_COLOURS, ZH_SHAPES, prompt_of
 
 
 def scenes(count: int = 30) -> list[tuple[np.random.Generator, Scene]]:
