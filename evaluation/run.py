@@ -149,7 +149,8 @@ def override_cases(settings: Settings, count: int) -> Iterator[Case]:
 def layout_cases(settings: Settings, count: int) -> Iterator[Case]:
     """Two seeds on one locked layout, and the second seed without it.
 
-    Scenes of two items and more: one shape may well stay where it was without a lock.
+    Scenes of two items and more whose places the prompt leaves open: what is asked for stays there
+    without a lock.
     """
 
     def check(scene: Scene, pictures: Pictures) -> Results:
@@ -161,7 +162,7 @@ def layout_cases(settings: Settings, count: int) -> Iterator[Case]:
 
     for i in range(count):
         rng = _held_out(4, i)
-        scene = _draw(rng, settings, 0, lambda scene: len(scene.items) > 1)
+        scene = _draw(rng, settings, 0, _is_open)
         prompt, name = prompt_of(rng, scene), f"layout_{i:02}"
         locked = [
             settings.graph("lock_layout_change_prompt", prompt, seed, name)
@@ -307,6 +308,10 @@ def _draw(
 
 def _with_word(scene: Scene, word: str) -> Scene:
     return replace(scene, texts=(replace(scene.texts[0], content=word),))
+
+
+def _is_open(scene: Scene) -> bool:
+    return len(scene.items) > 1 and not any(item.place for item in scene.items)
 
 
 def _is_latin(scene: Scene) -> bool:

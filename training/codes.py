@@ -8,11 +8,12 @@ and which part of it). A text's code does not say which character: that is the g
 
 from functools import lru_cache
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 
 from .render import SLOT, coverage
-from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene, draw_scene
+from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene
 
 CODEBOOK = 2048
 PATTERNS = 32
@@ -83,24 +84,17 @@ def factors() -> np.ndarray:
 
 @lru_cache
 def patterns() -> np.ndarray:
-    """float32 [PATTERNS, 16]: centres of the patterns that edges make, by k-means."""
-    found = []
-    for i in range(200):
-        rng = np.random.default_rng([11, i])
-        scene = draw_scene(rng, 512, 512)
-        for item in scene.items:
-            parts = _parts(scene, item, scene.grid).reshape(-1, PARTS**2)
-            mean = parts.mean(1)
-            found.append(parts[_is_edge(mean)])
-    found = np.concatenate(found)
-    centres = found[np.random.default_rng(11).choice(len(found), PATTERNS, replace=False)]
-    for _ in range(30):
-        nearest = _nearest(found, centres)
-        centres = np.stack(
-            [found[nearest == i].mean(0) if (nearest == i).any() else centres[i]
-             for i in range(PATTERNS)]
-        )  # fmt: skip
-    return centres.astype(np.float32)
+    """float32 [PATTERNS, 16]: the patterns that edges make.
+
+    Centres, by k-means, of the edge cells of two hundred drawn scenes. They are kept in a file:
+    what a trained checkpoint's codes mean must not change when scenes are drawn in another way.
+    """
+    return np.load(Path(__file__).parent / "patterns.npy")
+
+
+def slot_of(code: int) -> tuple[str, int] | None:
+    """The script and the place of the character that a code is a part of; None for no text's."""
+    return SLOTS[(code - TEXT) // THIRDS**2] if TEXT <= code < USED else None
 
 
 def _is_edge(covered: np.ndarray) -> np.ndarray:

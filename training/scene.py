@@ -5,6 +5,7 @@ composition at every size; texts are set in cells of 32 pixels, two by two to a 
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,13 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart")
 RADII = {"small": 1, "medium": 2, "big": 3}
 SIZES = ((512, 512), (768, 768), (1024, 1024), (512, 768), (768, 512), (768, 1152), (1152, 768))
 ANCHORS = {
-    "left": (0.5, 0.25), "right": (0.5, 0.75), "top": (0.2, 0.5), "bottom": (0.8, 0.5),
-    "centre": (0.5, 0.5), "top left": (0.2, 0.25), "top right": (0.2, 0.75),
-    "bottom left": (0.8, 0.25), "bottom right": (0.8, 0.75),
+    "left": (0.5, 0.2), "right": (0.5, 0.8), "top": (0.2, 0.5), "bottom": (0.8, 0.5),
+    "centre": (0.5, 0.5), "top left": (0.2, 0.2), "top right": (0.2, 0.8),
+    "bottom left": (0.8, 0.2), "bottom right": (0.8, 0.8),
 }  # fmt: skip
-NEARBY = (0.25, 0.5, 0.25)  # how often a shape is a cell before, at, or after its anchor, each way
+# Where a shape goes, in cells from its anchor: the first of these that is free, nearest first.
+BESIDE = sorted(product(range(-2, 3), repeat=2), key=lambda step: (np.hypot(*step), step))
+ANYWHERE = 0.2  # how often a prompt leaves a shape's place open; it is at one of the anchors
 TEXT_PLACES = ("top", "bottom", "centre")
 MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
 TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of shapes
@@ -124,24 +127,21 @@ def free_band(scene: Scene) -> tuple[int, int]:
 
 
 def place_item(
-    rng: np.random.Generator, scene: Scene, shape: str, colour: str, size: str,
-    place: str | None, count: int = 1,
-) -> Item | None:  # fmt: skip
-    """An item somewhere near its place, clear of all that is there; None where it does not fit."""
+    scene: Scene, shape: str, colour: str, size: str, place: str, count: int = 1
+) -> Item | None:
+    """An item at its place, or as near it as others leave room; None where it does not fit."""
     first, last = free_band(scene)
     columns = scene.preview[1]
     radius = RADII[size]
     pitch = 2 * radius + 1
     half = radius + pitch * (count - 1) / 2
-    for _ in range(8):
-        row, column = ANCHORS[place or "centre"]
-        beside = rng.choice((-1, 0, 1), 2, p=NEARBY) if place else rng.integers(-3, 4, 2)
-        row = round(first + row * (last - first)) + beside[0]
-        column = round(column * columns) + beside[1]
-        row = np.clip(row, first + radius, last - radius)
-        column = np.clip(column, np.ceil(half), np.floor(columns - half))
-        start = column - pitch * (count - 1) // 2
-        centres = tuple((float(row), float(start + pitch * i)) for i in range(count))
+    row, column = ANCHORS[place]
+    row, column = round(first + row * (last - first)), round(column * columns)
+    for down, right in BESIDE:
+        y = np.clip(row + down, first + radius, last - radius)
+        x = np.clip(column + right, np.ceil(half), np.floor(columns - half))
+        start = x - pitch * (count - 1) // 2
+        centres = tuple((float(y), float(start + pitch * i)) for i in range(count))
         item = Item(shape, colour, size, place, centres)
         if _is_clear(scene, item):
             return item
@@ -172,15 +172,16 @@ def _draw_item(rng: np.random.Generator, scene: Scene) -> Item | None:
         return None
     if rng.random() < 0.15:
         place = str(rng.choice(("top", "centre", "bottom")))
-        return place_item(rng, scene, shape, colour, "small", place, int(rng.integers(2, 5)))
+        return place_item(scene, shape, colour, "small", place, int(rng.integers(2, 5)))
     size = str(rng.choice(list(RADII), p=(0.2, 0.55, 0.25)))
     taken = {item.place for item in scene.items}
     places = [place for place in ANCHORS if place not in taken]
     # The two sides and the centre are what people write most.
     weights = np.array([3.0 if place in ("left", "right", "centre") else 1.0 for place in places])
-    place = str(rng.choice(places, p=weights / weights.sum()))
-    anywhere = rng.random() < 0.1
-    return place_item(rng, scene, shape, colour, size, None if anywhere else place)
+    anywhere = rng.random() < ANYWHERE
+    place = str(rng.choice(places, p=None if anywhere else weights / weights.sum()))
+    item = place_item(scene, shape, colour, size, place)
+    return replace(item, place=None) if item and anywhere else item
 
 
 def _draw_texts(rng: np.random.Generator, count: int) -> tuple[Text, ...]:

@@ -1,5 +1,7 @@
 """What training draws, what its prompts ask for and what the codes say are the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from glm_core.glyph import texts_to_render
 from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, TEXT, USED, cells, vectors
 from training.edits import draw_edit
 from training.render import render
-from training.scene import COLOURS, SIZES, Scene, draw_scene
+from training.scene import COLOURS, SIZES, Scene, draw_scene, place_item
 from training.wording import ZH_COLOURS, ZH_SHAPES, prompt_of
 
 
@@ -105,3 +107,22 @@ def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
             assert after.background == before.background
             assert len(kept) == len(before.items) - 1
     assert kinds == {"recolour", "background", "replace", "remove", "isolate"}
+
+
+def test_shapes_stand_where_they_were_asked_for() -> None:
+    scene = Scene(512, 512, "yellow", (), ())
+    for place, column in (("left", 3), ("centre", 8), ("right", 13)):
+        item = place_item(scene, "circle", "red", "medium", place)
+        assert item.centres == ((8, column),)
+        scene = replace(scene, items=(*scene.items, item))
+    crowded = place_item(scene, "star", "blue", "medium", "left")
+    assert crowded is None
+
+
+def test_a_big_shape_makes_room_for_another() -> None:
+    scene = Scene(512, 512, "yellow", (), ())
+    left = place_item(scene, "circle", "red", "big", "left")
+    centre = place_item(replace(scene, items=(left,)), "star", "blue", "big", "centre")
+    (row, column), (_, taken) = centre.centres[0], left.centres[0]
+    assert column - taken >= 7
+    assert abs(row - 8) <= 2
