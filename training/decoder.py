@@ -6,6 +6,7 @@ unshifted timestep.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from glm_core.glyph import glyph_ids
 from glm_core.grids import upsample_tokens
 from glm_core.schedule import ScheduleConfig
 
-from .codes import CODEBOOK, cells, vectors
+from .codes import CODEBOOK, cells, slot_of, vectors
 from .edits import draw_edit
-from .glyphs import WIDTH, draw_kind
+from .glyphs import CHARACTERS, WIDTH, draw_kind
+from .hints import CHARACTER_BLOCK, QUARTER_BLOCK, Hints, look_around
 from .render import render
 from .scene import SIZES, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
@@ -31,6 +33,9 @@ from .vae import busy_window
 
 HEADS, HEAD_DIM, LAYERS = 2, 128, 5
 MARGIN = 16  # pixels around a window that the VAE sees and the decoder does not
+# The first batch has this share of almost pure noise, where codes and glyphs alone say what to
+# draw; the last has none.
+NOISY = 0.7
 SCHEDULE = ScheduleConfig(1000, base_shift=0.25, max_shift=0.75, base_image_seq_len=256)
 
 
@@ -39,15 +44,19 @@ class Batch:
     """Windows of one size; the first texts of all scenes have one length, and so the second.
 
     pixels: float [B, 3, H, W] with a margin; inner: the windows (top, left, height, width) in it.
-    codes: int64 [B, H / 32, W / 32]; texts: one int64 [B, L] per text; size: of the whole images.
+    codes: int64 [B, H / 32, W / 32], and characters: which one is there, -1 where none is.
+    texts: one int64 [B, L] per text; size: of the whole images.
+    noisy: the share of windows that are almost pure noise, beyond what falls to it by chance.
     reference: the same windows before they were edited.
     """
 
     pixels: Tensor
     inner: tuple[int, int, int, int]
     codes: Tensor
+    characters: Tensor
     texts: list[Tensor]
     size: tuple[int, int]
+    noisy: float = 0.0
     reference: "Batch | None" = None
 
 
@@ -60,7 +69,8 @@ class DecoderStage(Stage):
     learning_rate = 2e-3
     # Orthogonal steps of the modulations and of the glyph encoder would take a third of the time.
     by_adamw = (
-        "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition", "glyphs.",
+        "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition",
+        "glyphs.", "hints.",
     )  # fmt: skip
     ema = 0.999
 
@@ -89,9 +99,15 @@ class DecoderStage(Stage):
             for block in network.transformer_blocks:  # gates begin closed
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
+        look_around(network)
+        self.states = {}
+        for block in (QUARTER_BLOCK, CHARACTER_BLOCK):
+            network.transformer_blocks[block].register_forward_hook(partial(self._keep, block))
         trained = required(self.run.folder / "glyphs" / "encoder", "glyphs")
         encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
-        return nn.ModuleDict({"decoder": network, "glyphs": encoder.train().requires_grad_(True)})
+        encoder.train().requires_grad_(True)
+        hints = Hints(HEADS * HEAD_DIM)
+        return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": hints})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
         """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
@@ -103,7 +119,14 @@ class DecoderStage(Stage):
         if progress > 0.8 and rng.random() < 0.3:
             window = (height, width)
         if rng.random() < 0.12:
-            return self._edited(rng, window, height, width)
+            batch = self._edited(rng, window, height, width)
+        else:
+            batch = self._drawn(rng, window, height, width)
+        return replace(batch, noisy=NOISY * (1 - progress))
+
+    def _drawn(
+        self, rng: np.random.Generator, window: tuple[int, int], height: int, width: int
+    ) -> Batch:
         kinds = [draw_kind(rng) for _ in range(rng.choice(3, p=(0.15, 0.65, 0.2)))]
         if len(kinds) == 2 and kinds[0][0] == kinds[1][0]:
             kinds = kinds[:1]
@@ -112,20 +135,24 @@ class DecoderStage(Stage):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         latents = self._latents(batch)
-        count = len(latents)
-        uniform = torch.rand(count, generator=generator, device=latents.device)
-        height, width = batch.size
-        mu = SCHEDULE.shift(height, width)
-        sigma = (mu * uniform / (1 + (mu - 1) * uniform)).view(-1, 1, 1, 1)
+        times = _times(batch, generator)
+        mu = SCHEDULE.shift(*batch.size)
+        sigma = (mu * times / (1 + (mu - 1) * times)).view(-1, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         # The unconditional pass has neither codes nor texts nor references.
         bare = bool(torch.rand((), generator=generator, device=latents.device) < 0.1)
-        glyphs = self._glyphs([] if bare else batch.texts, count)
+        glyphs = self._glyphs([] if bare else batch.texts, len(latents))
         cache = None if batch.reference is None or bare else self._cache(batch.reference)
         velocity = self._network(
-            (1 - sigma) * latents + sigma * noise, glyphs, batch, 1000 * uniform - 1, bare, cache
+            (1 - sigma) * latents + sigma * noise, glyphs, batch, 1000 * times - 1, bare, cache
         )
-        return {"velocity": F.mse_loss(velocity, noise - latents)}
+        losses = {"velocity": F.mse_loss(velocity, noise - latents)}
+        if not bare:
+            codes, characters = (
+                upsample_tokens(part.to(latents.device)) for part in (batch.codes, batch.characters)
+            )
+            losses |= self.module["hints"](self.states, codes, characters)
+        return losses
 
     def write(self) -> None:
         self.module["decoder"].save_pretrained(self.run.snapshot / "transformer")
@@ -136,6 +163,9 @@ class DecoderStage(Stage):
             time_shift_type="linear", base_shift=SCHEDULE.base_shift,
             max_shift=SCHEDULE.max_shift, base_image_seq_len=SCHEDULE.base_image_seq_len,
         ).save_pretrained(self.run.snapshot / "scheduler")  # fmt: skip
+
+    def _keep(self, block: int, module: nn.Module, given: tuple, states: tuple) -> None:
+        self.states[block] = states[0]
 
     def _count(self, window: tuple[int, int]) -> int:
         return max(1, self.size * 128 * 128 // (window[0] * window[1]))
@@ -218,7 +248,7 @@ def _place(
 
 def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Batch:
     """The windows with a margin on every side; beyond the image, its edge is repeated."""
-    pixels, codes = [], []
+    pixels, codes, characters = [], [], []
     for scene, (top, left, height, width) in zip(scenes, windows, strict=True):
         image = np.pad(
             _clipped(scene, top, left, height, width),
@@ -228,13 +258,31 @@ def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Bat
         pixels.append(torch.from_numpy(image).float() / 127.5 - 1)
         grid = cells(scene)[top // 32 : (top + height) // 32, left // 32 : (left + width) // 32]
         codes.append(torch.from_numpy(grid))
+        characters.append(characters_of(scene, codes[-1]))
     ids = [glyph_ids([text.content for text in scene.texts]) for scene in scenes]
     texts = [torch.tensor(same) for same in zip(*ids, strict=True)]
     _, _, height, width = windows[0]
     return Batch(
         rearrange(torch.stack(pixels), "b h w c -> b c h w"), (MARGIN, MARGIN, height, width),
-        torch.stack(codes), texts, (scenes[0].height, scenes[0].width),
+        torch.stack(codes), torch.stack(characters), texts, (scenes[0].height, scenes[0].width),
     )  # fmt: skip
+
+
+def characters_of(scene: Scene, codes: Tensor) -> Tensor:
+    """Indices of CHARACTERS for codes [H, W] of the scene, whose texts are of different scripts."""
+    contents = {text.script: text.content for text in scene.texts}
+    characters = torch.full_like(codes, -1)
+    for code in codes.unique().tolist():
+        if (slot := slot_of(code)) is not None:
+            script, place = slot
+            characters[codes == code] = CHARACTERS.index(contents[script][place])
+    return characters
+
+
+def _times(batch: Batch, generator: torch.Generator) -> Tensor:
+    """float [B], 1 at pure noise, before they are shifted: uniform but for the noisy ones."""
+    uniform, chance = torch.rand(2, len(batch.codes), generator=generator, device=generator.device)
+    return torch.where(chance < batch.noisy, 1 - uniform / 10, uniform)
 
 
 def _clipped(scene: Scene, top: int, left: int, height: int, width: int) -> np.ndarray:

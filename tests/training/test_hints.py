@@ -1,0 +1,50 @@
+"""The decoder's first blocks look around, and the hints know which character stands where."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import GlmImageTransformer2DModel
+from diffusers.models.transformers.transformer_glm_image import GlmImageRotaryPosEmbed
+
+from training.codes import cells
+from training.decoder import HEAD_DIM, HEADS, characters_of
+from training.glyphs import CHARACTERS
+from training.hints import look_around
+from training.scene import Scene, Text
+
+SIDE = 32  # patches, as in a picture of 512 pixels
+
+
+@pytest.mark.parametrize(("block", "neighbours"), [(0, [(9, 8), (9, 10)]), (1, [(8, 9), (10, 9)])])
+def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
+    torch.manual_seed(0)
+    network = GlmImageTransformer2DModel(
+        num_layers=2, attention_head_dim=HEAD_DIM, num_attention_heads=HEADS, text_embed_dim=8,
+        time_embed_dim=8, condition_dim=8, prior_vq_quantizer_codebook_size=8,
+    )  # fmt: skip
+    look_around(network)
+    attention = network.transformer_blocks[block].attn1
+    states = torch.randn(1, SIDE * SIDE, HEADS * HEAD_DIM)
+    marked = states.clone()
+    marked[0, 9 * SIDE + 9] += 3
+    rope = GlmImageRotaryPosEmbed(HEAD_DIM, 2)(torch.empty(1, 1, 2 * SIDE, 2 * SIDE))
+    with torch.no_grad():
+        plain, changed = (
+            attention(one, states[:, :0], image_rotary_emb=rope)[0] for one in (states, marked)
+        )
+    moved = (plain - changed).norm(dim=-1).view(SIDE, SIDE)
+    nearest = moved.flatten().topk(2).indices.tolist()
+    assert sorted(divmod(place, SIDE) for place in nearest) == neighbours
+
+
+def test_every_cell_of_a_text_has_its_character() -> None:
+    texts = (Text("HELLO", "bottom"), Text("春天", "top"))
+    scene = Scene(512, 512, "yellow", (), texts)
+    found = characters_of(scene, torch.from_numpy(cells(scene))).numpy()
+    expected = np.full((16, 16), -1)
+    for text in texts:
+        row, column = scene.text_origin(text)
+        for i, character in enumerate(text.content):
+            left = column + 2 * i
+            expected[row : row + 2, left : left + 2] = CHARACTERS.index(character)
+    np.testing.assert_array_equal(found, expected)
