@@ -40,7 +40,7 @@ def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
         parts = _parts(scene, item, grid)
         mean = parts.mean((2, 3))
         first = EDGE + PAIRS[item.colour, scene.background] * PATTERNS
-        edge = _is_edge(mean)
+        edge = (mean > NOTHING) & (mean < WHOLE)
         codes[mean >= WHOLE] = INSIDE + NAMES.index(item.colour)
         codes[edge] = first + _nearest(parts[edge].reshape(-1, PARTS**2), patterns())
     for text in scene.texts:
@@ -95,10 +95,6 @@ def patterns() -> np.ndarray:
 def slot_of(code: int) -> tuple[str, int] | None:
     """The script and the place of the character that a code is a part of; None for no text's."""
     return SLOTS[(code - TEXT) // THIRDS**2] if TEXT <= code < USED else None
-
-
-def _is_edge(covered: np.ndarray) -> np.ndarray:
-    return (covered > NOTHING) & (covered < WHOLE)
 
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:

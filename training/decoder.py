@@ -6,7 +6,6 @@ unshifted timestep.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from glm_core.schedule import ScheduleConfig
 from .codes import CODEBOOK, cells, slot_of, vectors
 from .edits import draw_edit
 from .glyphs import CHARACTERS, WIDTH, draw_kind
-from .hints import CHARACTER_BLOCK, QUARTER_BLOCK, Hints, look_around
+from .hints import Hints, look_around
 from .render import render
 from .scene import SIZES, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
@@ -100,14 +99,10 @@ class DecoderStage(Stage):
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
         look_around(network)
-        self.states = {}
-        for block in (QUARTER_BLOCK, CHARACTER_BLOCK):
-            network.transformer_blocks[block].register_forward_hook(partial(self._keep, block))
         trained = required(self.run.folder / "glyphs" / "encoder", "glyphs")
         encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
         encoder.train().requires_grad_(True)
-        hints = Hints(HEADS * HEAD_DIM)
-        return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": hints})
+        return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": Hints(network)})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
         """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
@@ -151,7 +146,7 @@ class DecoderStage(Stage):
             codes, characters = (
                 upsample_tokens(part.to(latents.device)) for part in (batch.codes, batch.characters)
             )
-            losses |= self.module["hints"](self.states, codes, characters)
+            losses |= self.module["hints"](codes, characters)
         return losses
 
     def write(self) -> None:
@@ -163,9 +158,6 @@ class DecoderStage(Stage):
             time_shift_type="linear", base_shift=SCHEDULE.base_shift,
             max_shift=SCHEDULE.max_shift, base_image_seq_len=SCHEDULE.base_image_seq_len,
         ).save_pretrained(self.run.snapshot / "scheduler")  # fmt: skip
-
-    def _keep(self, block: int, module: nn.Module, given: tuple, states: tuple) -> None:
-        self.states[block] = states[0]
 
     def _count(self, window: tuple[int, int]) -> int:
         return max(1, self.size * 128 * 128 // (window[0] * window[1]))
