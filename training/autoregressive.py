@@ -1,13 +1,16 @@
 """The AR model: from a prompt to the preview's codes and the large grid's; edits likewise."""
 
 import json
-from dataclasses import dataclass
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
@@ -16,10 +19,11 @@ from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, cells, factors
 from .edits import draw_edit
-from .scene import SIZES, draw_scene
+from .reading import Reading, asked_by
+from .scene import SIZES, Scene, draw_scene
 from .stage import Run, Stage
 from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, image_placeholder, make_processor
-from .wording import prompt_of
+from .wording import phrased
 
 HIDDEN, LAYERS = 192, 4
 # The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
@@ -29,21 +33,28 @@ ROPE_THETA = 4.0
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the codes that should follow it with their positions."""
+    """A prompt, and the codes that should follow it with their positions.
+
+    codes: int64 [N]; positions: int64 [3, N].
+    preview: rows and columns of the grid that the codes begin with; None for an edit.
+    phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
+    """
 
     prompt: Prompt
-    codes: Tensor  # int64 [N]
-    positions: Tensor  # int64 [3, N]
+    codes: Tensor
+    positions: Tensor
+    preview: tuple[int, int] | None = None
+    phrases: tuple[tuple[int, Tensor], ...] = ()
 
 
 class AutoregressiveStage(Stage):
-    """Next-code cross-entropy over what follows the prompt."""
+    """Next-code cross-entropy over what follows the prompt, and what `Reading` asks besides."""
 
     name = "autoregressive"
     steps = 8000
     batch = 12
     learning_rate = 2e-3
-    by_adamw = ("head",)
+    by_adamw = ("head", "reading.")
     ema = 0.998
 
     def __init__(self, run: Run) -> None:
@@ -52,6 +63,7 @@ class AutoregressiveStage(Stage):
         if not folder.is_dir():  # a run keeps the vocabulary that it began with
             make_processor().save_pretrained(folder)
         self.tokenizer = read_tokenizer(folder)
+        self.offsets = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def build(self) -> nn.Module:
         model = GlmImageForConditionalGeneration(ar_config())
@@ -61,12 +73,19 @@ class AutoregressiveStage(Stage):
             model.model.language_model.embed_tokens.weight.mul_(50)  # from 0.02 to unit size
             model.model.language_model.embed_tokens.weight[:CODEBOOK] = codes
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
-        return nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head})
+        text = model.model.language_model
+        reading = Reading(text.layers, HIDDEN)
+        return nn.ModuleDict({"text": text, "head": model.lm_head, "reading": reading})
 
     def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
-        """All of one kind and size: mostly previews at first, then more whole images, and edits."""
-        kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
+        """All of one kind and size: mostly previews at first, then more whole images, and edits.
+
+        A fifth of the batches are prompts alone, as many as have the length of a batch of previews.
+        """
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
+        if rng.random() < 0.2:
+            return [self._prompt(rng, height, width) for _ in range(6 * self.size)]
+        kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.size * 300 // tokens)
         if kind == 2:
@@ -75,12 +94,23 @@ class AutoregressiveStage(Stage):
 
     def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
         ids, positions, mask, targets = (part.to(self.run.device) for part in collate(batch))
+        reading = self.module["reading"]
         states = self.module["text"](
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        count = targets.shape[1]
-        logits = self.module["head"](states[:, -count:])[..., :CODEBOOK]
-        return {"codes": F.cross_entropy(logits.flatten(0, 1), targets.flatten())}
+        losses = {}
+        if count := targets.shape[1]:
+            states = states[:, -count:]
+            logits = self.module["head"](states)[..., :CODEBOOK]
+            losses["codes"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if batch[0].preview and count:
+            first = math.prod(batch[0].preview)
+            grid = targets[:, :first].unflatten(1, batch[0].preview)
+            losses["below"] = reading.rows_below(states[:, :first], grid)
+        if batch[0].phrases:
+            ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
+            losses["phrases"] = reading.phrases(ends, asked)
+        return losses
 
     def write(self) -> None:
         text = {f"model.language_model.{k}": v for k, v in self.module["text"].state_dict().items()}
@@ -88,15 +118,28 @@ class AutoregressiveStage(Stage):
         save_file({**text, **head}, self.folder / "weights.safetensors")
 
     def _image(self, rng: np.random.Generator, height: int, width: int, whole: bool) -> Sample:
-        scene = draw_scene(rng, height, width)
-        prompt = self.tokenizer.text_to_image(prompt_of(rng, scene), scene.grid)
+        scene, sample = self._scene(rng, height, width)
         grids = [scene.preview, scene.grid] if whole else [scene.preview]
-        base, codes, positions = prompt.end, [], []
+        base, codes, positions = sample.prompt.end, [], []
         for grid in grids:
             codes.append(torch.from_numpy(cells(scene, grid)).flatten())
             positions.append(grid_positions(grid, base))
             base += max(grid)
-        return Sample(prompt, torch.cat(codes), torch.cat(positions, 1))
+        return replace(sample, codes=torch.cat(codes), positions=torch.cat(positions, 1))
+
+    def _prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+        return self._scene(rng, height, width)[1]
+
+    def _scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
+        """A scene and its prompt, which no codes follow."""
+        scene = draw_scene(rng, height, width)
+        words, phrases = phrased(rng, scene)
+        spans = self.offsets.encode(words, add_special_tokens=False).offsets
+        ends = [end for _, end in spans]
+        asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
+        prompt = self.tokenizer.text_to_image(words, scene.grid)
+        nothing = torch.zeros(3, 0, dtype=torch.int64)
+        return scene, Sample(prompt, nothing[0], nothing, scene.preview, asked)
 
     def _edit(self, rng: np.random.Generator, height: int, width: int) -> Sample:
         edit = draw_edit(rng, height, width)
@@ -119,6 +162,17 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mask.append(F.pad(torch.ones(len(where[0]), dtype=torch.int64), (pad, 0)))
     targets = torch.stack([sample.codes for sample in samples])
     return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets
+
+
+def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """(sample, token) of all phrases' ends in `collate`'s ids, [K, 2], and what they ask for."""
+    longest = max(len(sample.prompt) for sample in samples)
+    ends = [
+        (i, longest - len(sample.prompt) + token)
+        for i, sample in enumerate(samples)
+        for token, _ in sample.phrases
+    ]
+    return torch.tensor(ends), torch.stack([asked for s in samples for _, asked in s.phrases])
 
 
 def read_tokenizer(folder: Path) -> PromptTokenizer:

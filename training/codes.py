@@ -11,6 +11,8 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .render import SLOT, coverage
 from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene
@@ -92,9 +94,9 @@ def patterns() -> np.ndarray:
     return np.load(Path(__file__).parent / "patterns.npy")
 
 
-def slot_of(code: int) -> tuple[str, int] | None:
-    """The script and the place of the character that a code is a part of; None for no text's."""
-    return SLOTS[(code - TEXT) // THIRDS**2] if TEXT <= code < USED else None
+def slots_of(codes: Tensor) -> Tensor:
+    """Which of SLOTS each code is a part of, -1 for what is no text."""
+    return torch.where((codes >= TEXT) & (codes < USED), (codes - TEXT) // THIRDS**2, -1)
 
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The diffusion decoder, with the glyph encoder: codes, texts and references to latents.
+"""The diffusion decoder, on the glyph encoder's states: codes, texts and references to latents.
 
 Trained by flow matching on windows of scenes, of 128 pixels and more, and on whole images last.
 Sigma is shifted by the size of the whole image as the scheduler does, and the network is given the
@@ -6,6 +6,7 @@ unshifted timestep.
 """
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,16 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTr
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
 from glm_core.glyph import glyph_ids
 from glm_core.grids import upsample_tokens
 from glm_core.schedule import ScheduleConfig
 
-from .codes import CODEBOOK, cells, slot_of, vectors
+from .codes import CODEBOOK, LONGEST, SLOTS, cells, slots_of, vectors
 from .edits import draw_edit
-from .glyphs import CHARACTERS, WIDTH, draw_kind
-from .hints import Hints, look_around
+from .glyphs import CHARACTERS, WIDTH, byte_slots, draw_kind
+from .hints import CHARACTER_BLOCK, Hints, look_around, look_up
 from .render import render
 from .scene import SIZES, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
@@ -66,10 +67,9 @@ class DecoderStage(Stage):
     steps = 20000
     batch = 40
     learning_rate = 2e-3
-    # Orthogonal steps of the modulations and of the glyph encoder would take a third of the time.
+    # Orthogonal steps of the modulations would take a third of the time.
     by_adamw = (
-        "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition",
-        "glyphs.", "hints.",
+        "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition", "hints.",
     )  # fmt: skip
     ema = 0.999
 
@@ -81,6 +81,7 @@ class DecoderStage(Stage):
         shape = (1, 16, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=run.device).view(shape)
         self.std = torch.tensor(self.vae.config.latents_std, device=run.device).view(shape)
+        self._look_up()
 
     def build(self) -> nn.Module:
         network = GlmImageTransformer2DModel(
@@ -95,13 +96,16 @@ class DecoderStage(Stage):
         with torch.no_grad():
             network.prior_token_embedding.weight.copy_(table @ mix)
             network.proj_out.weight.mul_(0.1)
+            # Codes are to be louder than the noise and than the differences to their neighbours.
+            network.image_projector.proj.weight.mul_(0.1)
+            network.prior_projector.net[-1].weight.mul_(12)
             for block in network.transformer_blocks:  # gates begin closed
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
         look_around(network)
-        trained = required(self.run.folder / "glyphs" / "encoder", "glyphs")
+        trained = required(self.run.snapshot / "text_encoder", "glyphs")
         encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
-        encoder.train().requires_grad_(True)
+        encoder.eval().requires_grad_(False)
         return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": Hints(network)})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
@@ -151,13 +155,38 @@ class DecoderStage(Stage):
 
     def write(self) -> None:
         self.module["decoder"].save_pretrained(self.run.snapshot / "transformer")
-        self.module["glyphs"].save_pretrained(self.run.snapshot / "text_encoder")
-        ByT5Tokenizer().save_pretrained(self.run.snapshot / "tokenizer")
         FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=1000, use_dynamic_shifting=True, max_image_seq_len=4096,
             time_shift_type="linear", base_shift=SCHEDULE.base_shift,
             max_shift=SCHEDULE.max_shift, base_image_seq_len=SCHEDULE.base_image_seq_len,
         ).save_pretrained(self.run.snapshot / "scheduler")  # fmt: skip
+
+    @torch.no_grad()
+    def _look_up(self) -> None:
+        """Fit the beginning of the characters' block to its inputs, of texts at pure noise."""
+        block = self.module["decoder"].transformer_blocks[CHARACTER_BLOCK]
+        given = []
+        hook = block.attn1.register_forward_pre_hook(
+            lambda _, args, named: given.append(named), with_kwargs=True
+        )
+        rng = np.random.default_rng(4)
+        slots, places = [], []
+        for script, length in LONGEST.items():
+            scenes = [self._scene(rng, 512, 512, [(script, length)]) for _ in range(100)]
+            batch = _batch(scenes, [_place(rng, scene, (128, 128)) for scene in scenes])
+            noise = torch.from_numpy(rng.standard_normal((100, 16, 16, 16), np.float32))
+            glyphs = self._glyphs(batch.texts, 100)
+            timestep = glyphs.new_full((100,), 999)
+            self._network(noise.to(glyphs), glyphs, batch, timestep, False, None)
+            slots.append(slots_of(upsample_tokens(batch.codes)).flatten())
+            # Each text ends with one byte that is no character's.
+            places += [[*byte_slots(scene.texts[0].content, script), -1] for scene in scenes]
+        hook.remove()
+        image, text = (
+            torch.cat([inputs[name].flatten(0, 1) for inputs in given])
+            for name in ("hidden_states", "encoder_hidden_states")
+        )
+        look_up(block, image, torch.cat(slots), text, torch.tensor([*chain(*places)]))
 
     def _count(self, window: tuple[int, int]) -> int:
         return max(1, self.size * 128 * 128 // (window[0] * window[1]))
@@ -264,10 +293,10 @@ def characters_of(scene: Scene, codes: Tensor) -> Tensor:
     """Indices of CHARACTERS for codes [H, W] of the scene, whose texts are of different scripts."""
     contents = {text.script: text.content for text in scene.texts}
     characters = torch.full_like(codes, -1)
-    for code in codes.unique().tolist():
-        if (slot := slot_of(code)) is not None:
-            script, place = slot
-            characters[codes == code] = CHARACTERS.index(contents[script][place])
+    slots = slots_of(codes)
+    for slot in slots[slots >= 0].unique().tolist():
+        script, place = SLOTS[slot]
+        characters[slots == slot] = CHARACTERS.index(contents[script][place])
     return characters
 
 

@@ -2,14 +2,15 @@
 
 Glyph-ByT5 is aligned with glyph images before a decoder ever reads it. Here every byte's state must
 give the bitmap of its character, its place in the text and its script, through heads that are
-thrown away. The decoder's stage then trains the encoder further.
+thrown away. The decoder is trained on its states as they are: trained along with it, the encoder
+forgot within minutes which letter is which.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from glm_core.glyph import PAD, byte_ids
 
@@ -71,7 +72,8 @@ class GlyphStage(Stage):
         }
 
     def write(self) -> None:
-        self.module["encoder"].save_pretrained(self.folder / "encoder")
+        self.module["encoder"].save_pretrained(self.run.snapshot / "text_encoder")
+        ByT5Tokenizer().save_pretrained(self.run.snapshot / "tokenizer")
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,14 +97,21 @@ def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
     return script, int(rng.integers(1, LONGEST[script] + 1))
 
 
+def byte_slots(text: str, script: str) -> list[int]:
+    """Of SLOTS, the one of each byte's character."""
+    return [
+        SLOTS.index((script, i)) for i, character in enumerate(text) for _ in character.encode()
+    ]
+
+
 def _example(text: str, script: str, lead: int) -> tuple[Tensor, ...]:
-    bitmaps, characters, places = [], [], []
-    for i, character in enumerate(text):
+    bitmaps, characters = [], []
+    for character in text:
         count = len(character.encode())
         image = glyph_bitmap(character).reshape(SIDE, SLOT // SIDE, SIDE, SLOT // SIDE)
         bitmap = torch.from_numpy(image.mean((1, 3)) / 255).float().flatten()
         bitmaps += [bitmap] * count
         characters += [CHARACTERS.index(character)] * count
-        places += [SLOTS.index((script, i))] * count
     ids = torch.tensor([PAD] * lead + byte_ids(text))
-    return ids, torch.stack(bitmaps), torch.tensor(characters), torch.tensor(places)
+    places = torch.tensor(byte_slots(text, script))
+    return ids, torch.stack(bitmaps), torch.tensor(characters), places

@@ -4,6 +4,9 @@ A code covers two by two patches and says nothing of which one a patch is, so a 
 out from its neighbours; and a character's code says its place in the text, so its shape has to be
 looked up among the glyph encoder's states. From the pictures alone a small network learned neither
 in a thousand steps: a square's corners and all letters stayed blots.
+
+So the first block begins with the differences to the left and the right, the next with those up and
+down, and the third with what the text says at a code's place.
 """
 
 from functools import partial
@@ -16,11 +19,12 @@ from torch import Tensor, nn
 
 from glm_core.decoder import rotary, rotate
 
-from .codes import EDGE
+from .codes import EDGE, SLOTS
 from .glyphs import CHARACTERS
 
 QUARTER_BLOCK, CHARACTER_BLOCK = 1, 2  # after which block a hint is read off
 QUARTER_WEIGHT, CHARACTER_WEIGHT = 0.3, 0.3
+LOUDNESS = 8.0  # of a place's query and key; quieter ones are drowned in the first hundred steps
 SHARPNESS = (0.6, 0.25, 0.15)  # of the three highest frequencies in a neighbour's attention
 
 
@@ -81,13 +85,68 @@ def look_around(network: GlmImageTransformer2DModel) -> None:
             query, key = _neighbour(size, axis, step)
             attention.to_q.bias[head * size : (head + 1) * size] = query
             attention.to_k.bias[head * size : (head + 1) * size] = key
-        own = torch.linalg.qr(torch.randn(attention.to_v.weight.shape))[0]
-        attention.to_v.weight.copy_(own)
-        attention.to_out[0].weight.copy_(-own.T)
-        attention.to_v.bias.zero_()
-        attention.to_out[0].bias.zero_()
-        gates = rearrange(block.norm1.linear.bias, "(chunk d) -> chunk d", chunk=12)
-        gates[4], gates[10] = 1.0, 0.5  # of the image's attention and MLP
+        _copy(attention, -1.0)
+        _open(block, attention=1.0, mlp=0.5)
+
+
+@torch.no_grad()
+def look_up(block: nn.Module, image: Tensor, cells: Tensor, text: Tensor, places: Tensor) -> None:
+    """Begin a block with what the text says at the place that a patch's code names.
+
+    Queries and keys are fitted, by least squares, so that a place gives the same vector on both
+    sides. It lies in the slow half of each axis's frequencies, which RoPE turns by a radian over a
+    whole image at the most.
+
+    Args:
+        image: what the block attends with, [N, D]; cells: int64 [N], its index of SLOTS or -1.
+        text: what it attends to, [M, D]; places: int64 [M], likewise.
+    """
+    attention = block.attn1
+    size = attention.to_q.out_features // attention.heads
+    slow = torch.arange(size).view(4, -1)[:, size // 8 :].flatten()
+    generator = torch.Generator().manual_seed(4)
+    # The last one is for what is no text; the keys of the image have it too.
+    marks = torch.randn(len(slow), len(SLOTS) + 1, generator=generator)
+    marks = LOUDNESS * torch.linalg.qr(marks)[0].T
+    queries = (image, marks[cells])
+    keys = (torch.cat([text, image]), torch.cat([marks[places], marks[-1:].expand(len(image), -1)]))
+    for linear, (states, wanted) in ((attention.to_q, queries), (attention.to_k, keys)):
+        weight, bias = _least_squares(states, wanted.to(states))
+        linear.weight.zero_()
+        linear.bias.zero_()
+        for head in range(attention.heads):
+            linear.weight[head * size + slow] = weight
+            linear.bias[head * size + slow] = bias
+    _copy(attention)
+    _open(block, attention=1.0)
+
+
+def _least_squares(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [K, D] and bias [K] of the linear layer that gives wanted [N, K] for states [N, D].
+
+    Every vector that is wanted counts the same, however often.
+    """
+    _, kind, count = wanted.unique(dim=0, return_inverse=True, return_counts=True)
+    share = (1 / (len(count) * count[kind])).unsqueeze(1)
+    x = torch.cat([states, states.new_ones(len(states), 1)], 1)
+    ridge = 1e-4 * torch.eye(x.shape[1], device=x.device)
+    solved = torch.linalg.solve(x.T @ (share * x) + ridge, x.T @ (share * wanted))
+    return solved[:-1].T, solved[-1]
+
+
+def _copy(attention: nn.Module, factor: float = 1.0) -> None:
+    """What is found reaches the states as it is, but for a factor."""
+    own = torch.linalg.qr(torch.randn(attention.to_v.weight.shape))[0]
+    attention.to_v.weight.copy_(own)
+    attention.to_out[0].weight.copy_(factor * own.T)
+    attention.to_v.bias.zero_()
+    attention.to_out[0].bias.zero_()
+
+
+def _open(block: nn.Module, attention: float, mlp: float = 0.0) -> None:
+    """Set the gates of the image's attention and feed-forward."""
+    gates = rearrange(block.norm1.linear.bias, "(chunk d) -> chunk d", chunk=12)
+    gates[4], gates[10] = attention, mlp
 
 
 def _neighbour(size: int, axis: int, step: int) -> tuple[Tensor, Tensor]:

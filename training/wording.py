@@ -33,9 +33,20 @@ ZH_NUMBERS = {2: "两", 3: "三", 4: "四"}
 QUOTES = (("'", "'"), ('"', '"'), ("“", "”"), ("「", "」"))
 
 
+Thing = Item | Text | None
+"""What a phrase asks for; None is the background."""
+
+
 def prompt_of(rng: np.random.Generator, scene: Scene) -> str:
     """One of the many prompts that ask for this scene."""
-    return _chinese(rng, scene) if rng.random() < 0.25 else _english(rng, scene)
+    return phrased(rng, scene)[0]
+
+
+def phrased(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, int]]]:
+    """A prompt, and for each thing that it asks for how many of its characters have said so."""
+    prompt, phrases = _chinese(rng, scene) if rng.random() < 0.25 else _english(rng, scene)
+    small = prompt.lower()
+    return prompt, [(thing, small.index(phrase.lower()) + len(phrase)) for thing, phrase in phrases]
 
 
 def _pick(rng: np.random.Generator, options: tuple) -> str:
@@ -58,19 +69,22 @@ def noun(item: Item, article: str) -> str:
     return f"{article}{'n' * vowel} {words}"
 
 
-def _english(rng: np.random.Generator, scene: Scene) -> str:
+def _english(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, str]]]:
     things = [_english_item(rng, item) for item in scene.items]
+    phrases = list(zip(scene.items, things, strict=True))
     if len(things) > 1 and rng.random() < 0.3:
         things = [*things[:-2], f"{things[-2]} and {things[-1]}"]
     colour = scene.background
     ground = _pick(rng, (f"{colour} background", f"{colour} background", f"a {colour} background",
                          f"on a {colour} background", f"the background is {colour}"))  # fmt: skip
     texts = [_english_text(rng, text) for text in scene.texts]
+    phrases += [(None, ground), *zip(scene.texts, texts, strict=True)]
     parts = [*things, ground] if rng.random() < 0.8 else [ground, *things]
     parts = [*parts, *texts] if rng.random() < 0.8 else [*texts, *parts]
     start = "a picture of " if parts[0] in things and rng.random() < 0.25 else ""
     sentence = start + ", ".join(parts) + _pick(rng, ("", "", "."))
-    return sentence[0].upper() + sentence[1:] if rng.random() < 0.3 else sentence
+    sentence = sentence[0].upper() + sentence[1:] if rng.random() < 0.3 else sentence
+    return sentence, phrases
 
 
 def _english_item(rng: np.random.Generator, item: Item) -> str:
@@ -87,14 +101,16 @@ def _english_text(rng: np.random.Generator, text: Text) -> str:
                        f"text {words} {place}"))  # fmt: skip
 
 
-def _chinese(rng: np.random.Generator, scene: Scene) -> str:
+def _chinese(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, str]]]:
     parts = [_chinese_item(rng, item) for item in scene.items]
     ground = f"{ZH_COLOURS[scene.background]}背景"
+    phrases = [*zip(scene.items, parts, strict=True), (None, ground)]
     parts = [*parts, ground] if rng.random() < 0.8 else [ground, *parts]
     for text in scene.texts:
         place = _pick(rng, ZH_PLACES[text.place])
         parts.append(f"{place}{_pick(rng, ('写着', '文字'))}{quoted(rng, text)}")
-    return "，".join(parts) + _pick(rng, ("", "。"))
+        phrases.append((text, parts[-1]))
+    return "，".join(parts) + _pick(rng, ("", "。")), phrases
 
 
 def _chinese_item(rng: np.random.Generator, item: Item) -> str:

@@ -6,28 +6,36 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageRotaryPosEmbed
 
-from training.codes import cells
+from training.codes import SLOTS, cells
 from training.decoder import HEAD_DIM, HEADS, characters_of
 from training.glyphs import CHARACTERS
-from training.hints import look_around
+from training.hints import look_around, look_up
 from training.scene import Scene, Text
 
 SIDE = 32  # patches, as in a picture of 512 pixels
 
 
-@pytest.mark.parametrize(("block", "neighbours"), [(0, [(9, 8), (9, 10)]), (1, [(8, 9), (10, 9)])])
-def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
+def small_decoder() -> GlmImageTransformer2DModel:
     torch.manual_seed(0)
-    network = GlmImageTransformer2DModel(
+    return GlmImageTransformer2DModel(
         num_layers=2, attention_head_dim=HEAD_DIM, num_attention_heads=HEADS, text_embed_dim=8,
         time_embed_dim=8, condition_dim=8, prior_vq_quantizer_codebook_size=8,
     )  # fmt: skip
+
+
+def positions() -> tuple[torch.Tensor, torch.Tensor]:
+    return GlmImageRotaryPosEmbed(HEAD_DIM, 2)(torch.empty(1, 1, 2 * SIDE, 2 * SIDE))
+
+
+@pytest.mark.parametrize(("block", "neighbours"), [(0, [(9, 8), (9, 10)]), (1, [(8, 9), (10, 9)])])
+def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
+    network = small_decoder()
     look_around(network)
     attention = network.transformer_blocks[block].attn1
     states = torch.randn(1, SIDE * SIDE, HEADS * HEAD_DIM)
     marked = states.clone()
     marked[0, 9 * SIDE + 9] += 3
-    rope = GlmImageRotaryPosEmbed(HEAD_DIM, 2)(torch.empty(1, 1, 2 * SIDE, 2 * SIDE))
+    rope = positions()
     with torch.no_grad():
         plain, changed = (
             attention(one, states[:, :0], image_rotary_emb=rope)[0] for one in (states, marked)
@@ -35,6 +43,32 @@ def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
     moved = (plain - changed).norm(dim=-1).view(SIDE, SIDE)
     nearest = moved.flatten().topk(2).indices.tolist()
     assert sorted(divmod(place, SIDE) for place in nearest) == neighbours
+
+
+def test_a_patch_finds_the_byte_of_its_place_in_the_text() -> None:
+    """Wherever it lies, among states that say much else besides their place."""
+    block = small_decoder().transformer_blocks[0]
+    width = HEADS * HEAD_DIM
+    to_cells, to_bytes = torch.randn(2, len(SLOTS) + 1, width) / 2
+    cells, places = torch.randint(-1, len(SLOTS), (2, 4000))
+    image, text = to_cells[cells], to_bytes[places]
+    image, text = (states + torch.randn(4000, width) / 4 for states in (image, text))
+    look_up(block, image, cells, text, places)
+    cells, places = torch.randint(-1, len(SLOTS), (SIDE * SIDE,)), torch.randperm(len(SLOTS))
+    image = to_cells[cells] + torch.randn(SIDE * SIDE, width) / 4
+    text = to_bytes[places] + torch.randn(len(SLOTS), width) / 4
+    moved = []
+    with torch.no_grad():
+        for i in range(len(SLOTS)):
+            louder = text.clone()
+            louder[i] += 1 / 4
+            both = [
+                block.attn1(image[None], one[None], image_rotary_emb=positions())[0]
+                for one in (text, louder)
+            ]
+            moved.append((both[0] - both[1]).norm(dim=-1)[0])
+    found = places[torch.stack(moved).argmax(0)]
+    assert (found == cells)[cells >= 0].float().mean() > 0.95
 
 
 def test_every_cell_of_a_text_has_its_character() -> None:

@@ -1,0 +1,93 @@
+"""What the AR model is asked besides is what the prompt says and what the picture shows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.autoregressive import HIDDEN, AutoregressiveStage, collate, collate_phrases
+from training.codes import NAMES, cells
+from training.reading import ASKED, BELOW, NOTHING, WRITING, Reading, asked_by, shown_by
+from training.scene import SIZES, Item, Scene, Text, draw_scene
+from training.stage import Run
+from training.wording import phrased
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> AutoregressiveStage:
+    folder: Path = tmp_path_factory.mktemp("reading")
+    return AutoregressiveStage(Run(folder, batch=4))
+
+
+def test_a_phrase_ends_where_it_has_been_said() -> None:
+    for i in range(60):
+        rng = np.random.default_rng([2, i])
+        scene = draw_scene(rng, 512, 512)
+        prompt, phrases = phrased(rng, scene)
+        assert [thing for thing, _ in phrases] == [*scene.items, None, *scene.texts]
+        for thing, end in phrases:
+            if isinstance(thing, Text):
+                assert thing.content in prompt[:end]
+            assert end == len(prompt) or not prompt[end].isascii() or not prompt[end].isalnum()
+
+
+def test_a_phrase_ends_with_a_token_of_the_batch(stage) -> None:
+    batch = [stage._prompt(np.random.default_rng([3, i]), 512, 512) for i in range(12)]
+    ids = collate(batch)[0]
+    ends, asked = collate_phrases(batch)
+    assert asked.shape == (len(ends), len(ASKED))
+    scenes = [draw_scene(np.random.default_rng([3, i]), 512, 512) for i in range(12)]
+    things = [(i, thing) for i, s in enumerate(scenes) for thing in (*s.items, None, *s.texts)]
+    for (sample, token), (i, thing), wanted in zip(ends.tolist(), things, asked, strict=True):
+        assert sample == i
+        assert torch.equal(wanted, asked_by(thing, scenes[i]))
+        said = stage.offsets.decode(ids[sample, : token + 1].tolist())
+        before = stage.offsets.decode(ids[sample, :token].tolist())
+        if isinstance(thing, Text):
+            assert thing.content in said
+        assert said != before
+
+
+def test_answers_are_those_of_the_scene() -> None:
+    heart = Item("heart", "red", "big", "top left", ((4.0, 4.0),))
+    scene = Scene(512, 512, "blue", (heart,), (Text("春天", "bottom"),))
+    names = list(ASKED)
+
+    def answers(thing: Item | Text | None) -> dict:
+        found = asked_by(thing, scene).tolist()
+        return {n: ASKED[n][i] for n, i in zip(names, found, strict=True) if i >= 0}
+
+    assert answers(None) == {"kind": None, "colour": "blue"}
+    assert answers(scene.texts[0]) == {
+        "kind": Text, "place": "bottom", "script": "chinese", "length": 2,
+    }  # fmt: skip
+    assert answers(heart) == {
+        "kind": Item, "place": "top left", "colour": "red", "shape": "heart", "size": "big",
+        "count": 1,
+    }  # fmt: skip
+
+
+def test_cells_show_the_shapes_and_texts_of_their_scene() -> None:
+    for i, (height, width) in enumerate(SIZES):
+        scene = draw_scene(np.random.default_rng([4, i]), height, width, texts=1)
+        shown = set(shown_by(torch.from_numpy(cells(scene))).flatten().tolist())
+        colours = {NAMES.index(item.colour) for item in scene.items}
+        assert shown == colours | {NOTHING, WRITING}
+
+
+def test_the_rows_asked_for_are_those_below() -> None:
+    """Heads that only hand on what a state says of these rows make no error."""
+    scene = draw_scene(np.random.default_rng(6), 512, 512, texts=1)
+    codes = torch.from_numpy(cells(scene))[None]
+    shown = shown_by(codes)
+    reading = Reading([torch.nn.Identity()] * 2, HIDDEN)
+    said = torch.zeros(*codes.shape, HIDDEN)
+    for i, rows in enumerate(BELOW):
+        one_hot = torch.nn.functional.one_hot(shown[:, rows:], WRITING + 1).float()
+        said[:, :-rows, :, i * (WRITING + 1) : (i + 1) * (WRITING + 1)] = one_hot
+    with torch.no_grad():
+        reading.below.weight.copy_(100 * torch.eye(*reading.below.weight.shape))
+        reading.below.bias.zero_()
+        assert reading.rows_below(said.flatten(1, 2), codes) < 1e-6
+        assert reading.rows_below(said.flip(1).flatten(1, 2), codes) > 0.1
