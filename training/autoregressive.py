@@ -19,10 +19,10 @@ from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, cells, factors
 from .edits import draw_edit
-from .reading import Reading, asked_by
+from .reading import Reading, asked_by, layout_of
 from .scene import SIZES, Scene, draw_scene
 from .stage import Run, Stage
-from .tokenizer import IMAGE_END, IMAGE_START, VISUAL, image_placeholder, make_processor
+from .tokenizer import IMAGE_END, IMAGE_START, PLACES, VISUAL, image_placeholder, make_processor
 from .wording import phrased
 
 HIDDEN, LAYERS = 192, 4
@@ -38,6 +38,7 @@ class Sample:
     codes: int64 [N]; positions: int64 [3, N].
     preview: rows and columns of the grid that the codes begin with; None for an edit.
     phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
+    layout: what the whole prompt asks for, `reading.layout_of`; None for an edit.
     """
 
     prompt: Prompt
@@ -45,6 +46,7 @@ class Sample:
     positions: Tensor
     preview: tuple[int, int] | None = None
     phrases: tuple[tuple[int, Tensor], ...] = ()
+    layout: Tensor | None = None
 
 
 class AutoregressiveStage(Stage):
@@ -64,6 +66,7 @@ class AutoregressiveStage(Stage):
             make_processor().save_pretrained(folder)
         self.tokenizer = read_tokenizer(folder)
         self.offsets = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.first_place = self.offsets.token_to_id(PLACES[0])
 
     def build(self) -> nn.Module:
         model = GlmImageForConditionalGeneration(ar_config())
@@ -110,6 +113,9 @@ class AutoregressiveStage(Stage):
         if batch[0].phrases:
             ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
             losses["phrases"] = reading.phrases(ends, asked)
+            layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
+            first = int((ids[0] == self.first_place).nonzero())
+            losses["layout"] = reading.layouts(first, layouts)
         return losses
 
     def write(self) -> None:
@@ -139,7 +145,7 @@ class AutoregressiveStage(Stage):
         asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
         prompt = self.tokenizer.text_to_image(words, scene.grid)
         nothing = torch.zeros(3, 0, dtype=torch.int64)
-        return scene, Sample(prompt, nothing[0], nothing, scene.preview, asked)
+        return scene, Sample(prompt, nothing[0], nothing, scene.preview, asked, layout_of(scene))
 
     def _edit(self, rng: np.random.Generator, height: int, width: int) -> Sample:
         edit = draw_edit(rng, height, width)

@@ -6,17 +6,18 @@ wrong places after sixty thousand pictures. So its states must say what they kno
 that are trained with it and thrown away.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes import EDGE, INSIDE, LONGEST, NAMES, PAIRS, PATTERNS, TEXT, USED
-from .scene import ANCHORS, COLOURS, MAX_LETTERS, RADII, SHAPES, Item, Scene, Text
+from .scene import ANCHORS, COLOURS, MAX_LETTERS, RADII, SHAPES, TEXT_PLACES, Item, Scene, Text
 
-PHRASE_LAYER = 1  # after which layer a phrase must be understood
-PHRASE_WEIGHT, BELOW_WEIGHT = 0.1, 0.1
+PHRASE_LAYER, LAYOUT_LAYER = 1, 2  # after which layer phrases, and the layout, must be understood
+PHRASE_WEIGHT, LAYOUT_WEIGHT, BELOW_WEIGHT = 0.1, 0.1, 0.1
 BELOW = (2, 4)  # rows
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 ASKED = {
@@ -30,21 +31,57 @@ ASKED = {
     "length": tuple(range(1, MAX_LETTERS + 1)),
 }
 """What a phrase can ask for, and the answers."""
+NONE_AT_ALL = "none at all"
+ABOUT = {key: ASKED[key] for key in ("colour", "shape", "size", "count", "script", "length")}
+"""What each of `tokenizer.PLACES` must say of its place.
+
+These tokens lie at the same distance from the cells, however long the prompt is, so that a cell can
+find its place's by distance alone. With the colour of a shape, or the script of a text, a token
+also says whether there is one.
+"""
 
 
 def asked_by(thing: Item | Text | None, scene: Scene) -> Tensor:
     """int64 [len(ASKED)]: indices of the answers, -1 where the phrase says nothing of it."""
-    match thing:
-        case None:
-            answers = {"kind": None, "colour": scene.background}
-        case Text():
-            answers = {"kind": Text, "place": thing.place, "script": thing.script}
-            answers["length"] = len(thing.content)
-        case Item():
-            answers = {"kind": Item, "place": thing.place, "colour": thing.colour}
-            answers |= {"shape": thing.shape, "size": thing.size, "count": len(thing.centres)}
+    if thing is None:
+        answers = {"kind": None, "colour": scene.background}
+    else:
+        answers = {"kind": type(thing), "place": thing.place, **_answers(thing)}
+    return _indices(answers, ASKED)
+
+
+def layout_of(scene: Scene) -> Tensor:
+    """int64 [len(PLACES), len(ABOUT)]: indices of what is at each place.
+
+    -1 where nothing can be said, as of any place where a shape may be whose place is open.
+    """
+    is_open = any(item.place is None for item in scene.items)
+    shapes = {item.place: item for item in reversed(scene.items)}
+    texts = {text.place: text for text in scene.texts}
+    no_shape, no_text = {} if is_open else {"colour": NONE_AT_ALL}, {"script": NONE_AT_ALL}
+    answers = [
+        *(_answers(shapes[place]) if place in shapes else no_shape for place in ANCHORS),
+        *(_answers(texts[place]) if place in texts else no_text for place in TEXT_PLACES),
+    ]
+    return torch.stack([_indices(one, ABOUT) for one in answers])
+
+
+def _answers(thing: Item | Text) -> dict:
+    if isinstance(thing, Text):
+        return {"script": thing.script, "length": len(thing.content)}
+    return {
+        "colour": thing.colour, "shape": thing.shape, "size": thing.size,
+        "count": len(thing.centres),
+    }  # fmt: skip
+
+
+def _indices(answers: dict, questions: dict[str, tuple]) -> Tensor:
+    """The answers' indices among those there are and NONE_AT_ALL, -1 where none is given."""
     return torch.tensor(
-        [options.index(answers[name]) if name in answers else -1 for name, options in ASKED.items()]
+        [
+            (*options, NONE_AT_ALL).index(answers[name]) if name in answers else -1
+            for name, options in questions.items()
+        ]
     )
 
 
@@ -60,27 +97,28 @@ def shown_by(codes: Tensor) -> Tensor:
 class Reading(nn.Module):
     """The heads."""
 
-    def __init__(self, layers: Iterable[nn.Module], width: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], width: int) -> None:
         super().__init__()
-        self.states = None  # [B, S, width], of the model's last pass
-        layers[PHRASE_LAYER].register_forward_hook(self._keep)
+        self.states = {}  # [B, S, width] after each of the two layers, of the model's last pass
+        for layer in (PHRASE_LAYER, LAYOUT_LAYER):
+            layers[layer].register_forward_hook(partial(self._keep, layer))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.phrase = nn.Linear(width, sum(map(len, ASKED.values())))
+        self.layout = nn.Linear(width, sum(len(options) + 1 for options in ABOUT.values()))
         self.below = nn.Linear(width, len(BELOW) * (WRITING + 1))
 
     def phrases(self, ends: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of phrases that end at (sample, token) ends [K, 2]; asked: [K, ASKED]."""
-        logits = self.phrase(self.norm(self.states[ends[:, 0], ends[:, 1]]))
-        losses = [
-            F.cross_entropy(part[known], wanted[known])
-            for part, wanted in zip(
-                logits.split([len(options) for options in ASKED.values()], -1),
-                asked.unbind(1),
-                strict=True,
-            )
-            if (known := wanted >= 0).any()
-        ]
-        return PHRASE_WEIGHT * torch.stack(losses).mean()
+        states = self.norm(self.states[PHRASE_LAYER][ends[:, 0], ends[:, 1]])
+        sizes = [len(options) for options in ASKED.values()]
+        return PHRASE_WEIGHT * _mean_loss(self.phrase(states).split(sizes, -1), asked)
+
+    def layouts(self, first: int, asked: Tensor) -> Tensor:
+        """Weighted loss of the layout, said by the tokens of the PLACES, of which the first is
+        token `first`; asked: int64 [B, PLACES, ABOUT]."""
+        states = self.norm(self.states[LAYOUT_LAYER][:, first : first + asked.shape[1]])
+        sizes = [len(options) + 1 for options in ABOUT.values()]
+        return LAYOUT_WEIGHT * _mean_loss(self.layout(states).split(sizes, -1), asked)
 
     def rows_below(self, states: Tensor, codes: Tensor) -> Tensor:
         """Weighted loss of what stands some rows below the cell that each state is to name.
@@ -97,5 +135,16 @@ class Reading(nn.Module):
         ]
         return BELOW_WEIGHT * torch.stack(losses).mean()
 
-    def _keep(self, module: nn.Module, given: tuple, states: Tensor | tuple) -> None:
-        self.states = states if isinstance(states, Tensor) else states[0]
+    def _keep(self, layer: int, module: nn.Module, given: tuple, states: Tensor) -> None:
+        self.states[layer] = states
+
+
+def _mean_loss(logits: Sequence[Tensor], wanted: Tensor) -> Tensor:
+    """Mean cross-entropy over the questions, logits [..., answers] each and wanted [..., Q]."""
+    return torch.stack(
+        [
+            F.cross_entropy(part[known], answers[known])
+            for part, answers in zip(logits, wanted.unbind(-1), strict=True)
+            if (known := answers >= 0).any()
+        ]
+    ).mean()

@@ -9,7 +9,7 @@ from transformers import GlmImageProcessor, PreTrainedTokenizerFast
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 from .codes import CODEBOOK
-from .scene import CHINESE, SIZES, draw_scene
+from .scene import ANCHORS, CHINESE, SIZES, TEXT_PLACES, draw_scene
 from .wording import prompt_of
 
 VISUAL = CODEBOOK + 16  # ids below the text: codes, image start, image end, and some to spare
@@ -23,11 +23,16 @@ CONTROLS = (
     "<|assistant|>",
     "<|image|>",
 )
+PLACES = (
+    *(f"<|at {place}|>" for place in ANCHORS),
+    *(f"<|text {place}|>" for place in TEXT_PLACES),
+)
+"""Tokens that the chat template puts behind every prompt, to note on what is at each place."""
 TEMPLATE = (
     "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
     "{{ bos_token }}<|image|>{{ eos_token }}{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endfor %}"
-)
+) + "".join(PLACES)
 TEXT_TOKENS = 900
 
 
@@ -60,7 +65,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(visual)
-    tokenizer.add_special_tokens(list(CONTROLS))
+    tokenizer.add_special_tokens([*CONTROLS, *PLACES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=visual[IMAGE_START],

@@ -1,5 +1,6 @@
 """What the AR model is asked besides is what the prompt says and what the picture shows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,21 @@ import torch
 
 from training.autoregressive import HIDDEN, AutoregressiveStage, collate, collate_phrases
 from training.codes import NAMES, cells
-from training.reading import ASKED, BELOW, NOTHING, WRITING, Reading, asked_by, shown_by
+from training.reading import (
+    ABOUT,
+    ASKED,
+    BELOW,
+    NONE_AT_ALL,
+    NOTHING,
+    WRITING,
+    Reading,
+    asked_by,
+    layout_of,
+    shown_by,
+)
 from training.scene import SIZES, Item, Scene, Text, draw_scene
 from training.stage import Run
+from training.tokenizer import PLACES
 from training.wording import phrased
 
 
@@ -68,6 +81,36 @@ def test_answers_are_those_of_the_scene() -> None:
     }  # fmt: skip
 
 
+def test_every_place_says_what_is_there() -> None:
+    heart = Item("heart", "red", "big", "top left", ((4.0, 4.0),))
+    star = replace(heart, shape="star", place=None, centres=((9.0, 9.0),))
+    scene = Scene(512, 512, "blue", (heart,), (Text("春天", "bottom"),))
+
+    def said(place: str, scene: Scene) -> dict:
+        found = zip(ABOUT.items(), layout_of(scene)[PLACES.index(place)].tolist(), strict=True)
+        return {name: [*options, NONE_AT_ALL][i] for (name, options), i in found if i >= 0}
+
+    assert said("<|at top left|>", scene) == {
+        "colour": "red", "shape": "heart", "size": "big", "count": 1,
+    }  # fmt: skip
+    assert said("<|at left|>", scene) == {"colour": NONE_AT_ALL}
+    assert said("<|text bottom|>", scene) == {"script": "chinese", "length": 2}
+    assert said("<|text top|>", scene) == {"script": NONE_AT_ALL}
+    unsure = replace(scene, items=(heart, star))
+    assert said("<|at left|>", unsure) == {}
+    assert said("<|at top left|>", unsure)["shape"] == "heart"
+
+
+def test_the_places_lie_equally_far_from_the_cells(stage) -> None:
+    """Whatever is asked for, at whatever size; so they can be found by distance."""
+    for i, size in enumerate(SIZES):
+        prompt = stage._prompt(np.random.default_rng([5, i]), *size).prompt
+        ids = [stage.offsets.token_to_id(place) for place in PLACES]
+        first = prompt.ids.tolist().index(ids[0])
+        assert prompt.ids[first : first + len(ids)].tolist() == ids
+        assert prompt.end - int(prompt.positions[1, first]) == 27
+
+
 def test_cells_show_the_shapes_and_texts_of_their_scene() -> None:
     for i, (height, width) in enumerate(SIZES):
         scene = draw_scene(np.random.default_rng([4, i]), height, width, texts=1)
@@ -81,7 +124,7 @@ def test_the_rows_asked_for_are_those_below() -> None:
     scene = draw_scene(np.random.default_rng(6), 512, 512, texts=1)
     codes = torch.from_numpy(cells(scene))[None]
     shown = shown_by(codes)
-    reading = Reading([torch.nn.Identity()] * 2, HIDDEN)
+    reading = Reading([torch.nn.Identity()] * 3, HIDDEN)
     said = torch.zeros(*codes.shape, HIDDEN)
     for i, rows in enumerate(BELOW):
         one_hot = torch.nn.functional.one_hot(shown[:, rows:], WRITING + 1).float()
