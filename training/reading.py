@@ -1,8 +1,8 @@
 """What helps the AR model to learn to read: what a phrase asks for, and what will stand below.
 
 In a picture's codes only the first cells of a shape say whether the prompt was understood; the rest
-follows from the cells above. From them alone a small model drew shapes of the right colours in
-wrong places after sixty thousand pictures. So its states must say what they know, through heads
+follows from the cells above. From them alone a small model left shapes out, or drew them in the
+wrong places, after sixty thousand pictures. So its states must say what they know, through heads
 that are trained with it and thrown away.
 """
 
