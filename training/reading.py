@@ -6,6 +6,7 @@ wrong places, after sixty thousand pictures. So its states must say what they kn
 that are trained with it and thrown away.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,10 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes import EDGE, INSIDE, LONGEST, NAMES, PAIRS, PATTERNS, TEXT, USED
-from .scene import ANCHORS, COLOURS, MAX_LETTERS, RADII, SHAPES, TEXT_PLACES, Item, Scene, Text
+from .scene import (
+    ANCHORS,
+    COLOURS,
+    MAX_LETTERS,
+    OPEN,
+    RADII,
+    SHAPES,
+    TEXT_PLACES,
+    Item,
+    Scene,
+    Text,
+)
 
 PHRASE_LAYER, LAYOUT_LAYER = 1, 2  # after which layer phrases, and the layout, must be understood
-PHRASE_WEIGHT, LAYOUT_WEIGHT, BELOW_WEIGHT = 0.1, 0.1, 0.1
+PHRASE_WEIGHT, LAYOUT_WEIGHT, BELOW_WEIGHT = 0.1, 0.2, 0.1
 BELOW = (2, 4)  # rows
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 ASKED = {
@@ -32,8 +44,12 @@ ASKED = {
 }
 """What a phrase can ask for, and the answers."""
 NONE_AT_ALL = "none at all"
-ABOUT = {key: ASKED[key] for key in ("colour", "shape", "size", "count", "script", "length")}
-"""What each of `tokenizer.PLACES` must say of its place.
+ABOUT = {key: ASKED[key] for key in ("colour", "shape", "size", "count", "script", "length")} | {
+    "row": tuple(range(20)),
+    "column": tuple(range(20)),
+}
+"""What each of `tokenizer.PLACES` must say of its place; `row` and `column` are the preview cell at
+the top left of what is there.
 
 These tokens lie at the same distance from the cells, however long the prompt is, so that a cell can
 find its place's by distance alone. With the colour of a shape, or the script of a text, a token
@@ -53,16 +69,19 @@ def asked_by(thing: Item | Text | None, scene: Scene) -> Tensor:
 def layout_of(scene: Scene) -> Tensor:
     """int64 [len(PLACES), len(ABOUT)]: indices of what is at each place.
 
-    -1 where nothing can be said, as of any place where a shape may be whose place is open.
+    -1 where nothing can be said, as of a place where a shape may be whose place is open.
     """
     is_open = any(item.place is None for item in scene.items)
     shapes = {item.place: item for item in reversed(scene.items)}
     texts = {text.place: text for text in scene.texts}
-    no_shape, no_text = {} if is_open else {"colour": NONE_AT_ALL}, {"script": NONE_AT_ALL}
-    answers = [
-        *(_answers(shapes[place]) if place in shapes else no_shape for place in ANCHORS),
-        *(_answers(texts[place]) if place in texts else no_text for place in TEXT_PLACES),
-    ]
+    answers = []
+    for place in ANCHORS:
+        unsure = is_open and place in OPEN
+        nothing = {} if unsure else {"colour": NONE_AT_ALL}
+        answers.append(_drawn(shapes[place], scene) if place in shapes else nothing)
+    for place in TEXT_PLACES:
+        nothing = {"script": NONE_AT_ALL}
+        answers.append(_drawn(texts[place], scene) if place in texts else nothing)
     return torch.stack([_indices(one, ABOUT) for one in answers])
 
 
@@ -73,6 +92,17 @@ def _answers(thing: Item | Text) -> dict:
         "colour": thing.colour, "shape": thing.shape, "size": thing.size,
         "count": len(thing.centres),
     }  # fmt: skip
+
+
+def _drawn(thing: Item | Text, scene: Scene) -> dict:
+    """`_answers`, and where the thing begins."""
+    if isinstance(thing, Text):
+        cells = zip(scene.text_origin(thing), scene.preview, scene.grid, strict=True)
+        # the first preview cell whose centre is no further up or left
+        row, column = (math.ceil(at * few / many - 0.5) for at, few, many in cells)
+    else:
+        row, column = (int(centre - thing.radius) for centre in thing.centres[0])
+    return {**_answers(thing), "row": row, "column": column}
 
 
 def _indices(answers: dict, questions: dict[str, tuple]) -> Tensor:

@@ -33,7 +33,8 @@ ANCHORS = {
 }  # fmt: skip
 # Where a shape goes, in cells from its anchor: the first of these that is free, nearest first.
 BESIDE = sorted(product(range(-2, 3), repeat=2), key=lambda step: (np.hypot(*step), step))
-ANYWHERE = 0.2  # how often a prompt leaves a shape's place open; it is at one of the anchors
+ANYWHERE = 0.2  # how often a prompt leaves a shape's place open; it is at one of these:
+OPEN = ("left", "centre", "right")
 TEXT_PLACES = ("top", "bottom", "centre")
 MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
 TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of shapes
@@ -174,11 +175,13 @@ def _draw_item(rng: np.random.Generator, scene: Scene) -> Item | None:
         place = str(rng.choice(("top", "centre", "bottom")))
         return place_item(scene, shape, colour, "small", place, int(rng.integers(2, 5)))
     size = str(rng.choice(list(RADII), p=(0.2, 0.55, 0.25)))
+    anywhere = rng.random() < ANYWHERE
     taken = {item.place for item in scene.items}
-    places = [place for place in ANCHORS if place not in taken]
+    places = [place for place in (OPEN if anywhere else ANCHORS) if place not in taken]
+    if not places:
+        return None
     # The two sides and the centre are what people write most.
     weights = np.array([3.0 if place in ("left", "right", "centre") else 1.0 for place in places])
-    anywhere = rng.random() < ANYWHERE
     place = str(rng.choice(places, p=None if anywhere else weights / weights.sum()))
     item = place_item(scene, shape, colour, size, place)
     return replace(item, place=None) if item and anywhere else item

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.autoregressive import HIDDEN, AutoregressiveStage, collate, collate_phrases
-from training.codes import NAMES, cells
+from training.codes import INSIDE, NAMES, cells
 from training.reading import (
     ABOUT,
     ASKED,
@@ -91,14 +91,33 @@ def test_every_place_says_what_is_there() -> None:
         return {name: [*options, NONE_AT_ALL][i] for (name, options), i in found if i >= 0}
 
     assert said("<|at top left|>", scene) == {
-        "colour": "red", "shape": "heart", "size": "big", "count": 1,
+        "colour": "red", "shape": "heart", "size": "big", "count": 1, "row": 1, "column": 1,
     }  # fmt: skip
     assert said("<|at left|>", scene) == {"colour": NONE_AT_ALL}
-    assert said("<|text bottom|>", scene) == {"script": "chinese", "length": 2}
+    assert said("<|text bottom|>", scene) == {
+        "script": "chinese", "length": 2, "row": 13, "column": 6,
+    }  # fmt: skip
     assert said("<|text top|>", scene) == {"script": NONE_AT_ALL}
     unsure = replace(scene, items=(heart, star))
     assert said("<|at left|>", unsure) == {}
+    assert said("<|at top|>", unsure) == {"colour": NONE_AT_ALL}
     assert said("<|at top left|>", unsure)["shape"] == "heart"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_place_says_where_its_thing_begins_in_the_preview(size) -> None:
+    for i in range(30):
+        scene = draw_scene(np.random.default_rng([7, i]), *size)
+        places = dict(zip(PLACES, layout_of(scene).tolist(), strict=True))
+        for thing in (*scene.items, *scene.texts):
+            if thing.place is None:
+                continue
+            is_text = isinstance(thing, Text)
+            alone = replace(scene, items=() if is_text else (thing,), texts=(thing,) * is_text)
+            drawn = np.argwhere(cells(alone, scene.preview) >= INSIDE)
+            said = places[f"<|{'text' if is_text else 'at'} {thing.place}|>"]
+            row, column = (said[list(ABOUT).index(name)] for name in ("row", "column"))
+            assert (row, column) == tuple(drawn.min(0))
 
 
 def test_the_places_lie_equally_far_from_the_cells(stage) -> None:
