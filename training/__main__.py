@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--stop", type=int, help="break a stage off before this step")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="the AR model; needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = vars(parser.parse_args())
     if threads := given.pop("threads"):

@@ -78,6 +78,8 @@ class AutoregressiveStage(Stage):
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
         text = model.model.language_model
         reading = Reading(text.layers, HIDDEN)
+        if self.run.compile:
+            text.compile(dynamic=True)
         return nn.ModuleDict({"text": text, "head": model.lm_head, "reading": reading})
 
     def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:

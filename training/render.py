@@ -33,14 +33,15 @@ def coverage(
     """How far the item covers points at pixel coordinates, [rows, columns], 0 to 1."""
     cell = scene.cell
     radius = item.radius * min(cell)
-    y, x = rows[:, None], columns[None, :]
-    distance = np.full((len(rows), len(columns)), np.inf, np.float32)
+    reach = radius + softness
+    covered = np.zeros((len(rows), len(columns)), np.float32)
     for row, column in item.centres:
-        one = signed_distance(
-            item.shape, (y - row * cell[0]) / radius, (x - column * cell[1]) / radius
-        )
-        distance = np.minimum(distance, one * radius)
-    return np.clip(0.5 - distance / softness, 0, 1)
+        y, x = rows - row * cell[0], columns - column * cell[1]
+        near = slice(*np.searchsorted(y, (-reach, reach))), slice(*np.searchsorted(x, (-reach, reach)))
+        y, x = y[near[0], None] / radius, x[None, near[1]] / radius
+        alpha = np.clip(0.5 - signed_distance(item.shape, y, x) * radius / softness, 0, 1)
+        covered[near] = np.maximum(covered[near], alpha)
+    return covered
 
 
 def signed_distance(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:

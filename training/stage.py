@@ -43,6 +43,8 @@ class Run:
     steps: optimiser steps in all; None takes the stage's own number.
     minutes: ends the stage early, with the learning rate brought down over this time.
     stop: breaks the stage off before this step, to be taken up later.
+    bf16: products in bfloat16 (autocast), which some processors do two to three times faster.
+    compile: the AR model compiled by torch, which needs a C++ compiler.
     """
 
     folder: Path
@@ -52,6 +54,8 @@ class Run:
     minutes: float | None = None
     batch: int | None = None
     stop: int | None = None
+    bf16: bool = False
+    compile: bool = False
 
     @property
     def snapshot(self) -> Path:
@@ -156,12 +160,15 @@ def _step(
         group["lr"] = stage.learning_rate * _schedule(step, progress)
     seed = np.random.SeedSequence([stage.run.seed, *stage.name.encode(), step])
     generator = torch.Generator(stage.run.device).manual_seed(int(seed.generate_state(1)[0]))
-    losses = stage.loss(batch, generator)
+    bf16 = torch.autocast(torch.device(stage.run.device).type, torch.bfloat16, stage.run.bf16)
+    with bf16:
+        losses = stage.loss(batch, generator)
     stage.module.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
-    for optimiser in optimisers:
-        optimiser.step()
+    with bf16:
+        for optimiser in optimisers:
+            optimiser.step()
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
