@@ -93,7 +93,7 @@ def make_glyph_encoder() -> T5EncoderModel:
 
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
     """A script and a number of characters, for all texts of a batch."""
-    script = str(rng.choice(("latin", "digit", "chinese"), p=(0.2, 0.05, 0.75)))
+    script = str(rng.choice(("latin", "digit", "chinese"), p=(0.3, 0.05, 0.65)))
     return script, int(rng.integers(1, LONGEST[script] + 1))
 
 
