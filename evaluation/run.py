@@ -1,8 +1,8 @@
 """`python -m evaluation.run`: does the trained model in `tiny/` do what its prompts ask for?
 
 Every picture is painted by the pack's own workflows on a real server. The scenes are drawn with
-seeds that training does not use, so simple ones may be alike; the Latin words are ones that it
-never draws.
+seeds that training does not use, so simple ones may be alike; the Latin words that are read are
+ones that it never draws.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scripts import demo, environment
 from scripts.client import Client, Prompt
 from training.edits import Edit, draw_edit
 from training.render import render
-from training.scene import HELD_OUT_WORDS, Scene, draw_content, draw_scene
+from training.scene import HELD_OUT_WORDS, Scene, draw_scene
 from training.wording import prompt_of
 
 from .judge import (
@@ -135,11 +135,11 @@ def override_cases(settings: Settings, count: int) -> Iterator[Case]:
 
     for i in range(count):
         rng = _held_out(3, i)
-        scene = _draw(rng, settings, 1, _is_latin)
+        old = str(rng.choice(HELD_OUT_WORDS))
+        alike = [word for word in HELD_OUT_WORDS if len(word) == len(old) and word != old]
+        new = str(rng.choice(alike))
+        scene = _with_word(_draw(rng, settings, 1, _is_latin), old)
         prompt, name = prompt_of(rng, scene), f"override_{i:02}"
-        old = scene.texts[0].content
-        while (new := draw_content(rng, "latin", len(old))) == old:
-            continue
         first = settings.graph("text_to_image", prompt, i, name)
         second = settings.graph("text_to_image", prompt, i, name)
         node(second, "GLMImageGlyphEncode")["texts"] = new
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=environment.ROOT / "evaluation/last.json")
     given = parser.parse_args()
     if not MODEL.is_dir():
-        raise SystemExit(f"There is no trained model in {MODEL}: python -m training makes one.")
+        raise SystemExit(f"There is no trained model in {MODEL}: make train-tiny makes one.")
     settings = Settings(demo.prepare_model(str(MODEL)), given.size, given.steps)
     records = []
     used = {"size": given.size, "steps": given.steps, "count": given.count}

@@ -89,8 +89,11 @@ def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:
 
 
 def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> None:
-    """Puts values into every node input of their names that is no link."""
-    for node in prompt.values():
+    """Puts values into every node input of their names that is no link.
+
+    Masks keep their size: they are stretched over the picture, whatever its size.
+    """
+    for node in (node for node in prompt.values() if node["class_type"] != "SolidMask"):
         for name in values.keys() & node["inputs"].keys():
             if not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = values[name]

@@ -1,7 +1,7 @@
 """`make soak`: fifty prompts of many kinds through one server, which must neither grow nor err.
 
 Each kind's picture is first made by a server of its own; every later one has to be the same. After
-a first round the server's memory may grow by no more than a few megabytes.
+a first round the server's memory may grow by no more than 64 MiB.
 """
 
 import json
@@ -87,7 +87,7 @@ def planned(prompt: Prompt, **asked) -> Prompt:
 
 
 def pictures(client: Client, prompt: Prompt, seed: int) -> list[bytes]:
-    """The PNG files of a run; every seed in the graph is `seed`."""
+    """The pixels of all pictures of a run; every seed in the graph is `seed`."""
     for node in prompt.values():
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] = seed
@@ -98,7 +98,7 @@ def pictures(client: Client, prompt: Prompt, seed: int) -> list[bytes]:
 
 
 def pixels(png: bytes) -> bytes:
-    """Without the prompt that ComfyUI writes into the file."""
+    """A picture's bytes, without the prompt that ComfyUI writes into the file."""
     return Image.open(BytesIO(png)).tobytes()
 
 

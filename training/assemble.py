@@ -1,4 +1,4 @@
-"""From a training run to `tiny/`: bfloat16 weights, one file a component."""
+"""From a training run to `tiny/`: a file of weights a component, 27 MB in all."""
 
 import argparse
 import json
@@ -16,12 +16,14 @@ from .stage import STAGES
 from .tokenizer import IMAGE_END, VISUAL
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOAT32 = ("text_encoder",)  # as on the hub
+FLOAT32 = ("text_encoder",)
 WEIGHTS = "*.safetensors"
 
 
 def assemble(folder: Path, target: Path) -> None:
-    """Put a run's components into `target`, weights in bfloat16; what else lies there stays.
+    """Put a run's components into `target`; what else lies there stays.
+
+    Weights are in bfloat16, but for the glyph encoder's, which are in float32 as on the hub.
 
     Raises:
         FileNotFoundError: a stage has not been trained to its end.
@@ -50,7 +52,7 @@ def _join_ar(folder: Path) -> GlmImageForConditionalGeneration:
         do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
         eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,
     )  # fmt: skip
-    return model
+    return model.to(torch.bfloat16)
 
 
 def _store(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -63,7 +65,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny")
     parser.add_argument("--target", type=Path, default=ROOT / "tiny")
     given = parser.parse_args()
-    assemble(given.folder, given.target)
+    try:
+        assemble(given.folder, given.target)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

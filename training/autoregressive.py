@@ -22,7 +22,14 @@ from .edits import draw_edit
 from .reading import Reading, asked_by, layout_of
 from .scene import SIZES, Scene, draw_scene
 from .stage import Run, Stage
-from .tokenizer import IMAGE_END, IMAGE_START, PLACES, VISUAL, image_placeholder, make_processor
+from .tokenizer import (
+    IMAGE_END,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START,
+    PLACES,
+    VISUAL,
+    make_processor,
+)  # fmt: skip
 from .wording import phrased
 
 HIDDEN, LAYERS = 192, 4
@@ -89,10 +96,10 @@ class AutoregressiveStage(Stage):
         """
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
         if rng.random() < 0.2:
-            return [self._prompt(rng, height, width) for _ in range(6 * self.size)]
+            return [self._prompt(rng, height, width) for _ in range(6 * self.batch_size)]
         kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
-        count = max(1, self.size * 300 // tokens)
+        count = max(1, self.batch_size * 300 // tokens)
         if kind == 2:
             return [self._edit(rng, height, width) for _ in range(count)]
         return [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
@@ -201,7 +208,7 @@ def ar_config() -> GlmImageConfig:
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 3,
             "num_key_value_heads": 1,
-            "pad_token_id": image_placeholder(),  # whose embedding nothing reads
+            "pad_token_id": IMAGE_PLACEHOLDER,  # whose embedding nothing reads
             "eos_token_id": IMAGE_END,
             "rope_parameters": {
                 "rope_type": "default",
@@ -215,7 +222,7 @@ def ar_config() -> GlmImageConfig:
             "image_size": 1024, "patch_size": 16,
         },
         vq_config={"embed_dim": 64, "num_embeddings": CODEBOOK, "latent_channels": 128},
-        image_token_id=image_placeholder(),
+        image_token_id=IMAGE_PLACEHOLDER,
         image_start_token_id=IMAGE_START,
         image_end_token_id=IMAGE_END,
     )  # fmt: skip

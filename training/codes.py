@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .render import SLOT, coverage
-from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Scene
+from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Item, Scene, Text
 
 CODEBOOK = 2048
 PATTERNS = 32
 PARTS = 4  # a cell's pattern has so many parts a side
-NOTHING, WHOLE = 0.02, 0.98  # shares of a cell that count as none of it, and as all
+EMPTY, FULL = 0.02, 0.98  # shares of a cell that count as none of it, and as all
 SAMPLES = 2  # points a side that a part is measured at
 
 NAMES = list(COLOURS)
@@ -42,8 +42,8 @@ def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
         parts = _parts(scene, item, grid)
         mean = parts.mean((2, 3))
         first = EDGE + PAIRS[item.colour, scene.background] * PATTERNS
-        edge = (mean > NOTHING) & (mean < WHOLE)
-        codes[mean >= WHOLE] = INSIDE + NAMES.index(item.colour)
+        edge = (mean > EMPTY) & (mean < FULL)
+        codes[mean >= FULL] = INSIDE + NAMES.index(item.colour)
         codes[edge] = first + _nearest(parts[edge].reshape(-1, PARTS**2), patterns())
     for text in scene.texts:
         _set_text(codes, scene, text)
@@ -88,8 +88,9 @@ def factors() -> np.ndarray:
 def patterns() -> np.ndarray:
     """float32 [PATTERNS, 16]: the patterns that edges make.
 
-    Centres, by k-means, of the edge cells of two hundred drawn scenes. They are kept in a file:
-    what a trained checkpoint's codes mean must not change when scenes are drawn in another way.
+    Centres, by k-means, of the edge cells of two hundred scenes as they were once drawn. They are a
+    file and are not made again: other centres would be another codebook, and what a trained
+    checkpoint's codes mean must not change when scenes are drawn in another way.
     """
     return np.load(Path(__file__).parent / "patterns.npy")
 
@@ -104,7 +105,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return distances.argmin(1)
 
 
-def _parts(scene: Scene, item, grid: tuple[int, int]) -> np.ndarray:
+def _parts(scene: Scene, item: Item, grid: tuple[int, int]) -> np.ndarray:
     """How far an item covers each part of each cell, [rows, columns, PARTS, PARTS]."""
     fine = PARTS * SAMPLES
     rows = (np.arange(grid[0] * fine) + 0.5) * (scene.height / (grid[0] * fine))
@@ -115,7 +116,7 @@ def _parts(scene: Scene, item, grid: tuple[int, int]) -> np.ndarray:
     return alpha.reshape(shape).mean((2, 5)).transpose(0, 2, 1, 3)
 
 
-def _set_text(codes: np.ndarray, scene: Scene, text) -> None:
+def _set_text(codes: np.ndarray, scene: Scene, text: Text) -> None:
     """Codes of the cells whose centres lie in a character's slot."""
     row, column = scene.text_origin(text)
     y = (np.arange(codes.shape[0]) + 0.5) * scene.height / codes.shape[0] - 32 * row

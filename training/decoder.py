@@ -189,7 +189,7 @@ class DecoderStage(Stage):
         look_up(block, image, torch.cat(slots), text, torch.tensor([*chain(*places)]))
 
     def _count(self, window: tuple[int, int]) -> int:
-        return max(1, self.size * 128 * 128 // (window[0] * window[1]))
+        return max(1, self.batch_size * 128 * 128 // (window[0] * window[1]))
 
     def _scene(self, rng: np.random.Generator, height: int, width: int, kinds: list) -> Scene:
         scene = draw_scene(rng, height, width, texts=len(kinds))

@@ -54,7 +54,7 @@ class GlyphStage(Stage):
             for part in zip(
                 *(
                     _example(draw_content(rng, script, length), script, lead)
-                    for _ in range(self.size)
+                    for _ in range(self.batch_size)
                 ),
                 strict=True,
             )

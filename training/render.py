@@ -37,7 +37,10 @@ def coverage(
     covered = np.zeros((len(rows), len(columns)), np.float32)
     for row, column in item.centres:
         y, x = rows - row * cell[0], columns - column * cell[1]
-        near = slice(*np.searchsorted(y, (-reach, reach))), slice(*np.searchsorted(x, (-reach, reach)))
+        near = (
+            slice(*np.searchsorted(y, (-reach, reach))),
+            slice(*np.searchsorted(x, (-reach, reach))),
+        )
         y, x = y[near[0], None] / radius, x[None, near[1]] / radius
         alpha = np.clip(0.5 - signed_distance(item.shape, y, x) * radius / softness, 0, 1)
         covered[near] = np.maximum(covered[near], alpha)
@@ -146,10 +149,8 @@ def glyph_bitmap(character: str) -> np.ndarray:
     font = _font(character)
     large = Image.new("L", (2 * SLOT, SLOT), 0)
     ImageDraw.Draw(large).text((SLOT, SLOT // 2), character, fill=255, font=font, anchor="mm")
-    bounds = large.getbbox()
-    if bounds is None:
-        return np.zeros((SLOT, SLOT), np.uint8)
-    glyph = large.crop((bounds[0], 0, bounds[2], SLOT))
+    left, _, right, _ = large.getbbox()
+    glyph = large.crop((left, 0, right, SLOT))
     if glyph.width > SLOT - 4:  # W and M are set narrower
         glyph = glyph.resize((SLOT - 4, SLOT), Image.BICUBIC)
     slot = Image.new("L", (SLOT, SLOT), 0)

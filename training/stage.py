@@ -76,7 +76,7 @@ class Stage(ABC):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.size = run.batch or self.batch
+        self.batch_size = run.batch or self.batch
         torch.manual_seed(run.seed)
         self.module = self.build().to(run.device)
 
@@ -178,7 +178,7 @@ def _finish(stage: Stage, state: dict) -> None:
     stage.module.eval().requires_grad_(False)
     stage.write()
     summary = {"stage": stage.name, "steps": state["step"], "minutes": state["seconds"] / 60}
-    summary |= {"batch": stage.size, "seed": stage.run.seed, "device": stage.run.device}
+    summary |= {"batch": stage.batch_size, "seed": stage.run.seed, "device": stage.run.device}
     (stage.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
@@ -269,14 +269,22 @@ def _load(folder: Path, module: nn.Module, optimisers: list, average: _Average) 
 
 
 def plot(log: list[dict], path: Path, title: str) -> None:
-    """The losses over the steps, smoothed over a fiftieth of them, as a PNG."""
+    """The losses over the steps as a PNG."""
     figure = Figure(figsize=(6, 4), layout="tight")
     axes = figure.subplots()
-    for name in [key for key in log[-1] if key != "step"] if log else []:
-        values = np.array([entry.get(name, np.nan) for entry in log])
-        width = max(1, len(values) // 50)
-        smooth = np.convolve(values, np.ones(width) / width, "valid")
-        axes.plot(np.arange(len(smooth)) + width // 2, smooth, label=name)
+    for name, (steps, values) in curves(log).items():
+        axes.plot(steps, values, label=name)
     axes.set(title=title, xlabel="step", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=100)
+
+
+def curves(log: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each loss, steps and values, both smoothed over a fiftieth of the steps that have it."""
+    found = {}
+    for name in dict.fromkeys(key for entry in log for key in entry if key != "step"):
+        points = np.array([(entry["step"], entry[name]) for entry in log if name in entry])
+        width = max(1, len(points) // 50)
+        window = np.ones(width) / width
+        found[name] = tuple(np.convolve(axis, window, "valid") for axis in points.T)
+    return found

@@ -1,7 +1,6 @@
 """The AR model's tokenizer: byte-level BPE on the prompts, one token a capital, digit or Hanzi."""
 
 import json
-from functools import lru_cache
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,6 +33,8 @@ TEMPLATE = (
     "{% endfor %}{% endfor %}"
 ) + "".join(PLACES)
 TEXT_TOKENS = 900
+IMAGE_PLACEHOLDER = VISUAL + TEXT_TOKENS + CONTROLS.index("<|image|>")
+"""The id that stands for a reference in a prompt."""
 
 
 def make_processor() -> GlmImageProcessor:
@@ -49,12 +50,6 @@ def make_processor() -> GlmImageProcessor:
     )  # fmt: skip
 
 
-def image_placeholder() -> int:
-    """The id that stands for a reference in a prompt."""
-    return _tokenizer().convert_tokens_to_ids("<|image|>")
-
-
-@lru_cache
 def _tokenizer() -> PreTrainedTokenizerFast:
     learned = _learn_bpe()
     visual = [f"<|dit_token_{i}|>" for i in range(VISUAL)]

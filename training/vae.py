@@ -46,7 +46,7 @@ class VAEStage(Stage):
 
     def draw(self, rng: np.random.Generator, progress: float) -> Tensor:
         side = int(rng.choice(CROPS))
-        count = max(1, self.size * 128 * 128 // side**2)
+        count = max(1, self.batch_size * 128 * 128 // side**2)
         return torch.stack([_pixels(_crop(rng, side)) for _ in range(count)])
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class VisionStage(Stage):
     def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W] of pictures at half their size, and codes [B, H / 16, W / 16]."""
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, *(0.1,) * 6))]
-        count = max(1, self.size * 512 * 512 // (height * width))
+        count = max(1, self.batch_size * 512 * 512 // (height * width))
         scenes = [draw_scene(rng, height, width) for _ in range(count)]
         pixels = torch.stack([_half(rng, render(scene)) for scene in scenes])
         return pixels, torch.stack([torch.from_numpy(cells(scene)) for scene in scenes])

@@ -43,6 +43,8 @@ def test_an_override_changes_the_texts_and_nothing_else() -> None:
         first, second = case.graphs
         changed = [key for key in first if first[key] != second[key]]
         assert [first[key]["class_type"] for key in changed] == ["GLMImageGlyphEncode"]
+        scene, word = case.check.args
+        assert {scene.texts[0].content, word} <= set(HELD_OUT_WORDS)
 
 
 def test_training_draws_no_word_that_is_asked_for() -> None:

@@ -4,9 +4,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from glm_core.glyph import texts_to_render
-from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, TEXT, USED, cells, vectors
+from training.codes import (
+    CODEBOOK,
+    EDGE,
+    INSIDE,
+    NAMES,
+    PAIRS,
+    PATTERNS,
+    SLOTS,
+    TEXT,
+    USED,
+    cells,
+    patterns,
+    slots_of,
+    vectors,
+)  # fmt: skip
 from training.edits import draw_edit
 from training.render import render
 from training.scene import COLOURS, SIZES, Scene, draw_scene, place_item
@@ -71,6 +86,36 @@ def test_a_code_says_what_its_cell_shows(preview) -> None:
 def _near_text(codes: np.ndarray, row: int, column: int) -> bool:
     """A preview's cell may hold a sliver of a character whose code its neighbour has."""
     return (codes[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] >= TEXT).any()
+
+
+def test_an_edges_code_has_the_pattern_that_is_nearest_to_the_pixels() -> None:
+    right, count = 0, 0
+    for _, scene in scenes():
+        scene = replace(scene, texts=())
+        codes, picture = cells(scene), render(scene).astype(float)
+        ground = np.array(COLOURS[scene.background], float)
+        for row, column in np.argwhere((codes >= EDGE) & (codes < TEXT)):
+            pair, pattern = divmod(codes[row, column] - EDGE, PATTERNS)
+            colour, background = list(PAIRS)[pair]
+            assert background == scene.background
+            step = np.array(COLOURS[colour], float) - ground
+            cell = picture[32 * row : 32 * row + 32, 32 * column : 32 * column + 32] - ground
+            parts = (cell @ step / (step @ step)).reshape(4, 8, 4, 8).mean((1, 3)).flatten()
+            distances = ((patterns() - parts) ** 2).sum(1)
+            right += distances[pattern] <= distances.min() + 0.02
+            count += 1
+    assert right >= 0.99 * count > 500
+
+
+def test_a_texts_codes_name_their_script_and_place() -> None:
+    for _, scene in scenes():
+        codes = torch.from_numpy(cells(scene))
+        for text in scene.texts:
+            row, column = scene.text_origin(text)
+            for i in range(len(text.content)):
+                first = column + 2 * i
+                slots = slots_of(codes[row : row + 2, first : first + 2])
+                assert (slots == SLOTS.index((text.script, i))).all()
 
 
 def test_edges_and_texts_are_where_shapes_and_texts_are() -> None:

@@ -15,7 +15,8 @@ from transformers import GlmImageForConditionalGeneration
 
 from training.autoregressive import AutoregressiveStage, collate
 from training.decoder import DecoderStage
-from training.stage import Run
+from training.stage import Run, curves
+from training.tokenizer import IMAGE_PLACEHOLDER, make_processor
 
 STAGES = ("vae", "autoregressive", "vision", "glyphs", "decoder")
 
@@ -38,7 +39,18 @@ def test_every_stage_leaves_its_losses_and_their_plot(folder) -> None:
     for stage in STAGES:
         summary = json.loads((folder / "run" / stage / "summary.json").read_text())
         assert summary["steps"] == 2
-        assert Image.open(folder / "run" / stage / "loss.png").width > 300
+        assert len(curves(state(folder, stage)["log"])) > 0
+        assert Image.open(folder / "run" / stage / "loss.png").format == "PNG"
+
+
+def test_a_loss_that_some_steps_lack_is_plotted_where_it_is() -> None:
+    log = [{"step": i, "all": 2.0} | ({"even": i} if i % 2 == 0 else {}) for i in range(200)]
+    found = curves([*log, {"step": 200, "last": 1.0}])
+    assert found.keys() == {"all", "even", "last"}
+    steps, values = found["even"]
+    assert len(steps) == 99  # of a hundred, two at a time
+    assert np.array_equal(steps, values)
+    assert np.allclose(found["all"][1], 2)
 
 
 def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_path) -> None:
@@ -67,6 +79,12 @@ def test_the_checkpoint_holds_what_was_trained_in_bfloat16(folder) -> None:
     seen = state(folder, "vision")["average"]["vqmodel.quantize.embedding.weight"]
     assert torch.equal(saved["model.vqmodel.quantize.embedding.weight"], seen.bfloat16())
     assert sum(file.stat().st_size for file in (folder / "tiny").rglob("*.*")) < 40e6
+    config = json.loads((folder / "tiny" / "vision_language_encoder" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_the_configuration_names_the_token_of_a_reference() -> None:
+    assert make_processor().tokenizer.convert_tokens_to_ids("<|image|>") == IMAGE_PLACEHOLDER
 
 
 def only_file(component: Path) -> dict[str, torch.Tensor]:
