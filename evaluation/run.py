@@ -9,14 +9,17 @@ import argparse
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image
 
-from scripts import demo, environment
+from scripts import demo, environment, host
 from scripts.client import Client, Prompt
 from training.edits import Edit, draw_edit
 from training.render import render
@@ -201,7 +204,10 @@ def edit_cases(settings: Settings, count: int) -> Iterator[Case]:
         yield Case(name, edit.wish, (graph,), partial(check, edit), inputs)
 
 
-SETS = (shape_cases, latin_cases, chinese_cases, override_cases, layout_cases, edit_cases)
+SETS = {
+    "shapes": shape_cases, "latin": latin_cases, "chinese": chinese_cases,
+    "override": override_cases, "layout": layout_cases, "edit": edit_cases,
+}  # fmt: skip
 
 
 def node(graph: Prompt, class_type: str) -> dict:
@@ -248,20 +254,48 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--out", type=Path, default=environment.ROOT / "evaluation/last.json")
+    parser.add_argument("--kinds", nargs="+", choices=SETS, default=list(SETS), metavar="KIND",
+                        help=f"of cases: {', '.join(SETS)}")  # fmt: skip
+    parser.add_argument("--servers", type=int, default=1, help="side by side, a core each")
     given = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit(f"There is no trained model in {MODEL}: make train-tiny makes one.")
-    settings = Settings(demo.prepare_model(str(MODEL)), given.size, given.steps)
+    settings = Settings(MODEL.name, given.size, given.steps)
     records = []
     used = {"size": given.size, "steps": given.steps, "count": given.count}
-    with demo.demo_server(environment.host(), settings.model) as address:
-        client = Client(address)
-        for case in (case for cases in SETS for case in cases(settings, given.count)):
-            results = case.check(paint(client, demo.BASE / "input", case))
+    cases = [case for kind in given.kinds for case in SETS[kind](settings, given.count)]
+    with servers(given.servers) as painted, ThreadPoolExecutor(given.servers) as pool:
+        for case, pictures in zip(cases, pool.map(painted, cases), strict=True):
+            results = case.check(pictures)
             records.append({"case": case.name, "prompt": case.prompt, "held": results})
             print(case.name, "".join("x."[held] for held in results.values()), flush=True)
             _write_report(given.out, used, records)  # after each, so that none is lost
     print(table(totals(record["held"] for record in records)))
+
+
+@contextmanager
+def servers(count: int) -> Iterator[Callable[[Case], Pictures]]:
+    """`paint` on whichever of so many servers is free."""
+    free = SimpleQueue()
+    with ExitStack() as stack:
+        for i in range(count):
+            base = host.make_base(environment.CACHE / "evaluation" / str(i))
+            host.add_model(base, MODEL)
+            flags = ("--output-directory", str(demo.OUTPUT))
+            threads = 1 if count > 1 else None
+            address = stack.enter_context(
+                host.serve(environment.host(), base, *flags, threads=threads)
+            )
+            free.put((Client(address), base / "input"))
+
+        def painted(case: Case) -> Pictures:
+            server = free.get()
+            try:
+                return paint(*server, case)
+            finally:
+                free.put(server)
+
+        yield painted
 
 
 def _write_report(file: Path, used: dict, records: list[dict]) -> None:

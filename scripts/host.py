@@ -27,6 +27,16 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
+def add_model(base: Path, snapshot: Path) -> str:
+    """Links a snapshot's folder into the models of a base folder; gives its name there."""
+    link = base / "models" / "glm_image" / snapshot.name
+    if link.is_dir() and not link.is_symlink():
+        raise SystemExit(f"{link} is a model of its own: rename {snapshot}, or name that one.")
+    link.unlink(missing_ok=True)
+    link.symlink_to(snapshot)
+    return link.name
+
+
 @contextmanager
 def serve(
     host: Host, base: Path, *flags: str, port: int | None = None, threads: int | None = None

@@ -1,4 +1,8 @@
-"""`python -m training [STAGE ...]`: trains those, or all in order and then writes `tiny/`."""
+"""`python -m training [STAGE ...]`: trains those, or all in order and then writes `tiny/`.
+
+With `--start tiny` stages go on from the checkpoint; `python -m training.assemble` then puts what
+was trained into it.
+"""
 
 import argparse
 from importlib import import_module
@@ -15,9 +19,10 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all, if none is named")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny", help="of the run")
     parser.add_argument("--target", type=Path, default=ROOT / "tiny", help="of the checkpoint")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, such as tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each stage, for a short run")
-    parser.add_argument("--minutes", type=float, help="end each stage after so long")
+    parser.add_argument("--minutes", type=float, help="of each stage, over all its runs")
     parser.add_argument("--stop", type=int, help="break a stage off before this step")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)

@@ -3,13 +3,12 @@
 import argparse
 import json
 import shutil
+from collections import ChainMap
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GlmImageForConditionalGeneration
-
-from scripts.random_checkpoint import MODEL_INDEX
 
 from .autoregressive import ar_config
 from .stage import STAGES
@@ -18,22 +17,35 @@ from .tokenizer import IMAGE_END, VISUAL
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32 = ("text_encoder",)
 WEIGHTS = "*.safetensors"
+MODEL_INDEX = {
+    "_class_name": "GlmImagePipeline",
+    "processor": ["transformers", "GlmImageProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "ByT5Tokenizer"],
+    "transformer": ["diffusers", "GlmImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"],
+}
 
 
 def assemble(folder: Path, target: Path) -> None:
-    """Put a run's components into `target`; what else lies there stays.
+    """Put what a run has trained into `target`; all else that lies there stays.
 
     Weights are in bfloat16, but for the glyph encoder's, which are in float32 as on the hub.
 
     Raises:
-        FileNotFoundError: a stage has not been trained to its end.
+        FileNotFoundError: a stage has not been trained to its end, and nothing of it lies there.
     """
-    missing = [name for name in STAGES if not (folder / name / "summary.json").is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: train these stages first.")
+    trained = [name for name in STAGES if (folder / name / "summary.json").is_file()]
+    missing = set(STAGES) - set(trained)
+    if missing and not (trained and (target / "model_index.json").is_file()):
+        names = ", ".join(name for name in STAGES if name in missing)
+        raise FileNotFoundError(f"{folder} lacks {names}: train these stages first.")
     snapshot = folder / "snapshot"
-    _join_ar(folder).save_pretrained(snapshot / "vision_language_encoder")
-    for name in (name for name in MODEL_INDEX if not name.startswith("_")):
+    if ar := [name for name in ("autoregressive", "vision") if name in trained]:
+        _join_ar(folder, ar, target).save_pretrained(snapshot / "vision_language_encoder")
+    for name in (name for name in MODEL_INDEX if (snapshot / name).is_dir()):
         shutil.rmtree(target / name, ignore_errors=True)
         shutil.copytree(snapshot / name, target / name, ignore=shutil.ignore_patterns(WEIGHTS))
         for file in (snapshot / name).glob(WEIGHTS):
@@ -42,12 +54,16 @@ def assemble(folder: Path, target: Path) -> None:
     (target / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
-def _join_ar(folder: Path) -> GlmImageForConditionalGeneration:
-    """The text model and head of one stage, and the tower and quantiser of another."""
+def _join_ar(folder: Path, stages: list[str], target: Path) -> GlmImageForConditionalGeneration:
+    """The text model and head of one stage, the tower and quantiser of another.
+
+    What was not trained is as it is in `target`.
+    """
     model = GlmImageForConditionalGeneration(ar_config())
-    stages = ("autoregressive", "vision")
-    parts = [load_file(folder / stage / "weights.safetensors") for stage in stages]
-    model.load_state_dict(parts[0] | parts[1])
+    files = [folder / stage / "weights.safetensors" for stage in stages]
+    if len(stages) < 2:
+        files = [*(target / "vision_language_encoder").glob(WEIGHTS), *files]
+    model.load_state_dict(dict(ChainMap(*(load_file(file) for file in reversed(files)))))
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
         eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
-from .codes import CODEBOOK, cells, factors
+from .codes import CODEBOOK, INSIDE, cells, factors
 from .edits import draw_edit
 from .reading import Reading, asked_by, layout_of
 from .scene import SIZES, Scene, draw_scene
@@ -36,13 +37,14 @@ HIDDEN, LAYERS = 192, 4
 # The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
 # tell neighbouring columns by three thousandths of a radian.
 ROPE_THETA = 4.0
+FIRST_CELLS = 4.0  # how much more the first cell of a thing counts when training begins
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt, and the codes that should follow it with their positions.
 
-    codes: int64 [N]; positions: int64 [3, N].
+    codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
     preview: rows and columns of the grid that the codes begin with; None for an edit.
     phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
     layout: what the whole prompt asks for, `reading.layout_of`; None for an edit.
@@ -51,6 +53,7 @@ class Sample:
     prompt: Prompt
     codes: Tensor
     positions: Tensor
+    weights: Tensor
     preview: tuple[int, int] | None = None
     phrases: tuple[tuple[int, Tensor], ...] = ()
     layout: Tensor | None = None
@@ -60,7 +63,9 @@ class AutoregressiveStage(Stage):
     """Next-code cross-entropy over what follows the prompt, and what `Reading` asks besides."""
 
     name = "autoregressive"
-    steps = 8000
+    component = "vision_language_encoder"
+    keys = (("model.language_model.", "text."), ("lm_head.", "head."))
+    steps = 6000
     batch = 12
     learning_rate = 2e-3
     by_adamw = ("head", "reading.")
@@ -70,7 +75,10 @@ class AutoregressiveStage(Stage):
         super().__init__(run)
         folder = run.snapshot / "processor"
         if not folder.is_dir():  # a run keeps the vocabulary that it began with
-            make_processor().save_pretrained(folder)
+            if run.start:
+                shutil.copytree(run.start / "processor", folder)
+            else:
+                make_processor().save_pretrained(folder)
         self.tokenizer = read_tokenizer(folder)
         self.offsets = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.first_place = self.offsets.token_to_id(PLACES[0])
@@ -92,20 +100,24 @@ class AutoregressiveStage(Stage):
     def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
         """All of one kind and size: mostly previews at first, then more whole images, and edits.
 
-        A fifth of the batches are prompts alone, as many as have the length of a batch of previews.
+        Some batches are prompts alone, as many as have the length of a batch of previews. The first
+        cells of things count more at first: all else follows from them and from the cells above.
         """
+        stress = FIRST_CELLS * (1 - progress)
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
-        if rng.random() < 0.2:
+        if rng.random() < (0.2 if progress < 0.25 else 0.1):
             return [self._prompt(rng, height, width) for _ in range(6 * self.batch_size)]
         kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.batch_size * 300 // tokens)
         if kind == 2:
-            return [self._edit(rng, height, width) for _ in range(count)]
-        return [self._image(rng, height, width, whole=kind == 1) for _ in range(count)]
+            return [self._edit(rng, height, width, stress) for _ in range(count)]
+        return [self._image(rng, height, width, kind == 1, stress) for _ in range(count)]
 
     def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
-        ids, positions, mask, targets = (part.to(self.run.device) for part in collate(batch))
+        ids, positions, mask, targets, weights = (
+            part.to(self.run.device) for part in collate(batch)
+        )
         reading = self.module["reading"]
         states = self.module["text"](
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
@@ -114,7 +126,8 @@ class AutoregressiveStage(Stage):
         if count := targets.shape[1]:
             states = states[:, -count:]
             logits = self.module["head"](states)[..., :CODEBOOK]
-            losses["codes"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses["codes"] = (each * weights.flatten()).mean()
         if batch[0].preview and count:
             first = math.prod(batch[0].preview)
             grid = targets[:, :first].unflatten(1, batch[0].preview)
@@ -132,15 +145,22 @@ class AutoregressiveStage(Stage):
         head = {f"lm_head.{k}": v for k, v in self.module["head"].state_dict().items()}
         save_file({**text, **head}, self.folder / "weights.safetensors")
 
-    def _image(self, rng: np.random.Generator, height: int, width: int, whole: bool) -> Sample:
+    def _image(
+        self, rng: np.random.Generator, height: int, width: int, whole: bool, stress: float
+    ) -> Sample:
         scene, sample = self._scene(rng, height, width)
         grids = [scene.preview, scene.grid] if whole else [scene.preview]
-        base, codes, positions = sample.prompt.end, [], []
+        base, codes, positions, weights = sample.prompt.end, [], [], []
         for grid in grids:
-            codes.append(torch.from_numpy(cells(scene, grid)).flatten())
+            written = cells(scene, grid)
+            codes.append(torch.from_numpy(written).flatten())
             positions.append(grid_positions(grid, base))
+            weights.append(_weights(written, stress))
             base += max(grid)
-        return replace(sample, codes=torch.cat(codes), positions=torch.cat(positions, 1))
+        return replace(
+            sample,
+            codes=torch.cat(codes), positions=torch.cat(positions, 1), weights=torch.cat(weights),
+        )  # fmt: skip
 
     def _prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
         return self._scene(rng, height, width)[1]
@@ -154,19 +174,33 @@ class AutoregressiveStage(Stage):
         asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
         prompt = self.tokenizer.text_to_image(words, scene.grid)
         nothing = torch.zeros(3, 0, dtype=torch.int64)
-        return scene, Sample(prompt, nothing[0], nothing, scene.preview, asked, layout_of(scene))
+        return scene, Sample(
+            prompt, nothing[0], nothing, nothing[0].float(), scene.preview, asked, layout_of(scene)
+        )
 
-    def _edit(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+    def _edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
         edit = draw_edit(rng, height, width)
         reference = torch.from_numpy(cells(edit.before))
         grid = edit.after.grid
         prompt = self.tokenizer.image_to_image(edit.wish, grid, [reference])
-        codes = torch.from_numpy(cells(edit.after)).flatten()
-        return Sample(prompt, codes, grid_positions(grid, prompt.end))
+        written = cells(edit.after)
+        codes, weights = torch.from_numpy(written).flatten(), _weights(written, stress)
+        return Sample(prompt, codes, grid_positions(grid, prompt.end), weights)
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids [B, S], positions [3, B, S], mask [B, S] and targets [B, N]; prompts are padded left."""
+def _weights(codes: np.ndarray, stress: float) -> Tensor:
+    """float [H * W]: 1, and `stress` more for cells that no shape or text is left of or above."""
+    shown = np.pad(codes >= INSIDE, ((1, 0), (1, 1)))
+    before = shown[1:, :-2] | shown[:-1, :-2] | shown[:-1, 1:-1] | shown[:-1, 2:]
+    first = shown[1:, 1:-1] & ~before
+    return 1 + stress * torch.from_numpy(first).flatten().float()
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
+    """ids [B, S], positions [3, B, S], mask [B, S], targets and weights [B, N].
+
+    Prompts are padded left.
+    """
     longest = max(len(sample.prompt) for sample in samples)
     ids, positions, mask = [], [], []
     for sample in samples:
@@ -176,7 +210,8 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         positions.append(F.pad(where, (pad, 0)))
         mask.append(F.pad(torch.ones(len(where[0]), dtype=torch.int64), (pad, 0)))
     targets = torch.stack([sample.codes for sample in samples])
-    return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets
+    weights = torch.stack([sample.weights for sample in samples])
+    return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets, weights
 
 
 def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ unshifted timestep.
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,7 +63,9 @@ class DecoderStage(Stage):
     """Mean squared error of the velocity, noise - latent."""
 
     name = "decoder"
-    steps = 20000
+    component = "transformer"
+    keys = (("", "decoder."),)
+    steps = 3300
     batch = 40
     learning_rate = 2e-3
     # Orthogonal steps of the modulations would take a third of the time.
@@ -74,7 +75,7 @@ class DecoderStage(Stage):
     ema = 0.999
 
     def __init__(self, run: Run) -> None:
-        folder = required(run.snapshot / "vae", "vae")
+        folder = run.component("vae", "vae")
         super().__init__(run)
         self.vae = AutoencoderKL.from_pretrained(folder).to(run.device)
         self.vae.requires_grad_(False)
@@ -103,7 +104,7 @@ class DecoderStage(Stage):
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
         look_around(network)
-        trained = required(self.run.snapshot / "text_encoder", "glyphs")
+        trained = self.run.component("text_encoder", "glyphs")
         encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
         encoder.eval().requires_grad_(False)
         return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": Hints(network)})
@@ -245,17 +246,6 @@ class DecoderStage(Stage):
             timestep=timestep, target_size=size.float(), crop_coords=torch.zeros_like(size).float(),
             kv_caches=cache,
         ).sample  # fmt: skip
-
-
-def required(folder: Path, stage: str) -> Path:
-    """A folder that another stage leaves.
-
-    Raises:
-        FileNotFoundError: the stage has not been trained.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing: train the stage {stage} first.")
-    return folder
 
 
 def _place(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from glm_core.glyph import PAD, byte_ids
+from glm_core.glyph import EOS, PAD, byte_ids
 
 from .codes import LONGEST, SLOTS
 from .render import SLOT, glyph_bitmap
@@ -28,15 +28,19 @@ class GlyphStage(Stage):
     """Mean squared error of bitmaps, cross-entropy of characters and places."""
 
     name = "glyphs"
-    steps = 3000
+    component = "text_encoder"
+    keys = (("", "encoder."),)
+    steps = 1700
     batch = 96
     learning_rate = 3e-3
     by_adamw = ("bitmap", "character", "place")
 
     def build(self) -> nn.Module:
+        encoder = make_glyph_encoder()
+        _count_bytes(encoder)
         return nn.ModuleDict(
             {
-                "encoder": make_glyph_encoder(),
+                "encoder": encoder,
                 "bitmap": nn.Sequential(
                     nn.Linear(WIDTH, 384), nn.GELU(), nn.Linear(384, SIDE * SIDE)
                 ),
@@ -89,6 +93,34 @@ def make_glyph_encoder() -> T5EncoderModel:
             relative_attention_max_distance=128, dropout_rate=0.0,
         )
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _count_bytes(encoder: T5EncoderModel) -> None:
+    """Begin the first head with how many bytes stand before each.
+
+    T5 knows distances only, and a byte's place is how many come before it. This head attends alike
+    to all that come before, to the byte itself and to the end of the text, whose share is then
+    1 / (bytes before + 2); it leaves that share in channels that no embedding has. Without it,
+    places were still guessed after 2700 steps.
+    """
+    constant, ending, count = 0, 1, slice(2, 6)  # channels
+    table = encoder.shared.weight
+    table[:, : count.stop] = 0
+    table[:, constant] = 4
+    table[EOS, ending], table[PAD, ending] = 4, -4
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    head = slice(0, attention.key_value_proj_dim)
+    for linear in (attention.q, attention.k, attention.v):
+        linear.weight[head] = 0
+    attention.q.weight[0, constant] = 0.5
+    attention.k.weight[0, ending] = 0.8  # 6 for the end, -6 for pads
+    attention.v.weight[0, ending] = 1
+    attention.o.weight[:, head] = 0
+    attention.o.weight[count, 0] = 3
+    distances = attention.relative_attention_bias.weight
+    distances[:, 0] = 0
+    distances[len(distances) // 2 :, 0] = -6  # what comes after
 
 
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ STAGES = {  # a module each and its class, in the order they are trained
 class Run:
     """Where a training run lies, and how it is made.
 
+    start: a checkpoint that stages begin with; without it they begin anew.
     steps: optimiser steps in all; None takes the stage's own number.
     minutes: ends the stage early, with the learning rate brought down over this time.
     stop: breaks the stage off before this step, to be taken up later.
@@ -48,6 +50,7 @@ class Run:
     """
 
     folder: Path
+    start: Path | None = None
     seed: int = 0
     device: str = "cpu"
     steps: int | None = None
@@ -62,11 +65,28 @@ class Run:
         """The folder in hub layout that stages leave their components in."""
         return self.folder / "snapshot"
 
+    def component(self, name: str, stage: str) -> Path:
+        """The folder of a component that another stage leaves, or that the run starts with.
+
+        Raises:
+            FileNotFoundError: the stage has not been trained.
+        """
+        folders = [self.snapshot / name, *([self.start / name] if self.start else [])]
+        if found := next(filter(Path.is_dir, folders), None):
+            return found
+        raise FileNotFoundError(f"{folders[0]} is missing: train the stage {stage} first.")
+
 
 class Stage(ABC):
-    """One network's training. Subclasses set the class attributes and four methods."""
+    """One network's training. Subclasses set the class attributes and four methods.
+
+    `keys` says what the module's weights are called in its component: beginnings of names there,
+    and what stands for them here.
+    """
 
     name: str
+    component: str
+    keys: tuple[tuple[str, str], ...]
     steps: int
     batch: int
     learning_rate = 2e-3
@@ -101,6 +121,19 @@ class Stage(ABC):
     def write(self) -> None:
         """Save the trained component into `run.snapshot`, in hub layout."""
 
+    def start_from(self, snapshot: Path) -> None:
+        """Take the trained weights of a checkpoint; heads that were thrown away begin anew."""
+        (file,) = (snapshot / self.component).glob("*.safetensors")
+        weights = {
+            here + name.removeprefix(there): weight
+            for name, weight in load_file(file).items()
+            for there, here in self.keys
+            if name.startswith(there)
+        }
+        found = self.module.load_state_dict(weights, strict=False)
+        if found.unexpected_keys:
+            raise ValueError(f"{file} is of another network: it has {found.unexpected_keys[0]}.")
+
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Muon for the hidden layers' matrices, AdamW for all else."""
         linears = {
@@ -124,6 +157,8 @@ def train(stage: Stage) -> None:
     """
     run, folder = stage.run, stage.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if run.start and not (folder / "state.pt").exists():
+        stage.start_from(run.start)
     optimisers = stage.optimisers()
     average = _Average(stage.module, stage.ema)
     state = _load(folder, stage.module, optimisers, average)

@@ -28,6 +28,8 @@ class VAEStage(Stage):
     """L1, more of it at edges, and a little KL; what normalises the latents is measured last."""
 
     name = "vae"
+    component = "vae"
+    keys = (("", ""),)
     steps = 4000
     batch = 4
     learning_rate = 4e-3

@@ -28,7 +28,9 @@ class VisionStage(Stage):
     """
 
     name = "vision"
-    steps = 2500
+    component = "vision_language_encoder"
+    keys = (("model.visual.", "visual."), ("model.vqmodel.", "vqmodel."))
+    steps = 700
     batch = 16
     learning_rate = 1.5e-3
     ema = 0.99

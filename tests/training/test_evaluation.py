@@ -31,7 +31,7 @@ def test_an_edit_passes_when_it_is_drawn_and_not_when_nothing_was_done() -> None
 
 
 def test_blank_pictures_show_nothing_that_was_asked_for() -> None:
-    for cases in evaluation.SETS:
+    for cases in evaluation.SETS.values():
         for case in cases(SETTINGS, 2):
             held = case.check([BLANK] * len(case.graphs))
             held.pop("... the rest unchanged", None)  # between two blank pictures it is

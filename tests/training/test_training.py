@@ -1,8 +1,10 @@
 """Training runs in every stage, can be taken up, and leaves what it trained as a checkpoint."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import GlmImageForConditionalGeneration
 
-from training.autoregressive import AutoregressiveStage, collate
+from training.assemble import assemble
+from training.autoregressive import AutoregressiveStage, _weights, collate
+from training.codes import INSIDE, cells
 from training.decoder import DecoderStage
+from training.scene import Scene, Text, place_item
 from training.stage import Run, curves
 from training.tokenizer import IMAGE_PLACEHOLDER, make_processor
 
@@ -64,6 +69,26 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_pat
             assert torch.equal(found[weights][key], value)
 
 
+def test_stages_go_on_from_a_checkpoint(folder, tmp_path) -> None:
+    """A stage begins with its weights, and what it has become is put back beside the others."""
+    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    for stage in ("decoder", "autoregressive"):
+        train(tmp_path, stage, "--steps", "1", "--start", str(folder / "tiny"))
+    assemble(tmp_path / "run", tmp_path / "tiny")
+    for component in ("vae", "text_encoder"):
+        expected, found = (only_file(each / "tiny" / component) for each in (folder, tmp_path))
+        assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    for component in ("transformer", "vision_language_encoder"):
+        expected, found = (only_file(each / "tiny" / component) for each in (folder, tmp_path))
+        assert found.keys() == expected.keys()
+        moved = {
+            key: float((found[key].float() - weight.float()).abs().max())
+            for key, weight in expected.items()
+        }
+        assert 0 < max(moved.values()) < 0.01  # one step of warm-up
+        assert not any(moved[key] for key in moved if key.startswith("model.v"))
+
+
 def state(folder: Path, stage: str) -> dict:
     return torch.load(folder / "run" / stage / "state.pt", weights_only=True)
 
@@ -105,8 +130,8 @@ def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
     network = GlmImageForConditionalGeneration.from_pretrained(
         folder / "tiny" / "vision_language_encoder"
     )
-    sample = stage._image(np.random.default_rng(3), 512, 768, whole=True)
-    ids, positions, _, targets = collate([sample])
+    sample = stage._image(np.random.default_rng(3), 512, 768, whole=True, stress=0)
+    ids, positions, _, targets, _ = collate([sample])
     grids = torch.tensor([[1, 16, 24], [1, 13, 19]])
     prompt = len(sample.prompt)
     expected, _ = network.model.get_rope_index(
@@ -115,6 +140,22 @@ def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
     assert torch.equal(positions[:, :, :prompt], expected)
     assert targets.shape == (1, 13 * 19 + 16 * 24)
     assert torch.equal(ids[0, prompt:], targets[0, :-1])
+
+
+def test_the_first_cell_of_each_thing_counts_more() -> None:
+    empty = Scene(512, 512, "white", (), (Text("AB", "bottom"),))
+    left = place_item(empty, "circle", "red", "medium", "left")
+    right = place_item(empty, "star", "blue", "small", "right")
+    codes = cells(replace(empty, items=(left, right)))
+    weights = _weights(codes, 4.0).view(16, 16)
+    assert sorted(weights.unique().tolist()) == [1, 5]
+    first = [tuple(cell) for cell in (weights == 5).nonzero().tolist()]
+    shown = [tuple(cell) for cell in np.argwhere(codes >= INSIDE)]
+    assert len(first) == 3
+    for things in (lambda c: c < 8, lambda c: c >= 8):
+        upper = [cell for cell in shown if cell[0] < 12 and things(cell[1])]
+        assert min(upper) in first
+    assert min(cell for cell in shown if cell[0] >= 12) in first
 
 
 @pytest.mark.parametrize("window", [(128, 128), (512, 512)])
