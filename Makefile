@@ -5,17 +5,21 @@
 #   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
 #   make train-tiny [ARGS="decoder --minutes 60"]
-#   make eval   [ARGS="--count 50"]
+#   make eval   [ARGS="--count 50 --servers 2 --kinds latin"]
+#   make pictures [ARGS="redo_region"]      of the workflows, by the trained model
 # COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows bench soak train-tiny eval clean python
+.PHONY: demo serve test lint workflows pictures bench soak train-tiny eval clean python
 
 demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
 
 workflows: python
 	@$(PYTHON) -m scripts workflows $(ARGS)
+
+pictures: python
+	@$(PYTHON) -m scripts pictures $(ARGS)
 
 bench: python
 	@$(PYTHON) -m scripts bench $(PRESET)

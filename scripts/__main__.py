@@ -7,7 +7,12 @@ from pathlib import Path
 
 from . import environment
 
-COMMANDS = ("demo", "serve", "test", "lint", "workflows", "bench", "soak", "train", "evaluate")
+COMMANDS = (
+    "demo", "serve", "test", "lint", "workflows", "pictures", "bench", "soak", "train", "evaluate",
+)  # fmt: skip
+
+# A file's tests share a server or a trained run, so they stay in one process.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -24,10 +29,12 @@ def main(command: str, arguments: list[str]) -> None:
         _become(python, "training", arguments)
     if command == "evaluate":
         _become(python, "evaluation.run", arguments)
+    if command == "pictures":
+        _become(python, "scripts.pictures", arguments)
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)
-    _become(python, "pytest", arguments or ["tests"])
+    _become(python, "pytest", arguments or [*PARALLEL, "tests"])
 
 
 def _become(python: Path, module: str, arguments: list[str]) -> None:

@@ -1,13 +1,12 @@
 """`make demo`: one text-to-image run through a real server, with each stage's time.
 
-The environment's PROMPT, WIDTH, HEIGHT, STEPS, SEED and MODEL (a name under the demo's models, or
-the path of a hub snapshot) replace what `workflows/api/text_to_image.json` says.
+The model is `tiny/`, which draws shapes and short texts. The environment's PROMPT, WIDTH, HEIGHT,
+STEPS, SEED and MODEL (a name under the demo's models, or the path of a hub snapshot) replace what
+`workflows/api/text_to_image.json` says, and what the tiny model has in its place.
 """
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -17,19 +16,26 @@ from . import environment, host
 from .client import Client, Event, Prompt, PromptError
 
 BASE = environment.CACHE / "demo"
-MODELS = BASE / "models" / "glm_image"
 OUTPUT = environment.ROOT / "output"
 WORKFLOW = environment.ROOT / "workflows" / "api" / "text_to_image.json"
-RANDOM_MODEL = "random-small"
+TINY = environment.ROOT / "tiny"
+TINY_DEFAULTS = {
+    "PROMPT": "a red circle on the left, a blue star on the right, yellow background, "
+    "the text 'HELLO' at the bottom",
+    "WIDTH": "512",
+    "HEIGHT": "512",
+    "STEPS": "20",
+}
 
 
 def main() -> None:
     comfyui = environment.host()
     prompt = json.loads(WORKFLOW.read_text())
     model = prepare_model(os.environ.get("MODEL"))
-    override(prompt, os.environ, model)
+    defaults = TINY_DEFAULTS if model == TINY.name else {}
+    override(prompt, defaults | os.environ, model)
     started = time.perf_counter()
-    with demo_server(comfyui, model) as address:
+    with demo_server(comfyui) as address:
         _print_stage("Start ComfyUI", time.perf_counter() - started)
         run = Client(address).run(prompt, StagePrinter(prompt))
     for outputs in run.outputs.values():
@@ -37,40 +43,20 @@ def main() -> None:
             print(OUTPUT / image["subfolder"] / image["filename"])
 
 
-def demo_server(
-    comfyui: environment.Host, model: str, port: int | None = None
-) -> AbstractContextManager[str]:
-    """The demo's server; on a busy machine the random model's threads would wait for each other."""
-    threads = 1 if model == RANDOM_MODEL else None
+def demo_server(comfyui: environment.Host, port: int | None = None) -> AbstractContextManager[str]:
+    """A server whose models are the demo's and whose pictures go to `output/`."""
     base = host.make_base(BASE)
-    return host.serve(comfyui, base, "--output-directory", str(OUTPUT), port=port, threads=threads)
+    return host.serve(comfyui, base, "--output-directory", str(OUTPUT), port=port)
 
 
 def prepare_model(model: str | None) -> str:
-    """The model's name in the demo's models, after putting it there."""
-    if model and Path(model).expanduser().is_dir():
-        snapshot = Path(model).expanduser().resolve()
-        MODELS.mkdir(parents=True, exist_ok=True)
-        link = MODELS / snapshot.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(snapshot)
-        return snapshot.name
-    if model:
-        return model
-    make_random_model(MODELS / RANDOM_MODEL)
-    return RANDOM_MODEL
-
-
-def make_random_model(folder: Path) -> None:
-    """Writes the random checkpoint, unless the same script has done so before."""
-    script = (environment.ROOT / "scripts" / "random_checkpoint.py").read_text()
-    made_by = folder / "made_by.py"
-    if made_by.is_file() and made_by.read_text() == script:
-        return
-    print(f"making a small random checkpoint in {folder.relative_to(environment.ROOT)}")
-    command = [sys.executable, "-m", "scripts.random_checkpoint", str(folder)]
-    subprocess.run(command, check=True, cwd=environment.ROOT)
-    made_by.write_text(script)
+    """The model's name in the demo's models, after putting it there; `tiny/` unless named."""
+    snapshot = Path(model).expanduser().resolve() if model else TINY
+    if snapshot.is_dir():
+        return host.add_model(host.make_base(BASE), snapshot)
+    if not model:
+        raise SystemExit(f"{snapshot} is missing: make train-tiny makes it, MODEL= names another.")
+    return model
 
 
 def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:

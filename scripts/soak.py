@@ -15,13 +15,14 @@ from PIL import Image
 
 from . import environment, host
 from .client import Client, Prompt
-from .demo import BASE, RANDOM_MODEL, override, prepare_model
+from .demo import BASE, TINY, override, prepare_model
 
+MODEL = TINY.name
 ROUNDS = 25
 MOST_GROWTH = 64 * 2**20
 WORKFLOWS = environment.ROOT / "workflows" / "api"
 PLAN = {
-    "model_name": RANDOM_MODEL, "weight_dtype": "default", "width": 128, "height": 96,
+    "model_name": MODEL, "weight_dtype": "default", "width": 128, "height": 96,
     "batch_size": 1, "references": 0, "strategy": "auto", "ar": "auto", "decoder": "auto",
     "glyph": "auto", "vae": "auto", "ar_split": "", "decoder_split": "", "reserve_gb": 1.0,
 }  # fmt: skip
@@ -70,7 +71,7 @@ def soak(output: str) -> None:
 
 def workflow(name: str, width: int, height: int) -> Prompt:
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    override(prompt, {"WIDTH": str(width), "HEIGHT": str(height)}, RANDOM_MODEL)
+    override(prompt, {"WIDTH": str(width), "HEIGHT": str(height)}, MODEL)
     for node in prompt.values():
         if "steps" in node["inputs"]:
             node["inputs"]["steps"] = 2

@@ -1,8 +1,9 @@
-"""`make workflows`: draws the editor's graphs and their pictures from the API prompts.
+"""`make workflows`: draws the editor's graphs from the API prompts.
 
 `workflows/api/NAME.json` is the source. The real page opens it, this module gives every stage a
 column and a frame, the page opens the result and exports it; only what exports the same prompt is
-written, as `workflows/NAME.json` and `workflows/NAME.jpg`. `ARGS="NAME ..."` draws only those.
+written, as `workflows/NAME.json`. A workflow that `make pictures` does not run gets a picture of
+its graph, `workflows/NAME.jpg`. `ARGS="NAME ..."` draws only those.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from . import environment, host
 from .client import Prompt
 from .page import Page, open_page
+from .pictures import PROMPTS
 
 FOLDER = environment.ROOT / "workflows"
 
@@ -143,7 +145,8 @@ def write_workflow(page: Page, file: Path) -> None:
     if page.export_prompt() != prompt:
         raise SystemExit(f"{file}: its graph exports another prompt; compare the node's inputs.")
     (FOLDER / file.name).write_text(json.dumps(graph, indent=2) + "\n")
-    page.picture(FOLDER / f"{file.stem}.jpg")
+    if file.stem not in PROMPTS:
+        page.picture(FOLDER / f"{file.stem}.jpg")
 
 
 def arrange(graph: dict, prompt: Prompt, name: str) -> dict:

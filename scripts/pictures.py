@@ -1,0 +1,119 @@
+"""`make pictures`: what the tiny model makes of the workflows, as their pictures.
+
+Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
+understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
+saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
+the tiny model cannot do yet what they are for. `ARGS="NAME ..."` makes only those.
+"""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+from PIL import Image
+
+from training.render import render
+from training.scene import Scene, place_item
+
+from . import demo, environment
+from .client import Client, Prompt
+
+FOLDER = environment.ROOT / "workflows"
+SETTINGS = {"WIDTH": "512", "HEIGHT": "512", "STEPS": "20"}
+HEIGHT, GAP = 384, 8  # pixels, of each picture in a row and between two
+IN_A_ROW = 3
+
+PROMPTS = {
+    "text_to_image": [demo.TINY_DEFAULTS["PROMPT"]],
+    "text_to_image_ksampler": ["中间一个红色心形，白色背景，下方写着“福喜”"],
+    "layout_contact_sheet": ["a yellow star and a red heart, blue background"],
+    "lock_layout_change_prompt": [
+        "a red circle on the left, a green square on the right, white background, "
+        "the text 'BOOK' at the bottom",
+        "a red circle on the left, a green square on the right, white background, "
+        "the text 'OPEN' at the bottom",
+    ],
+    "compose_two_layouts": [
+        "a red circle on the left, white background",
+        "a blue star on the right, white background",
+        "a red circle on the left, a blue star on the right, white background",
+    ],
+    "redo_region": [
+        "a red circle on the left, white background",
+        "a red circle on the left, a blue star on the right, white background",
+    ],
+    "layout_from_sketch": [
+        "a blue circle on the left, an orange diamond on the right, white background"
+    ],
+}
+"""For each workflow the texts of its prompt nodes, in the order of their ids."""
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - PROMPTS.keys():
+        raise SystemExit(f"There are no prompts for {', '.join(sorted(unknown))}.")
+    model = demo.prepare_model(None)
+    with demo.demo_server(environment.host()) as address:
+        drawn = demo.BASE / "input" / "drawn.png"
+        Image.fromarray(render(_scene())).save(drawn)
+        for name in names or PROMPTS:
+            prompt = asked(name, model, drawn.name)
+            shown = [Image.open(drawn)] if _loads_image(prompt) else []
+            shown += made(Client(address), prompt)
+            sheet(shown).save(FOLDER / f"{name}.jpg", quality=88)
+
+
+def asked(name: str, model: str, image: str) -> Prompt:
+    """The stored workflow with the tiny model's prompts, and `image` wherever one is loaded."""
+    prompt = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    demo.override(prompt, SETTINGS, model)
+    demo.set_inputs(prompt, {"image": image})
+    nodes = [prompt[key] for key in sorted(prompt, key=int)]
+    texts = [node for node in nodes if node["class_type"] == "PrimitiveStringMultiline"]
+    for node, text in zip(texts, PROMPTS[name], strict=True):
+        node["inputs"]["value"] = text
+    return prompt
+
+
+def made(client: Client, prompt: Prompt) -> list[Image.Image]:
+    """All images of a run, previews first."""
+    run = client.run(prompt)
+    return [
+        Image.open(io.BytesIO(png))
+        for kind in ("PreviewImage", "SaveImage")
+        for key in sorted(prompt, key=int)
+        if prompt[key]["class_type"] == kind
+        for png in client.images(run, key)
+    ]
+
+
+def sheet(images: list[Image.Image]) -> Image.Image:
+    """The images in rows from the left, all of one height, on white."""
+    images = [image.convert("RGB") for image in images]
+    images = [image.resize((HEIGHT * image.width // image.height, HEIGHT)) for image in images]
+    rows = [images[i : i + IN_A_ROW] for i in range(0, len(images), IN_A_ROW)]
+    width = max(sum(image.width + GAP for image in row) - GAP for row in rows)
+    whole = Image.new("RGB", (width, len(rows) * (HEIGHT + GAP) - GAP), "white")
+    for i, row in enumerate(rows):
+        left = 0
+        for image in row:
+            whole.paste(image, (left, i * (HEIGHT + GAP)))
+            left += image.width + GAP
+    return whole
+
+
+def _scene() -> Scene:
+    """What is drawn for the workflows that load an image."""
+    empty = Scene(512, 512, "white", (), ())
+    things = (("circle", "blue", "left"), ("diamond", "orange", "right"))
+    items = (place_item(empty, shape, colour, "medium", place) for shape, colour, place in things)
+    return replace(empty, items=tuple(items))
+
+
+def _loads_image(prompt: Prompt) -> bool:
+    return any(node["class_type"] == "LoadImage" for node in prompt.values())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,49 @@
+"""The trained model in `tiny/` paints what its prompts ask for; `make eval` asks many more."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from glm_image.scripts import environment, host
+from glm_image.scripts.client import Client
+
+from evaluation import run as evaluation
+
+SIZE, STEPS, CASES = 512, 10, 6
+# Of CASES, what the model's card measures on many more, less a margin; no picture that shows
+# nothing passes one. What the card says the model cannot do yet is not asked here: two Chinese
+# characters, locked layouts, edits.
+LEAST = {
+    "colours and places of shapes match": 2,
+    "Latin word read": 2,
+    "... the new word read": 2,
+    "... the rest unchanged": 5,
+}
+KINDS = ("shapes", "latin", "override")
+
+Counts = dict[str, tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def count(tmp_path_factory) -> Iterator[Callable[..., Counts]]:
+    """Runs a kind of cases on a server of the trained model's own and counts what held."""
+    base = host.make_base(tmp_path_factory.mktemp("meaning"))
+    settings = evaluation.Settings(host.add_model(base, evaluation.MODEL), SIZE, STEPS)
+    with host.serve(environment.host(), base, threads=1) as address:
+        client = Client(address, timeout_s=300)
+
+        def of(cases: Callable) -> Counts:
+            return evaluation.totals(
+                case.check(evaluation.paint(client, base / "input", case))
+                for case in cases(settings, CASES)
+            )
+
+        yield of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_mean_what_was_asked(count, kind) -> None:
+    counts = count(evaluation.SETS[kind])
+    assert counts.keys() & LEAST.keys()
+    for measure, (good, asked) in counts.items():
+        assert asked == CASES
+        assert good >= LEAST.get(measure, 0), measure
