@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import sync_playwright
 
 from .client import Client, Prompt
 
@@ -135,8 +135,20 @@ def open_page(address: str) -> Iterator[Page]:
     for name, value in SETTINGS.items():
         client.post(f"/settings/{name}", value)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=FLAGS)
+        browser, page = _open(playwright, address)
         try:
-            yield Page(browser.new_page(viewport=VIEWPORT), address)
+            yield page
         finally:
             browser.close()
+
+
+def _open(playwright: Playwright, address: str, tries: int = 3) -> tuple[Browser, Page]:
+    """A browser that shows the page; one that crashes as it starts is started anew."""
+    browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=FLAGS)
+    try:
+        return browser, Page(browser.new_page(viewport=VIEWPORT), address)
+    except Error as error:
+        browser.close()
+        if "has been closed" not in error.message or tries == 1:
+            raise
+    return _open(playwright, address, tries - 1)
