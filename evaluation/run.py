@@ -276,16 +276,16 @@ def main() -> None:
 @contextmanager
 def servers(count: int) -> Iterator[Callable[[Case], Pictures]]:
     """`paint` on whichever of so many servers is free."""
+    comfyui = environment.host()
+    flags = ("--output-directory", str(demo.OUTPUT))
+    threads = 1 if count > 1 else None
     free = SimpleQueue()
     with ExitStack() as stack:
         for i in range(count):
             base = host.make_base(environment.CACHE / "evaluation" / str(i))
             host.add_model(base, MODEL)
-            flags = ("--output-directory", str(demo.OUTPUT))
-            threads = 1 if count > 1 else None
-            address = stack.enter_context(
-                host.serve(environment.host(), base, *flags, threads=threads)
-            )
+            server = host.serve(comfyui, base, *flags, threads=threads)
+            address = stack.enter_context(server)
             free.put((Client(address), base / "input"))
 
         def painted(case: Case) -> Pictures:

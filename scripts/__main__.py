@@ -7,9 +7,11 @@ from pathlib import Path
 
 from . import environment
 
-COMMANDS = (
-    "demo", "serve", "test", "lint", "workflows", "pictures", "bench", "soak", "train", "evaluate",
-)  # fmt: skip
+MODULES = {  # that need the tests' environment and no browser
+    "bench": "bench", "train": "training", "evaluate": "evaluation.run",
+    "pictures": "scripts.pictures",
+}  # fmt: skip
+COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
 
 # A file's tests share a server or a trained run, so they stay in one process.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
@@ -23,14 +25,8 @@ def main(command: str, arguments: list[str]) -> None:
         if subprocess.run([str(python), "-m", "ruff", "check", "."], check=False).returncode:
             raise SystemExit(1)
         _become(python, "ruff", ["format", "--check", "."])
-    if command == "bench":
-        _become(python, "bench", arguments)
-    if command == "train":
-        _become(python, "training", arguments)
-    if command == "evaluate":
-        _become(python, "evaluation.run", arguments)
-    if command == "pictures":
-        _become(python, "scripts.pictures", arguments)
+    if module := MODULES.get(command):
+        _become(python, module, arguments)
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)

@@ -19,20 +19,18 @@ BASE = environment.CACHE / "demo"
 OUTPUT = environment.ROOT / "output"
 WORKFLOW = environment.ROOT / "workflows" / "api" / "text_to_image.json"
 TINY = environment.ROOT / "tiny"
-TINY_DEFAULTS = {
-    "PROMPT": "a red circle on the left, a blue star on the right, yellow background, "
-    "the text 'HELLO' at the bottom",
-    "WIDTH": "512",
-    "HEIGHT": "512",
-    "STEPS": "20",
-}
+TINY_SETTINGS = {"WIDTH": "512", "HEIGHT": "512", "STEPS": "20"}
+TINY_PROMPT = (
+    "a red circle on the left, a blue star on the right, yellow background, "
+    "the text 'HELLO' at the bottom"
+)
 
 
 def main() -> None:
     comfyui = environment.host()
     prompt = json.loads(WORKFLOW.read_text())
     model = prepare_model(os.environ.get("MODEL"))
-    defaults = TINY_DEFAULTS if model == TINY.name else {}
+    defaults = {"PROMPT": TINY_PROMPT, **TINY_SETTINGS} if model == TINY.name else {}
     override(prompt, defaults | os.environ, model)
     started = time.perf_counter()
     with demo_server(comfyui) as address:

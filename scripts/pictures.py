@@ -20,12 +20,11 @@ from . import demo, environment
 from .client import Client, Prompt
 
 FOLDER = environment.ROOT / "workflows"
-SETTINGS = {"WIDTH": "512", "HEIGHT": "512", "STEPS": "20"}
 HEIGHT, GAP = 384, 8  # pixels, of each picture in a row and between two
 IN_A_ROW = 3
 
 PROMPTS = {
-    "text_to_image": [demo.TINY_DEFAULTS["PROMPT"]],
+    "text_to_image": [demo.TINY_PROMPT],
     "text_to_image_ksampler": ["中间一个红色心形，白色背景，下方写着“福喜”"],
     "layout_contact_sheet": ["a yellow star and a red heart, blue background"],
     "lock_layout_change_prompt": [
@@ -67,7 +66,7 @@ def main(names: list[str]) -> None:
 def asked(name: str, model: str, image: str) -> Prompt:
     """The stored workflow with the tiny model's prompts, and `image` wherever one is loaded."""
     prompt = json.loads((FOLDER / "api" / f"{name}.json").read_text())
-    demo.override(prompt, SETTINGS, model)
+    demo.override(prompt, demo.TINY_SETTINGS, model)
     demo.set_inputs(prompt, {"image": image})
     nodes = [prompt[key] for key in sorted(prompt, key=int)]
     texts = [node for node in nodes if node["class_type"] == "PrimitiveStringMultiline"]

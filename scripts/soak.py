@@ -71,10 +71,7 @@ def soak(output: str) -> None:
 
 def workflow(name: str, width: int, height: int) -> Prompt:
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    override(prompt, {"WIDTH": str(width), "HEIGHT": str(height)}, MODEL)
-    for node in prompt.values():
-        if "steps" in node["inputs"]:
-            node["inputs"]["steps"] = 2
+    override(prompt, {"WIDTH": str(width), "HEIGHT": str(height), "STEPS": "2"}, MODEL)
     return prompt
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -63,7 +62,10 @@ def _join_ar(folder: Path, stages: list[str], target: Path) -> GlmImageForCondit
     files = [folder / stage / "weights.safetensors" for stage in stages]
     if len(stages) < 2:
         files = [*(target / "vision_language_encoder").glob(WEIGHTS), *files]
-    model.load_state_dict(dict(ChainMap(*(load_file(file) for file in reversed(files)))))
+    weights = {}
+    for file in files:
+        weights |= load_file(file)
+    model.load_state_dict(weights)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.9, top_p=0.75, top_k=VISUAL,
         eos_token_id=IMAGE_END, pad_token_id=IMAGE_END,

@@ -30,7 +30,7 @@ from .tokenizer import (
     PLACES,
     VISUAL,
     make_processor,
-)  # fmt: skip
+)
 from .wording import phrased
 
 HIDDEN, LAYERS = 192, 4

@@ -21,7 +21,7 @@ from training.codes import (
     patterns,
     slots_of,
     vectors,
-)  # fmt: skip
+)
 from training.edits import draw_edit
 from training.render import render
 from training.scene import COLOURS, SIZES, Scene, draw_scene, place_item
