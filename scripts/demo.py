@@ -72,15 +72,18 @@ def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:
     set_inputs(prompt, values)
 
 
-def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> None:
-    """Puts values into every node input of their names that is no link.
+def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> set[str]:
+    """Puts values into every node input of their names that is no link; gives the names it found.
 
     Masks keep their size: they are stretched over the picture, whatever its size.
     """
+    found = set()
     for node in (node for node in prompt.values() if node["class_type"] != "SolidMask"):
         for name in values.keys() & node["inputs"].keys():
             if not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = values[name]
+                found.add(name)
+    return found
 
 
 class StagePrinter:

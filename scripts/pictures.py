@@ -3,7 +3,7 @@
 Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
 understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
 saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
-the tiny model cannot do yet what they are for. `ARGS="NAME ..."` makes only those.
+styles and second references are beyond the tiny model. `ARGS="NAME ..."` makes only those.
 """
 
 import io
@@ -38,6 +38,8 @@ PROMPTS = {
         "a blue star on the right, white background",
         "a red circle on the left, a blue star on the right, white background",
     ],
+    "lock_region_resample_rest": ["a purple diamond and a green circle, white background"],
+    "edit_image": ["make the blue circle red"],
     "redo_region": [
         "a red circle on the left, white background",
         "a red circle on the left, a blue star on the right, white background",

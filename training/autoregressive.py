@@ -19,8 +19,9 @@ from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, INSIDE, cells, factors
+from .copying import FROM_NOTES, FROM_PREVIEW, FROM_REFERENCE, find_cells, missed
 from .edits import draw_edit
-from .reading import Reading, asked_by, layout_of
+from .reading import WHERE_LAYER, Reading, asked_by, layout_of, noted_at
 from .scene import SIZES, Scene, draw_scene
 from .stage import Run, Stage
 from .tokenizer import (
@@ -33,7 +34,7 @@ from .tokenizer import (
 )
 from .wording import phrased
 
-HIDDEN, LAYERS = 192, 4
+HIDDEN, LAYERS = 192, 6
 # The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
 # tell neighbouring columns by three thousandths of a radian.
 ROPE_THETA = 4.0
@@ -45,18 +46,23 @@ class Sample:
     """A prompt, and the codes that should follow it with their positions.
 
     codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
-    preview: rows and columns of the grid that the codes begin with; None for an edit.
+    copied: which token of prompt and codes lies where each code lies, in the preview or in the
+        reference; int64 [N], -1 where none does.
+    noted: which token of the prompt is a note on what each code is a part of; likewise.
+    grid: rows and columns of the grid that the codes begin with.
+    layout: what the picture will show, `reading.layout_of`.
     phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
-    layout: what the whole prompt asks for, `reading.layout_of`; None for an edit.
     """
 
     prompt: Prompt
     codes: Tensor
     positions: Tensor
     weights: Tensor
-    preview: tuple[int, int] | None = None
+    copied: Tensor
+    noted: Tensor
+    grid: tuple[int, int]
+    layout: Tensor
     phrases: tuple[tuple[int, Tensor], ...] = ()
-    layout: Tensor | None = None
 
 
 class AutoregressiveStage(Stage):
@@ -92,6 +98,7 @@ class AutoregressiveStage(Stage):
             model.model.language_model.embed_tokens.weight[:CODEBOOK] = codes
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
         text = model.model.language_model
+        find_cells(text)
         reading = Reading(text.layers, HIDDEN)
         if self.run.compile:
             text.compile(dynamic=True)
@@ -104,10 +111,11 @@ class AutoregressiveStage(Stage):
         cells of things count more at first: all else follows from them and from the cells above.
         """
         stress = FIRST_CELLS * (1 - progress)
-        height, width = SIZES[rng.choice(len(SIZES), p=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))]
-        if rng.random() < (0.2 if progress < 0.25 else 0.1):
+        early = progress < 0.25 and self.run.start is None
+        height, width = SIZES[rng.choice(len(SIZES), p=(0.28, *(0.12,) * 6))]
+        if rng.random() < (0.2 if early else 0.05):
             return [self._prompt(rng, height, width) for _ in range(6 * self.batch_size)]
-        kind = rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.25 else (0.5, 0.32, 0.18))
+        kind = rng.choice(3, p=(0.75, 0.25, 0) if early else (0.3, 0.4, 0.3))
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.batch_size * 300 // tokens)
         if kind == 2:
@@ -118,27 +126,53 @@ class AutoregressiveStage(Stage):
         ids, positions, mask, targets, weights = (
             part.to(self.run.device) for part in collate(batch)
         )
-        reading = self.module["reading"]
         states = self.module["text"](
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
         losses = {}
         if count := targets.shape[1]:
-            states = states[:, -count:]
-            logits = self.module["head"](states)[..., :CODEBOOK]
-            each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            losses["codes"] = (each * weights.flatten()).mean()
-        if batch[0].preview and count:
-            first = math.prod(batch[0].preview)
-            grid = targets[:, :first].unflatten(1, batch[0].preview)
-            losses["below"] = reading.rows_below(states[:, :first], grid)
+            losses |= self._written(batch, states[:, -count:], targets, weights)
+            losses |= self._looked(batch, positions, mask, generator)
+        return losses | self._understood(batch, ids)
+
+    def _written(
+        self, batch: list[Sample], states: Tensor, targets: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of the codes, of where they lie and of what stands below them."""
+        reading = self.module["reading"]
+        logits = self.module["head"](states)[..., :CODEBOOK]
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        named = torch.stack([sample.positions for sample in batch], 1).to(self.run.device)
+        first = math.prod(batch[0].grid)
+        grid = targets[:, :first].unflatten(1, batch[0].grid)
+        return {
+            "codes": (each * weights.flatten()).mean(),
+            "where": reading.whereabouts(named),
+            "below": reading.rows_below(states[:, :first], grid),
+        }
+
+    def _looked(
+        self, batch: list[Sample], positions: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Losses of where the heads look that copy, and that read the notes."""
+        copies = FROM_PREVIEW if batch[0].phrases else FROM_REFERENCE
+        losses, states = {}, self.module["reading"].states[WHERE_LAYER]
+        for name, head in (("copied", copies), ("noted", FROM_NOTES)):
+            wanted = collate_tokens(batch, name).to(self.run.device)
+            if (wanted >= 0).any():
+                given = states, positions, mask, wanted, generator
+                losses[name] = missed(self.module["text"], head, *given)
+        return losses
+
+    def _understood(self, batch: list[Sample], ids: Tensor) -> dict[str, Tensor]:
+        """Losses of what the prompt says, and of what the picture will show."""
+        losses, reading = {}, self.module["reading"]
         if batch[0].phrases:
             ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
             losses["phrases"] = reading.phrases(ends, asked)
-            layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
-            first = int((ids[0] == self.first_place).nonzero())
-            losses["layout"] = reading.layouts(first, layouts)
-        return losses
+        layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
+        first = int((ids[0] == self.first_place).nonzero())
+        return losses | {"layout": reading.layouts(first, layouts)}
 
     def write(self) -> None:
         text = {f"model.language_model.{k}": v for k, v in self.module["text"].state_dict().items()}
@@ -150,16 +184,21 @@ class AutoregressiveStage(Stage):
     ) -> Sample:
         scene, sample = self._scene(rng, height, width)
         grids = [scene.preview, scene.grid] if whole else [scene.preview]
-        base, codes, positions, weights = sample.prompt.end, [], [], []
+        base, codes, positions, weights, noted = sample.prompt.end, [], [], [], []
         for grid in grids:
             written = cells(scene, grid)
             codes.append(torch.from_numpy(written).flatten())
             positions.append(grid_positions(grid, base))
             weights.append(_weights(written, stress))
+            noted.append(self._noted(sample.prompt, scene, grid))
             base += max(grid)
+        codes, first = torch.cat(codes), len(sample.prompt)
+        copied = torch.full_like(codes, -1)
+        if whole:
+            copied[len(copied) - math.prod(scene.grid) :] = first + _same(scene.grid, scene.preview)
         return replace(
-            sample,
-            codes=torch.cat(codes), positions=torch.cat(positions, 1), weights=torch.cat(weights),
+            sample, codes=codes, positions=torch.cat(positions, 1), weights=torch.cat(weights),
+            copied=copied, noted=torch.cat(noted),
         )  # fmt: skip
 
     def _prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
@@ -175,8 +214,9 @@ class AutoregressiveStage(Stage):
         prompt = self.tokenizer.text_to_image(words, scene.grid)
         nothing = torch.zeros(3, 0, dtype=torch.int64)
         return scene, Sample(
-            prompt, nothing[0], nothing, nothing[0].float(), scene.preview, asked, layout_of(scene)
-        )
+            prompt, nothing[0], nothing, nothing[0].float(), nothing[0], nothing[0],
+            scene.preview, layout_of(scene), asked,
+        )  # fmt: skip
 
     def _edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
         edit = draw_edit(rng, height, width)
@@ -185,7 +225,24 @@ class AutoregressiveStage(Stage):
         prompt = self.tokenizer.image_to_image(edit.wish, grid, [reference])
         written = cells(edit.after)
         codes, weights = torch.from_numpy(written).flatten(), _weights(written, stress)
-        return Sample(prompt, codes, grid_positions(grid, prompt.end), weights)
+        positions = grid_positions(grid, prompt.end)
+        copied = (prompt.ids < CODEBOOK).nonzero()[:, 0]
+        noted = self._noted(prompt, edit.after, grid)
+        return Sample(prompt, codes, positions, weights, copied, noted, grid, layout_of(edit.after))
+
+    def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
+        first = int((prompt.ids == self.first_place).nonzero())
+        places = noted_at(scene, grid).flatten()
+        return torch.where(places < 0, -1, first + places)
+
+
+def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
+    """int64 [H * W]: the index, in the smaller grid, of the cell that each cell's centre is in."""
+    rows, columns = (
+        (2 * torch.arange(many) + 1) * few // (2 * many)
+        for many, few in zip(grid, smaller, strict=True)
+    )
+    return (rows[:, None] * smaller[1] + columns).flatten()
 
 
 def _weights(codes: np.ndarray, stress: float) -> Tensor:
@@ -212,6 +269,18 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
     targets = torch.stack([sample.codes for sample in samples])
     weights = torch.stack([sample.weights for sample in samples])
     return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets, weights
+
+
+def collate_tokens(samples: list[Sample], name: str) -> Tensor:
+    """`copied` or `noted` as tokens in `collate`'s ids, int64 [B, N], -1 where there is none."""
+    longest = max(len(sample.prompt) for sample in samples)
+    return torch.stack(
+        [
+            torch.where(tokens < 0, -1, tokens + longest - len(sample.prompt))
+            for sample in samples
+            for tokens in [getattr(sample, name)]
+        ]
+    )
 
 
 def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,11 @@ from .scene import (
     Text,
 )
 
-PHRASE_LAYER, LAYOUT_LAYER = 1, 2  # after which layer phrases, and the layout, must be understood
-PHRASE_WEIGHT, LAYOUT_WEIGHT, BELOW_WEIGHT = 0.1, 0.2, 0.1
+# After which layer phrases, the layout, and where a cell lies, must be understood.
+PHRASE_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 3, 3
+PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 0.2, 0.1, 0.1
 BELOW = (2, 4)  # rows
+LONGEST_SIDE = 36  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 ASKED = {
     "kind": (Item, Text, None),  # None is the background
@@ -85,6 +87,30 @@ def layout_of(scene: Scene) -> Tensor:
     return torch.stack([_indices(one, ABOUT) for one in answers])
 
 
+def noted_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
+    """int64 [H, W]: which of PLACES has a note on what fills the square around a shape, or a text.
+
+    -1 for the background, and for shapes whose place is open.
+    """
+    y, x = ((torch.arange(many) + 0.5) / many for many in grid)
+    places = torch.full(grid, -1)
+    rows, columns = scene.preview
+    for item in scene.items:
+        for row, column in item.centres if item.place else ():
+            down, right = (
+                (y * rows - row).abs() < item.radius,
+                (x * columns - column).abs() < item.radius,
+            )
+            places[down[:, None] & right] = list(ANCHORS).index(item.place)
+    rows, columns = scene.grid
+    for text in scene.texts:
+        top, left = scene.text_origin(text)
+        down = (y * rows >= top) & (y * rows < top + 2)
+        right = (x * columns >= left) & (x * columns < left + 2 * len(text.content))
+        places[down[:, None] & right] = len(ANCHORS) + TEXT_PLACES.index(text.place)
+    return places
+
+
 def _answers(thing: Item | Text) -> dict:
     if isinstance(thing, Text):
         return {"script": thing.script, "length": len(thing.content)}
@@ -129,12 +155,13 @@ class Reading(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Module], width: int) -> None:
         super().__init__()
-        self.states = {}  # [B, S, width] after each of the two layers, of the model's last pass
-        for layer in (PHRASE_LAYER, LAYOUT_LAYER):
+        self.states = {}  # [B, S, width] after each of these layers, of the model's last pass
+        for layer in {PHRASE_LAYER, LAYOUT_LAYER, WHERE_LAYER}:
             layers[layer].register_forward_hook(partial(self._keep, layer))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.phrase = nn.Linear(width, sum(map(len, ASKED.values())))
         self.layout = nn.Linear(width, sum(len(options) + 1 for options in ABOUT.values()))
+        self.where = nn.Linear(width, 2 * LONGEST_SIDE)
         self.below = nn.Linear(width, len(BELOW) * (WRITING + 1))
 
     def phrases(self, ends: Tensor, asked: Tensor) -> Tensor:
@@ -149,6 +176,16 @@ class Reading(nn.Module):
         states = self.norm(self.states[LAYOUT_LAYER][:, first : first + asked.shape[1]])
         sizes = [len(options) + 1 for options in ABOUT.values()]
         return LAYOUT_WEIGHT * _mean_loss(self.layout(states).split(sizes, -1), asked)
+
+    def whereabouts(self, positions: Tensor) -> Tensor:
+        """Weighted loss of the row and the column of the cells that the last states are to name.
+
+        Args:
+            positions: int64 [3, B, N], the cells' own, on the axes (t, h, w).
+        """
+        states = self.norm(self.states[WHERE_LAYER][:, -positions.shape[-1] :])
+        row_and_column = (positions[1:] - positions[0]).permute(1, 2, 0)
+        return WHERE_WEIGHT * _mean_loss(self.where(states).split(LONGEST_SIDE, -1), row_and_column)
 
     def rows_below(self, states: Tensor, codes: Tensor) -> Tensor:
         """Weighted loss of what stands some rows below the cell that each state is to name.

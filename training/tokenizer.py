@@ -28,11 +28,18 @@ PLACES = (
 )
 """Tokens that the chat template puts behind every prompt, to note on what is at each place."""
 TEMPLATE = (
-    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
-    "{{ bos_token }}<|image|>{{ eos_token }}{% else %}{{ c.text }}{% endif %}"
+    "{% for m in messages %}"
+    "{% for c in m.content if c.type != 'image' %}{{ c.text }}{% endfor %}"
+    "{% for c in m.content if c.type == 'image' %}"
+    "{{ bos_token }}<|image|>{{ eos_token }}"
     "{% endfor %}{% endfor %}"
 ) + "".join(PLACES)
+"""The wish stands before the reference, so that the reference lies at the same distance from the
+picture however long the wish is, and its cells are read with the wish in mind."""
 TEXT_TOKENS = 900
+REFERENCE_TO_PICTURE = 1 + len(PLACES) + 8
+"""Tokens from a reference's last cell to the first one of the edited picture: the reference's end,
+the places, the size and the picture's start."""
 IMAGE_PLACEHOLDER = VISUAL + TEXT_TOKENS + CONTROLS.index("<|image|>")
 """The id that stands for a reference in a prompt."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_image.scripts.client import Prompt
+from glm_image.scripts.demo import set_inputs
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 MODEL = "GLM-Image"
@@ -24,18 +25,9 @@ def fresh(name: str = "text_to_image", **inputs) -> Prompt:
 
 
 def changed(prompt: Prompt, **inputs) -> Prompt:
-    """Sets every input of these names that is no link; raises where no node has such an input.
-
-    Masks keep their size: they are stretched over the picture, whatever its size.
-    """
-    settable = [node for node in prompt.values() if node["class_type"] != "SolidMask"]
-    for name, value in inputs.items():
-        nodes = [node for node in settable if name in node["inputs"]]
-        typed = [node for node in nodes if not isinstance(node["inputs"][name], list)]
-        if not typed:
-            raise KeyError(name)
-        for node in typed:
-            node["inputs"][name] = value
+    """Sets every input of these names that is no link; raises where no node has such an input."""
+    if missing := inputs.keys() - set_inputs(prompt, inputs):
+        raise KeyError(*missing)
     return prompt
 
 

@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from glm_core.grids import grid_positions
 from training.autoregressive import HIDDEN, AutoregressiveStage, collate, collate_phrases
 from training.codes import INSIDE, NAMES, cells
+from training.edits import draw_edit
 from training.reading import (
     ABOUT,
     ASKED,
     BELOW,
+    LONGEST_SIDE,
     NONE_AT_ALL,
     NOTHING,
+    WHERE_LAYER,
     WRITING,
     Reading,
     asked_by,
@@ -143,7 +147,7 @@ def test_the_rows_asked_for_are_those_below() -> None:
     scene = draw_scene(np.random.default_rng(6), 512, 512, texts=1)
     codes = torch.from_numpy(cells(scene))[None]
     shown = shown_by(codes)
-    reading = Reading([torch.nn.Identity()] * 3, HIDDEN)
+    reading = Reading([torch.nn.Identity()] * (WHERE_LAYER + 1), HIDDEN)
     said = torch.zeros(*codes.shape, HIDDEN)
     for i, rows in enumerate(BELOW):
         one_hot = torch.nn.functional.one_hot(shown[:, rows:], WRITING + 1).float()
@@ -153,3 +157,34 @@ def test_the_rows_asked_for_are_those_below() -> None:
         reading.below.bias.zero_()
         assert reading.rows_below(said.flatten(1, 2), codes) < 1e-6
         assert reading.rows_below(said.flip(1).flatten(1, 2), codes) > 0.1
+
+
+def test_edits_must_say_what_the_picture_will_show(stage) -> None:
+    rng = np.random.default_rng([6, 1])
+    edit = draw_edit(np.random.default_rng([6, 1]), 512, 768)
+    sample = stage._edit(rng, 512, 768, 0.0)
+    assert sample.grid == edit.after.grid
+    assert torch.equal(sample.layout, layout_of(edit.after))
+    assert not torch.equal(sample.layout, layout_of(edit.before))
+
+
+def test_every_state_must_say_where_the_cell_lies_that_it_is_to_name(stage) -> None:
+    """A head that says so loses nothing; one that is a column beside loses much."""
+    scene, sample = stage._scene(np.random.default_rng([7, 0]), 512, 768)
+    rows, columns = scene.preview
+    positions = grid_positions(scene.preview, sample.prompt.end).unsqueeze(1)
+    width = 2 * LONGEST_SIDE
+    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    reading = Reading(layers, width)
+    torch.nn.init.eye_(reading.where.weight)
+    reading.where.weight.data.mul_(20)
+
+    def loss(step: int) -> float:
+        row, column = positions[1, 0] - positions[0, 0], positions[2, 0] - positions[0, 0] + step
+        states = torch.zeros(1, rows * columns, width)
+        states[0, torch.arange(rows * columns), row] = 1
+        states[0, torch.arange(rows * columns), LONGEST_SIDE + column] = 1
+        layers[WHERE_LAYER](torch.cat([torch.zeros(1, 30, width), states], 1))
+        return float(reading.whereabouts(positions))
+
+    assert loss(0) < 1e-3 < loss(1)

@@ -1,0 +1,126 @@
+"""One layer of the AR model begins with heads that look at the cell they are to copy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from training.autoregressive import AutoregressiveStage, Sample, collate, collate_tokens
+from training.codes import CODEBOOK, INSIDE, cells
+from training.copying import (
+    COPY_LAYER,
+    FROM_PREVIEW,
+    FROM_REFERENCE,
+    MISSED_WEIGHT,
+    find_cells,
+    missed,
+)
+from training.reading import noted_at
+from training.scene import Item, Scene, Text
+from training.stage import Run
+from training.tokenizer import PLACES
+
+CELLS = 16 * 16
+BEGINS_NO_ROW = torch.arange(CELLS) % 16 > 0  # the one before the first of a row lies far away
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> AutoregressiveStage:
+    return AutoregressiveStage(Run(tmp_path_factory.mktemp("copying"), batch=4))
+
+
+def found(stage: AutoregressiveStage, sample: Sample, head: int) -> torch.Tensor:
+    """The token that a head looks at most for each of the last CELLS codes that begins no row."""
+    text = stage.module["text"]
+    text.config._attn_implementation = "eager"  # which returns what is attended to
+    ids, positions, mask, _, _ = collate([sample])
+    kept = []
+    attention = text.layers[COPY_LAYER].self_attn
+    hook = attention.register_forward_hook(lambda _, given, result: kept.append(result[1]))
+    with torch.no_grad():
+        text(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    hook.remove()
+    return kept[0][0, head, -CELLS:].argmax(-1)[BEGINS_NO_ROW]
+
+
+def test_a_cell_of_the_large_grid_finds_its_own_in_the_preview(stage) -> None:
+    sample = stage._image(np.random.default_rng([8, 0]), 512, 512, True, 0.0)
+    first = len(sample.prompt)
+    assert torch.equal(
+        found(stage, sample, FROM_PREVIEW), torch.arange(first, first + CELLS)[BEGINS_NO_ROW]
+    )
+
+
+def test_a_cell_of_an_edited_picture_finds_its_own_in_the_reference(stage) -> None:
+    sample = stage._edit(np.random.default_rng([8, 1]), 512, 512, 0.0)
+    reference = (sample.prompt.ids < CODEBOOK).nonzero()[:, 0]
+    assert torch.equal(found(stage, sample, FROM_REFERENCE), reference[BEGINS_NO_ROW])
+
+
+def test_what_is_found_is_passed_on(stage) -> None:
+    """The first head's values come back as far as sixty-four numbers can carry them."""
+    text = stage.build()["text"]
+    find_cells(text)
+    attention = text.layers[COPY_LAYER].self_attn
+    size = attention.head_dim
+    through = attention.o_proj.weight[:, :size] @ attention.v_proj.weight
+    assert torch.allclose(through @ through, through, atol=1e-5)
+    assert torch.linalg.matrix_rank(through) == size
+
+
+def test_looking_elsewhere_costs_and_looking_at_the_copy_does_not(stage) -> None:
+    text = stage.build()["text"]
+    samples = [stage._image(np.random.default_rng([8, i]), 512, 512, True, 0.0) for i in range(2)]
+    ids, positions, mask, _, _ = collate(samples)
+    kept = []
+    hook = text.layers[COPY_LAYER - 1].register_forward_hook(lambda _, given, out: kept.append(out))
+    with torch.no_grad():
+        text(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    hook.remove()
+    copied = collate_tokens(samples, "copied")
+    begins_row = ~BEGINS_NO_ROW.repeat(2)
+    copied[:, begins_row] = -1
+
+    def loss(step: int) -> float:
+        wanted = torch.where(copied < 0, -1, copied + step)
+        generator = torch.Generator().manual_seed(0)
+        given = kept[0], positions, mask, wanted, generator
+        return float(missed(text, FROM_PREVIEW, *given)) / MISSED_WEIGHT
+
+    assert loss(0) < 0.5 < 2 < loss(1)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 1152)])
+def test_the_copied_cell_is_the_one_that_lies_there(stage, size) -> None:
+    sample = stage._image(np.random.default_rng([8, 2]), *size, True, 0.0)
+    (codes,) = torch.where(sample.copied >= 0)
+    copies = sample.copied[codes] - len(sample.prompt)
+    assert len(codes) == size[0] * size[1] // 32**2
+    low, high = (
+        part - part[:, :1] for part in (sample.positions[:, copies], sample.positions[:, codes])
+    )
+    for axis, side in ((1, size[0]), (2, size[1])):
+        cells = sample.grid[axis - 1]
+        assert ((high[axis] + 0.5) * 32 * cells // side).equal(low[axis].float())
+
+
+def test_a_note_is_the_one_on_what_stands_there(stage) -> None:
+    heart = Item("heart", "red", "medium", "left", ((8.0, 4.0),))
+    star = Item("star", "blue", "medium", None, ((8.0, 12.0),))
+    scene = Scene(512, 512, "white", (heart, star), (Text("HI", "bottom"),))
+    places = noted_at(scene, scene.preview)
+    shown = torch.from_numpy(cells(scene, scene.preview)) >= INSIDE
+    assert (places[6:10, 2:6] == PLACES.index("<|at left|>")).all()
+    assert (places[:, 8:][:12] == -1).all()
+    assert (
+        (places == PLACES.index("<|text bottom|>")) == (shown & (torch.arange(16) > 11)[:, None])
+    ).all()
+    large = noted_at(replace(scene, height=1024, width=1024), (32, 32))
+    assert (large[12:20, 4:12] == PLACES.index("<|at left|>")).all()
+    sample = stage._image(np.random.default_rng([8, 3]), 512, 512, True, 0.0)
+    named = {
+        stage.offsets.id_to_token(int(i)) for i in sample.prompt.ids[sample.noted.unique()[1:]]
+    }
+    assert named
+    assert named <= set(PLACES)
