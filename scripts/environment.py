@@ -143,10 +143,13 @@ def _host_requirements(comfyui: Path) -> str:
 
 
 def _venv(name: str, lists: list[str], install: Callable[[Path], None]) -> Path:
-    """The interpreter of `.cache/<name>`, which is made anew unless its stamp fits `lists`."""
+    """The interpreter of `.cache/<name>`, which is made anew unless its stamp fits `lists`.
+
+    The stamp holds the folder too: an environment's scripts name it, and break where it is moved.
+    """
     folder = CACHE / name
     python = folder / "bin" / "python"
-    stamp = hashlib.sha256("\n".join([sys.version, *lists]).encode()).hexdigest()
+    stamp = hashlib.sha256("\n".join([sys.version, str(folder), *lists]).encode()).hexdigest()
     if (folder / "stamp").is_file() and _stamp_of(python) == stamp:
         return python
     shutil.rmtree(folder, ignore_errors=True)
