@@ -3,7 +3,7 @@
 Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
 understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
 saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
-styles and second references are beyond the tiny model. `ARGS="NAME ..."` makes only those.
+the tiny model heeds no wishes yet, and knows no styles. `ARGS="NAME ..."` makes only those.
 """
 
 import io
@@ -25,7 +25,7 @@ IN_A_ROW = 3
 
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
-    "text_to_image_ksampler": ["中间一个红色心形，白色背景，下方写着“福喜”"],
+    "text_to_image_ksampler": ["上方写着“福喜”，中间一个红色心形，白色背景"],
     "layout_contact_sheet": ["a yellow star and a red heart, blue background"],
     "lock_layout_change_prompt": [
         "a red circle on the left, a green square on the right, white background, "
@@ -35,11 +35,10 @@ PROMPTS = {
     ],
     "compose_two_layouts": [
         "a red circle on the left, white background",
-        "a blue star on the right, white background",
+        "a blue star on the left, white background",  # whose left half becomes the right one
         "a red circle on the left, a blue star on the right, white background",
     ],
-    "lock_region_resample_rest": ["a purple diamond and a green circle, white background"],
-    "edit_image": ["make the blue circle red"],
+    "lock_region_resample_rest": ["a red heart and a blue square, white background"],
     "redo_region": [
         "a red circle on the left, white background",
         "a red circle on the left, a blue star on the right, white background",

@@ -1,4 +1,4 @@
-"""From a training run to `tiny/`: a file of weights a component, 27 MB in all."""
+"""From a training run to `tiny/`: a file of weights a component, 30 MB in all."""
 
 import argparse
 import json

@@ -71,7 +71,7 @@ class AutoregressiveStage(Stage):
     name = "autoregressive"
     component = "vision_language_encoder"
     keys = (("model.language_model.", "text."), ("lm_head.", "head."))
-    steps = 6000
+    steps = 10000
     batch = 12
     learning_rate = 2e-3
     by_adamw = ("head", "reading.")

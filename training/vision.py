@@ -30,7 +30,7 @@ class VisionStage(Stage):
     name = "vision"
     component = "vision_language_encoder"
     keys = (("model.visual.", "visual."), ("model.vqmodel.", "vqmodel."))
-    steps = 700
+    steps = 1400
     batch = 16
     learning_rate = 1.5e-3
     ema = 0.99
