@@ -19,7 +19,7 @@ from glm_core.grids import grid_positions
 from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, INSIDE, cells, factors
-from .copying import FROM_NOTES, FROM_PREVIEW, FROM_REFERENCE, find_cells, missed
+from .copying import FROM_NOTES, FROM_PREVIEW, FROM_REFERENCE, find_cells, missed, queries_and_keys
 from .edits import draw_edit
 from .reading import WHERE_LAYER, Reading, asked_by, layout_of, noted_at
 from .scene import SIZES, Scene, draw_scene
@@ -40,10 +40,13 @@ HIDDEN, LAYERS = 192, 6
 ROPE_THETA = 4.0
 FIRST_CELLS = 4.0  # how much more the first cell of a thing counts when training begins
 
+NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
+NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the codes that should follow it with their positions.
+    """A prompt, and the codes that should follow it with their positions; none, if not given.
 
     codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
     copied: which token of prompt and codes lies where each code lies, in the preview or in the
@@ -55,14 +58,14 @@ class Sample:
     """
 
     prompt: Prompt
-    codes: Tensor
-    positions: Tensor
-    weights: Tensor
-    copied: Tensor
-    noted: Tensor
     grid: tuple[int, int]
     layout: Tensor
     phrases: tuple[tuple[int, Tensor], ...] = ()
+    codes: Tensor = NO_CODES
+    positions: Tensor = NO_POSITIONS
+    weights: Tensor = NO_WEIGHTS
+    copied: Tensor = NO_CODES
+    noted: Tensor = NO_CODES
 
 
 class AutoregressiveStage(Stage):
@@ -156,12 +159,13 @@ class AutoregressiveStage(Stage):
     ) -> dict[str, Tensor]:
         """Losses of where the heads look that copy, and that read the notes."""
         copies = FROM_PREVIEW if batch[0].phrases else FROM_REFERENCE
-        losses, states = {}, self.module["reading"].states[WHERE_LAYER]
+        before = self.module["reading"].states[WHERE_LAYER]
+        queries, keys = queries_and_keys(self.module["text"], before, positions)
+        losses = {}
         for name, head in (("copied", copies), ("noted", FROM_NOTES)):
             wanted = collate_tokens(batch, name).to(self.run.device)
             if (wanted >= 0).any():
-                given = states, positions, mask, wanted, generator
-                losses[name] = missed(self.module["text"], head, *given)
+                losses[name] = missed(queries[:, head], keys, mask, wanted, generator)
         return losses
 
     def _understood(self, batch: list[Sample], ids: Tensor) -> dict[str, Tensor]:
@@ -212,11 +216,7 @@ class AutoregressiveStage(Stage):
         ends = [end for _, end in spans]
         asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
         prompt = self.tokenizer.text_to_image(words, scene.grid)
-        nothing = torch.zeros(3, 0, dtype=torch.int64)
-        return scene, Sample(
-            prompt, nothing[0], nothing, nothing[0].float(), nothing[0], nothing[0],
-            scene.preview, layout_of(scene), asked,
-        )  # fmt: skip
+        return scene, Sample(prompt, scene.preview, layout_of(scene), asked)
 
     def _edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
         edit = draw_edit(rng, height, width)
@@ -228,7 +228,10 @@ class AutoregressiveStage(Stage):
         positions = grid_positions(grid, prompt.end)
         copied = (prompt.ids < CODEBOOK).nonzero()[:, 0]
         noted = self._noted(prompt, edit.after, grid)
-        return Sample(prompt, codes, positions, weights, copied, noted, grid, layout_of(edit.after))
+        return Sample(
+            prompt, grid, layout_of(edit.after),
+            codes=codes, positions=positions, weights=weights, copied=copied, noted=noted,
+        )  # fmt: skip
 
     def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
         first = int((prompt.ids == self.first_place).nonzero())
@@ -238,11 +241,8 @@ class AutoregressiveStage(Stage):
 
 def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
     """int64 [H * W]: the index, in the smaller grid, of the cell that each cell's centre is in."""
-    rows, columns = (
-        (2 * torch.arange(many) + 1) * few // (2 * many)
-        for many, few in zip(grid, smaller, strict=True)
-    )
-    return (rows[:, None] * smaller[1] + columns).flatten()
+    indices = torch.arange(math.prod(smaller), dtype=torch.float32).view(1, 1, *smaller)
+    return F.interpolate(indices, grid, mode="nearest-exact").flatten().long()
 
 
 def _weights(codes: np.ndarray, stress: float) -> Tensor:
@@ -274,13 +274,9 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
 def collate_tokens(samples: list[Sample], name: str) -> Tensor:
     """`copied` or `noted` as tokens in `collate`'s ids, int64 [B, N], -1 where there is none."""
     longest = max(len(sample.prompt) for sample in samples)
-    return torch.stack(
-        [
-            torch.where(tokens < 0, -1, tokens + longest - len(sample.prompt))
-            for sample in samples
-            for tokens in [getattr(sample, name)]
-        ]
-    )
+    pads = torch.tensor([longest - len(sample.prompt) for sample in samples])
+    tokens = torch.stack([getattr(sample, name) for sample in samples])
+    return torch.where(tokens < 0, -1, tokens + pads[:, None])
 
 
 def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -116,15 +116,27 @@ def _parts(scene: Scene, item: Item, grid: tuple[int, int]) -> np.ndarray:
     return alpha.reshape(shape).mean((2, 5)).transpose(0, 2, 1, 3)
 
 
+def into_text(scene: Scene, text: Text, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """How far below and right of a text's corner the rows' and columns' centres are, in characters.
+
+    float [rows] and [columns] of a grid: the text is from 0 to 1, and from 0 to its length.
+    """
+    y, x = (
+        ((np.arange(count) + 0.5) * pixels / count - 32 * first) / SLOT
+        for count, pixels, first in zip(
+            grid, (scene.height, scene.width), scene.text_origin(text), strict=True
+        )
+    )
+    return y, x
+
+
 def _set_text(codes: np.ndarray, scene: Scene, text: Text) -> None:
     """Codes of the cells whose centres lie in a character's slot."""
-    row, column = scene.text_origin(text)
-    y = (np.arange(codes.shape[0]) + 0.5) * scene.height / codes.shape[0] - 32 * row
-    x = (np.arange(codes.shape[1]) + 0.5) * scene.width / codes.shape[1] - 32 * column
-    for i in np.flatnonzero((y >= 0) & (y < SLOT)):
-        for j in np.flatnonzero((x >= 0) & (x < SLOT * len(text.content))):
-            slot = SLOTS.index((text.script, int(x[j] // SLOT)))
-            part = _third(y[i] / SLOT) * THIRDS + _third(x[j] % SLOT / SLOT)
+    y, x = into_text(scene, text, codes.shape)
+    for i in np.flatnonzero((y >= 0) & (y < 1)):
+        for j in np.flatnonzero((x >= 0) & (x < len(text.content))):
+            slot = SLOTS.index((text.script, int(x[j])))
+            part = _third(y[i]) * THIRDS + _third(x[j] % 1)
             codes[i, j] = TEXT + slot * THIRDS**2 + part
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.glm_image.modeling_glm_image import apply_rotary_pos_emb
 
+from glm_core.grids import PREVIEW_SIDE
+
 from .reading import WHERE_LAYER
 from .tokenizer import REFERENCE_TO_PICTURE
 
@@ -19,11 +21,14 @@ COPY_LAYER = WHERE_LAYER + 1
 FROM_PREVIEW, FROM_REFERENCE, FROM_NOTES = range(3)  # heads
 MISSED_WEIGHT = 0.1
 ASKED_CELLS = 256  # of a picture, in a step, at the most
-SIDE = 16  # cells that a preview's, and a reference's, longer side has at 512 x 512
-# A query's cell is the one before the cell to be named, so the copied one is a column less away.
+# At 512 x 512, where a preview and a reference have as many cells a side. A query's cell is the one
+# before the cell to be named, so the copied one is a column less away.
 OFFSETS = {
-    FROM_PREVIEW: (SIDE, SIDE, SIDE - 1),
-    FROM_REFERENCE: (*(SIDE + REFERENCE_TO_PICTURE,) * 2, SIDE + REFERENCE_TO_PICTURE - 1),
+    head: (away, away, away - 1)
+    for head, away in (
+        (FROM_PREVIEW, PREVIEW_SIDE),
+        (FROM_REFERENCE, PREVIEW_SIDE + REFERENCE_TO_PICTURE),
+    )
 }
 LOUDNESS = (3.0, 5.0, 8.0)  # of a query's and a key's frequencies on the axes (t, h, w)
 
@@ -38,7 +43,8 @@ def find_cells(text: nn.Module) -> None:
         text: a GlmImageTextModel.
     """
     attention = text.layers[COPY_LAYER].self_attn
-    frequencies, axis = text.rotary_emb.inv_freq, axes_of(text.rotary_emb.mrope_section)
+    frequencies, sections = text.rotary_emb.inv_freq, text.rotary_emb.mrope_section
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
     loudness, turned = torch.tensor(LOUDNESS)[axis], 2 * len(axis)
     for head, offset in OFFSETS.items():
         angle = torch.tensor(offset)[axis] * frequencies
@@ -49,48 +55,40 @@ def find_cells(text: nn.Module) -> None:
     attention.o_proj.weight[:, : attention.head_dim] = attention.v_proj.weight.T
 
 
+def queries_and_keys(text: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """What COPY_LAYER's heads look with, and at: the product of the two is its attention's score.
+
+    Args:
+        states: [B, S, width] before the layer; positions: int64 [3, B, S].
+
+    Returns:
+        Queries [B, heads, S, D] and keys [B, S, D], which all heads share.
+    """
+    layer = text.layers[COPY_LAYER]
+    attention, given = layer.self_attn, layer.input_layernorm(states)
+    queries, keys = (
+        linear(given).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for linear in (attention.q_proj, attention.k_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *text.rotary_emb(given, positions))
+    return attention.scaling * queries, keys[:, 0]
+
+
 def missed(
-    text: nn.Module,
-    head: int,
-    states: Tensor,
-    positions: Tensor,
-    mask: Tensor,
-    wanted: Tensor,
-    generator: torch.Generator,
+    queries: Tensor, keys: Tensor, mask: Tensor, wanted: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Weighted loss of a head's attention to the tokens that the next codes are to be read from.
 
     Args:
-        states: [B, S, width] before COPY_LAYER; positions: int64 [3, B, S]; mask: [B, S].
+        queries: the head's, [B, S, D]; keys: [B, S, D]; mask: [B, S].
         wanted: int64 [B, N], a token for each of the last N; -1 for those that nothing is asked of.
     """
     (asked,) = torch.where((wanted >= 0).any(0))
     asked = asked[torch.randperm(len(asked), generator=generator, device=asked.device)]
     asked = asked[:ASKED_CELLS]
-    tokens = states.shape[1] - wanted.shape[1] + asked
-    scores = _scores(text, head, states, positions, tokens)
-    later = torch.arange(states.shape[1], device=tokens.device) > tokens[:, None]
-    scores = scores.float().masked_fill(later | (mask == 0)[:, None], -torch.inf)
+    tokens = keys.shape[1] - wanted.shape[1] + asked
+    later = torch.arange(keys.shape[1], device=tokens.device) > tokens[:, None]
+    scores = (queries[:, tokens] @ keys.mT).float()
+    scores = scores.masked_fill(later | (mask == 0)[:, None], -torch.inf)
     wanted = wanted[:, asked].flatten()
     return MISSED_WEIGHT * F.cross_entropy(scores.flatten(0, 1), wanted, ignore_index=-1)
-
-
-def _scores(
-    text: nn.Module, head: int, states: Tensor, positions: Tensor, tokens: Tensor
-) -> Tensor:
-    """[B, T, S]: how much a head of COPY_LAYER wants to look at each key, for T tokens."""
-    layer = text.layers[COPY_LAYER]
-    attention, given = layer.self_attn, layer.input_layernorm(states)
-    cos, sin = text.rotary_emb(given, positions)
-    queries = attention.q_proj(given[:, tokens]).unflatten(-1, (-1, attention.head_dim))[:, :, head]
-    keys = attention.k_proj(given)
-    queries, _ = apply_rotary_pos_emb(
-        queries[:, None], queries[:, None], cos[:, tokens], sin[:, tokens]
-    )
-    _, keys = apply_rotary_pos_emb(keys[:, None], keys[:, None], cos, sin)
-    return attention.scaling * (queries @ keys.mT)[:, 0]
-
-
-def axes_of(sections: tuple[int, int, int]) -> Tensor:
-    """int64 [sum of sections]: the axis (t, h, w) that each frequency turns with."""
-    return torch.repeat_interleave(torch.arange(3), torch.tensor(sections))

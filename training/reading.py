@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codes import EDGE, INSIDE, LONGEST, NAMES, PAIRS, PATTERNS, TEXT, USED
+from .codes import EDGE, INSIDE, LONGEST, NAMES, PAIRS, PATTERNS, TEXT, USED, into_text
 from .scene import (
     ANCHORS,
     COLOURS,
@@ -22,6 +22,7 @@ from .scene import (
     OPEN,
     RADII,
     SHAPES,
+    SIZES,
     TEXT_PLACES,
     Item,
     Scene,
@@ -32,7 +33,7 @@ from .scene import (
 PHRASE_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 3, 3
 PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 0.2, 0.1, 0.1
 BELOW = (2, 4)  # rows
-LONGEST_SIDE = 36  # of a grid, in cells
+LONGEST_SIDE = max(map(max, SIZES)) // 32  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 ASKED = {
     "kind": (Item, Text, None),  # None is the background
@@ -102,11 +103,9 @@ def noted_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
                 (x * columns - column).abs() < item.radius,
             )
             places[down[:, None] & right] = list(ANCHORS).index(item.place)
-    rows, columns = scene.grid
     for text in scene.texts:
-        top, left = scene.text_origin(text)
-        down = (y * rows >= top) & (y * rows < top + 2)
-        right = (x * columns >= left) & (x * columns < left + 2 * len(text.content))
+        down, right = map(torch.from_numpy, into_text(scene, text, grid))
+        down, right = (down >= 0) & (down < 1), (right >= 0) & (right < len(text.content))
         places[down[:, None] & right] = len(ANCHORS) + TEXT_PLACES.index(text.place)
     return places
 

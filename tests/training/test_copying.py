@@ -13,8 +13,8 @@ from training.copying import (
     FROM_PREVIEW,
     FROM_REFERENCE,
     MISSED_WEIGHT,
-    find_cells,
     missed,
+    queries_and_keys,
 )
 from training.reading import noted_at
 from training.scene import Item, Scene, Text
@@ -61,7 +61,6 @@ def test_a_cell_of_an_edited_picture_finds_its_own_in_the_reference(stage) -> No
 def test_what_is_found_is_passed_on(stage) -> None:
     """The first head's values come back as far as sixty-four numbers can carry them."""
     text = stage.build()["text"]
-    find_cells(text)
     attention = text.layers[COPY_LAYER].self_attn
     size = attention.head_dim
     through = attention.o_proj.weight[:, :size] @ attention.v_proj.weight
@@ -85,8 +84,9 @@ def test_looking_elsewhere_costs_and_looking_at_the_copy_does_not(stage) -> None
     def loss(step: int) -> float:
         wanted = torch.where(copied < 0, -1, copied + step)
         generator = torch.Generator().manual_seed(0)
-        given = kept[0], positions, mask, wanted, generator
-        return float(missed(text, FROM_PREVIEW, *given)) / MISSED_WEIGHT
+        queries, keys = queries_and_keys(text, kept[0], positions)
+        missing = missed(queries[:, FROM_PREVIEW], keys, mask, wanted, generator)
+        return float(missing) / MISSED_WEIGHT
 
     assert loss(0) < 0.5 < 2 < loss(1)
 
