@@ -4,7 +4,10 @@ The large grid repeats its preview, and an edited picture its reference, mostly.
 copied cell lies is RoPE alone, whose lowest frequencies a small model would have to tell apart by a
 sixteenth of their score from one column to the next. So one layer's heads begin with queries and
 keys that do; and as this is right at one size only, training asks two of them for that cell. The
-third is asked for the note on what stands there, at the end of the prompt (`tokenizer.PLACES`).
+third is asked for the note on what stands there, at the end of the prompt (`tokenizer.NOTES`).
+
+In an earlier layer, a head of a reference's cells is asked for the wish, which they must compare
+with what they show.
 """
 
 import torch
@@ -19,6 +22,7 @@ from .tokenizer import REFERENCE_TO_PICTURE
 
 COPY_LAYER = WHERE_LAYER + 1
 FROM_PREVIEW, FROM_REFERENCE, FROM_NOTES = range(3)  # heads
+FROM_WISH = 0  # head of `reading.TOLD_LAYER`
 MISSED_WEIGHT = 0.1
 ASKED_CELLS = 256  # of a picture, in a step, at the most
 # At 512 x 512, where a preview and a reference have as many cells a side. A query's cell is the one
@@ -55,16 +59,19 @@ def find_cells(text: nn.Module) -> None:
     attention.o_proj.weight[:, : attention.head_dim] = attention.v_proj.weight.T
 
 
-def queries_and_keys(text: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """What COPY_LAYER's heads look with, and at: the product of the two is its attention's score.
+def queries_and_keys(
+    text: nn.Module, index: int, states: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a layer's heads look with, and at: the product of the two is its attention's score.
 
     Args:
+        index: the layer's.
         states: [B, S, width] before the layer; positions: int64 [3, B, S].
 
     Returns:
         Queries [B, heads, S, D] and keys [B, S, D], which all heads share.
     """
-    layer = text.layers[COPY_LAYER]
+    layer = text.layers[index]
     attention, given = layer.self_attn, layer.input_layernorm(states)
     queries, keys = (
         linear(given).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)

@@ -4,18 +4,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scene import COLOURS, SHAPES, Scene, draw_scene
+from .scene import COLOURS, SHAPES, Item, Scene, draw_scene
 from .wording import ZH_COLOURS, ZH_SHAPES, noun
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a reference shows, what it should become, and the words for it."""
+    """What a reference shows, what it should become, and the words for it.
+
+    subject: the item that the wish is about; None is the background.
+    to: the colour or the shape that is wished for, if any.
+    """
 
     before: Scene
     after: Scene
     wish: str
     kind: str
+    subject: Item | None
+    to: str | None
 
 
 def draw_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
@@ -48,7 +54,7 @@ def _recolour(rng: np.random.Generator, scene: Scene) -> Edit:
     wish = f"make {noun(item, 'the')} {colour}"
     if rng.random() < 0.25:
         wish = f"把{ZH_COLOURS[item.colour]}{ZH_SHAPES[item.shape]}变成{ZH_COLOURS[colour]}"
-    return Edit(scene, _changed(scene, index, colour=colour), wish, "recolour")
+    return Edit(scene, _changed(scene, index, colour=colour), wish, "recolour", item, colour)
 
 
 def _background(rng: np.random.Generator, scene: Scene) -> Edit:
@@ -56,7 +62,7 @@ def _background(rng: np.random.Generator, scene: Scene) -> Edit:
     wish = f"change the background to {colour}"
     if rng.random() < 0.25:
         wish = f"把背景变成{ZH_COLOURS[colour]}"
-    return Edit(scene, replace(scene, background=colour), wish, "background")
+    return Edit(scene, replace(scene, background=colour), wish, "background", None, colour)
 
 
 def _replace(rng: np.random.Generator, scene: Scene) -> Edit:
@@ -66,14 +72,15 @@ def _replace(rng: np.random.Generator, scene: Scene) -> Edit:
     shape = _other(rng, SHAPES, *alike)
     plural = "s" if len(item.centres) > 1 else ""
     wish = f"turn {noun(item, 'the')} into {'' if plural else 'a '}{shape}{plural}"
-    return Edit(scene, _changed(scene, index, shape=shape), wish, "replace")
+    return Edit(scene, _changed(scene, index, shape=shape), wish, "replace", item, shape)
 
 
 def _remove(rng: np.random.Generator, scene: Scene) -> Edit:
     index = _subject(rng, scene)
+    item = scene.items[index]
     rest = scene.items[:index] + scene.items[index + 1 :]
-    wish = f"remove {noun(scene.items[index], 'the')}"
-    return Edit(scene, replace(scene, items=rest), wish, "remove")
+    wish = f"remove {noun(item, 'the')}"
+    return Edit(scene, replace(scene, items=rest), wish, "remove", item, None)
 
 
 def _isolate(rng: np.random.Generator, scene: Scene) -> Edit:
@@ -81,7 +88,8 @@ def _isolate(rng: np.random.Generator, scene: Scene) -> Edit:
     item = scene.items[_subject(rng, scene)]
     colour = _other(rng, COLOURS, scene.background, item.colour)
     wish = f"only {noun(item, 'the')}, {colour} background"
-    return Edit(scene, replace(scene, background=colour, items=(item,)), wish, "isolate")
+    after = replace(scene, background=colour, items=(item,))
+    return Edit(scene, after, wish, "isolate", item, colour)
 
 
 EDITS = {

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes import EDGE, INSIDE, LONGEST, NAMES, PAIRS, PATTERNS, TEXT, USED, into_text
+from .edits import EDITS, Edit
 from .scene import (
     ANCHORS,
     COLOURS,
@@ -28,11 +29,15 @@ from .scene import (
     Scene,
     Text,
 )
+from .tokenizer import ANYWHERE, NOTES
 
-# After which layer phrases, the layout, and where a cell lies, must be understood.
-PHRASE_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 3, 3
-PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 0.2, 0.1, 0.1
+# After which layer phrases and wishes must be understood; a reference's cells know the wish, and
+# whether it is about them; and the layout, and where a cell lies, are clear.
+PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 2, 3, 3, 3
+PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 1.0, 0.1, 0.1
+WISH_WEIGHT, TOLD_WEIGHT, SUBJECT_WEIGHT, BECOME_WEIGHT, COME_WEIGHT = 0.1, 2.0, 0.5, 0.3, 0.5
 BELOW = (2, 4)  # rows
+MOST_TO_COME = 4
 LONGEST_SIDE = max(map(max, SIZES)) // 32  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 ASKED = {
@@ -51,12 +56,22 @@ ABOUT = {key: ASKED[key] for key in ("colour", "shape", "size", "count", "script
     "row": tuple(range(20)),
     "column": tuple(range(20)),
 }
-"""What each of `tokenizer.PLACES` must say of its place; `row` and `column` are the preview cell at
-the top left of what is there.
+"""What each of `tokenizer.NOTES` must say of its place, or of a shape whose place is open.
+
+`row` and `column` are the preview cell at the top left of what is there. They are asked of square
+pictures alone: the prompt goes on with the size after the notes, so that they cannot know it, and
+what is a row of a square's sixteen is a share of any other's.
 
 These tokens lie at the same distance from the cells, however long the prompt is, so that a cell can
 find its place's by distance alone. With the colour of a shape, or the script of a text, a token
 also says whether there is one.
+"""
+WISHED = {
+    "edit": tuple(EDITS), "colour": tuple(COLOURS), "shape": SHAPES, "to": (*COLOURS, *SHAPES),
+}  # fmt: skip
+"""What the token behind a wish must say of it: what is done to which shape, and what it becomes.
+
+It is the reference's start, which lies at one distance from all cells of the reference.
 """
 
 
@@ -69,17 +84,28 @@ def asked_by(thing: Item | Text | None, scene: Scene) -> Tensor:
     return _indices(answers, ASKED)
 
 
+def wished_by(edit: Edit) -> Tensor:
+    """int64 [len(WISHED)]: indices of the answers, -1 where the wish names none."""
+    answers = {"edit": edit.kind}
+    if edit.subject is not None:
+        answers |= {"colour": edit.subject.colour, "shape": edit.subject.shape}
+    if edit.to is not None:
+        answers["to"] = edit.to
+    return _indices(answers, WISHED)
+
+
 def layout_of(scene: Scene) -> Tensor:
-    """int64 [len(PLACES), len(ABOUT)]: indices of what is at each place.
+    """int64 [len(NOTES), len(ABOUT)]: indices of what is at each place, and of what is anywhere.
 
     -1 where nothing can be said, as of a place where a shape may be whose place is open.
     """
-    is_open = any(item.place is None for item in scene.items)
+    anywhere = _anywhere(scene)
     shapes = {item.place: item for item in reversed(scene.items)}
     texts = {text.place: text for text in scene.texts}
-    answers = []
+    missing = [{"colour": NONE_AT_ALL}] * (len(ANYWHERE) - len(anywhere))
+    answers = [*map(_answers, anywhere), *missing]
     for place in ANCHORS:
-        unsure = is_open and place in OPEN
+        unsure = anywhere and place in OPEN
         nothing = {} if unsure else {"colour": NONE_AT_ALL}
         answers.append(_drawn(shapes[place], scene) if place in shapes else nothing)
     for place in TEXT_PLACES:
@@ -89,25 +115,46 @@ def layout_of(scene: Scene) -> Tensor:
 
 
 def noted_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
-    """int64 [H, W]: which of PLACES has a note on what fills the square around a shape, or a text.
+    """int64 [H, W]: which of NOTES is on what fills the square around a shape, or a text.
 
-    -1 for the background, and for shapes whose place is open.
+    -1 for the background.
     """
-    y, x = ((torch.arange(many) + 0.5) / many for many in grid)
-    places = torch.full(grid, -1)
-    rows, columns = scene.preview
+    notes, anywhere = torch.full(grid, -1), _anywhere(scene)
     for item in scene.items:
-        for row, column in item.centres if item.place else ():
-            down, right = (
-                (y * rows - row).abs() < item.radius,
-                (x * columns - column).abs() < item.radius,
-            )
-            places[down[:, None] & right] = list(ANCHORS).index(item.place)
+        note = f"<|at {item.place}|>" if item.place else ANYWHERE[anywhere.index(item)]
+        for centre in item.centres:
+            notes[_square(scene, grid, centre, item.radius)] = NOTES.index(note)
     for text in scene.texts:
         down, right = map(torch.from_numpy, into_text(scene, text, grid))
         down, right = (down >= 0) & (down < 1), (right >= 0) & (right < len(text.content))
-        places[down[:, None] & right] = len(ANCHORS) + TEXT_PLACES.index(text.place)
-    return places
+        notes[down[:, None] & right] = NOTES.index(f"<|text {text.place}|>")
+    return notes
+
+
+def _anywhere(scene: Scene) -> list[Item]:
+    """The shapes whose places are open."""
+    return [item for item in scene.items if item.place is None]
+
+
+def to_come(scene: Scene, codes: Tensor) -> Tensor:
+    """int64 [H * W, colours]: how many shapes of a colour begin at each cell or later, of codes."""
+    counts, shown = torch.zeros(codes.numel(), len(NAMES), dtype=torch.int64), shown_by(codes)
+    for item in scene.items:
+        colour = NAMES.index(item.colour)
+        for centre in item.centres:
+            square = _square(scene, codes.shape, centre, item.radius)
+            begins = int((square & (shown == colour)).flatten().nonzero()[0])
+            counts[: begins + 1, colour] += 1
+    return counts.clamp(max=MOST_TO_COME)
+
+
+def _square(scene: Scene, grid: tuple[int, int], centre: tuple, radius: float) -> Tensor:
+    """bool [H, W]: the cells of a grid whose centres lie in the square around a shape."""
+    down, right = (
+        (((torch.arange(many) + 0.5) / many) * few - at).abs() < radius
+        for many, few, at in zip(grid, scene.preview, centre, strict=True)
+    )
+    return down[:, None] & right
 
 
 def _answers(thing: Item | Text) -> dict:
@@ -120,7 +167,9 @@ def _answers(thing: Item | Text) -> dict:
 
 
 def _drawn(thing: Item | Text, scene: Scene) -> dict:
-    """`_answers`, and where the thing begins."""
+    """`_answers`, and where the thing begins, if the preview is a square."""
+    if scene.height != scene.width:
+        return _answers(thing)
     if isinstance(thing, Text):
         cells = zip(scene.text_origin(thing), scene.preview, scene.grid, strict=True)
         # the first preview cell whose centre is no further up or left
@@ -142,11 +191,22 @@ def _indices(answers: dict, questions: dict[str, tuple]) -> Tensor:
 
 def shown_by(codes: Tensor) -> Tensor:
     """The colour of the shape that a cell shows at least a part of, or NOTHING, or WRITING."""
-    names = torch.tensor([NAMES.index(name) for name, _ in PAIRS], device=codes.device)
-    of_edges = names[((codes - EDGE) // PATTERNS).clamp(0, len(PAIRS) - 1)]
+    of_edges = _of_edges(codes, [name for name, _ in PAIRS])
     colours = torch.where(codes < EDGE, codes - INSIDE, of_edges)
     colours = torch.where(codes < INSIDE, NOTHING, colours)
     return torch.where((codes >= TEXT) & (codes < USED), WRITING, colours)
+
+
+def ground_of(codes: Tensor) -> Tensor:
+    """The colour of the background that a cell shows at least a part of, -1 where it shows none."""
+    colours = torch.where(codes < TEXT, _of_edges(codes, [ground for _, ground in PAIRS]), -1)
+    return torch.where(codes < EDGE, torch.where(codes < INSIDE, codes, -1), colours)
+
+
+def _of_edges(codes: Tensor, colours: Sequence[str]) -> Tensor:
+    """The index of the colour that is given for an edge's pair; of other codes, any."""
+    names = torch.tensor([NAMES.index(colour) for colour in colours], device=codes.device)
+    return names[((codes - EDGE) // PATTERNS).clamp(0, len(PAIRS) - 1)]
 
 
 class Reading(nn.Module):
@@ -155,13 +215,18 @@ class Reading(nn.Module):
     def __init__(self, layers: Sequence[nn.Module], width: int) -> None:
         super().__init__()
         self.states = {}  # [B, S, width] after each of these layers, of the model's last pass
-        for layer in {PHRASE_LAYER, LAYOUT_LAYER, WHERE_LAYER}:
+        for layer in {PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER}:
             layers[layer].register_forward_hook(partial(self._keep, layer))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.phrase = nn.Linear(width, sum(map(len, ASKED.values())))
         self.layout = nn.Linear(width, sum(len(options) + 1 for options in ABOUT.values()))
         self.where = nn.Linear(width, 2 * LONGEST_SIDE)
         self.below = nn.Linear(width, len(BELOW) * (WRITING + 1))
+        self.wish = nn.Linear(width, sum(map(len, WISHED.values())))
+        self.become = nn.Linear(width, WRITING + 1 + len(NAMES))
+        self.come = nn.Linear(width, len(NAMES) * (MOST_TO_COME + 1))
+        self.subject = nn.Linear(width, 2)
+        self.told = nn.Linear(width, sum(map(len, WISHED.values())))
 
     def phrases(self, ends: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of phrases that end at (sample, token) ends [K, 2]; asked: [K, ASKED]."""
@@ -170,11 +235,54 @@ class Reading(nn.Module):
         return PHRASE_WEIGHT * _mean_loss(self.phrase(states).split(sizes, -1), asked)
 
     def layouts(self, first: int, asked: Tensor) -> Tensor:
-        """Weighted loss of the layout, said by the tokens of the PLACES, of which the first is
-        token `first`; asked: int64 [B, PLACES, ABOUT]."""
+        """Weighted loss of the layout, said by the NOTES, of which the first is token `first`.
+
+        asked: int64 [B, NOTES, ABOUT].
+        """
         states = self.norm(self.states[LAYOUT_LAYER][:, first : first + asked.shape[1]])
         sizes = [len(options) + 1 for options in ABOUT.values()]
         return LAYOUT_WEIGHT * _mean_loss(self.layout(states).split(sizes, -1), asked)
+
+    def wishes(self, starts: Tensor, asked: Tensor) -> Tensor:
+        """Weighted loss of what is wished, said by tokens starts [B]; asked: int64 [B, WISHED]."""
+        states = self._at(PHRASE_LAYER, starts[:, None])[:, 0]
+        sizes = [len(options) for options in WISHED.values()]
+        return WISH_WEIGHT * _mean_loss(self.wish(states).split(sizes, -1), asked)
+
+    def told_of(self, cells: Tensor, asked: Tensor) -> Tensor:
+        """Weighted loss of what is wished, said by the reference.
+
+        Args:
+            cells: int64 [B, N], the tokens of the reference; asked: int64 [B, WISHED].
+        """
+        said = self.told(self._at(TOLD_LAYER, cells))
+        sizes = [len(options) for options in WISHED.values()]
+        asked = asked[:, None].expand(-1, cells.shape[1], -1)
+        return TOLD_WEIGHT * _mean_loss(said.split(sizes, -1), asked)
+
+    def subjects(self, cells: Tensor, asked: Tensor) -> Tensor:
+        """Weighted loss of whether the wish is about the shape that a reference's cell shows.
+
+        Args:
+            cells: int64 [B, N], the tokens of the reference; asked: int64 [B, N], 1, 0, or -1.
+        """
+        said = self.subject(self._at(SUBJECT_LAYER, cells))
+        return SUBJECT_WEIGHT * F.cross_entropy(said.mT, asked, ignore_index=-1)
+
+    def becomes(self, cells: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Weighted loss of what a reference's cells become, said by themselves.
+
+        The shape's colour is asked of cells that show a shape or will; of the others it is plain.
+
+        Args:
+            cells: int64 [B, N], the tokens of the reference.
+            before, after: int64 [B, N], codes of the reference and of the edited picture.
+        """
+        states = self._at(LAYOUT_LAYER, cells)
+        drawn = (before >= INSIDE) | (after >= INSIDE)
+        asked = torch.stack([torch.where(drawn, shown_by(after), -1), ground_of(after)], -1)
+        answers = self.become(states).split([WRITING + 1, len(NAMES)], -1)
+        return BECOME_WEIGHT * _mean_loss(answers, asked)
 
     def whereabouts(self, positions: Tensor) -> Tensor:
         """Weighted loss of the row and the column of the cells that the last states are to name.
@@ -185,6 +293,15 @@ class Reading(nn.Module):
         states = self.norm(self.states[WHERE_LAYER][:, -positions.shape[-1] :])
         row_and_column = (positions[1:] - positions[0]).permute(1, 2, 0)
         return WHERE_WEIGHT * _mean_loss(self.where(states).split(LONGEST_SIDE, -1), row_and_column)
+
+    def coming(self, states: Tensor, asked: Tensor) -> Tensor:
+        """Weighted loss of how many shapes of each colour are still to begin.
+
+        Args:
+            states: [B, N, width], the model's last, each of which is to name a cell.
+            asked: int64 [B, N, colours], `to_come`.
+        """
+        return COME_WEIGHT * _mean_loss(self.come(states).chunk(len(NAMES), -1), asked)
 
     def rows_below(self, states: Tensor, codes: Tensor) -> Tensor:
         """Weighted loss of what stands some rows below the cell that each state is to name.
@@ -200,6 +317,11 @@ class Reading(nn.Module):
             for part, rows in zip(parts, BELOW, strict=True)
         ]
         return BELOW_WEIGHT * torch.stack(losses).mean()
+
+    def _at(self, layer: int, tokens: Tensor) -> Tensor:
+        """[B, N, width], normed: states after a layer, of tokens int64 [B, N]."""
+        states = self.states[layer]
+        return self.norm(states.gather(1, tokens[..., None].expand(-1, -1, states.shape[-1])))
 
     def _keep(self, layer: int, module: nn.Module, given: tuple, states: Tensor) -> None:
         self.states[layer] = states

@@ -8,7 +8,7 @@ from transformers import GlmImageProcessor, PreTrainedTokenizerFast
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 from .codes import CODEBOOK
-from .scene import ANCHORS, CHINESE, SIZES, TEXT_PLACES, draw_scene
+from .scene import ANCHORS, CHINESE, OPEN, SIZES, TEXT_PLACES, draw_scene
 from .wording import prompt_of
 
 VISUAL = CODEBOOK + 16  # ids below the text: codes, image start, image end, and some to spare
@@ -26,13 +26,16 @@ PLACES = (
     *(f"<|at {place}|>" for place in ANCHORS),
     *(f"<|text {place}|>" for place in TEXT_PLACES),
 )
-"""Tokens that the chat template puts behind every prompt, to note on what is at each place."""
+ANYWHERE = tuple(f"<|anywhere {i}|>" for i, _ in enumerate(OPEN))
+NOTES = (*ANYWHERE, *PLACES)
+"""Tokens that the chat template puts behind every prompt, to note on what is at each place, and on
+the shapes whose places are open."""
 TEMPLATE = (
     "{% for m in messages %}"
     "{% for c in m.content if c.type != 'image' %}{{ c.text }}{% endfor %}"
     "{% for c in m.content if c.type == 'image' %}"
     "{{ bos_token }}<|image|>{{ eos_token }}"
-    "{% endfor %}{% endfor %}"
+    "{% else %}" + "".join(ANYWHERE) + "{% endfor %}{% endfor %}"
 ) + "".join(PLACES)
 """The wish stands before the reference, so that the reference lies at the same distance from the
 picture however long the wish is, and its cells are read with the wish in mind."""
@@ -67,7 +70,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(visual)
-    tokenizer.add_special_tokens([*CONTROLS, *PLACES])
+    tokenizer.add_special_tokens([*CONTROLS, *PLACES, *ANYWHERE])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=visual[IMAGE_START],

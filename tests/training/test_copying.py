@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.autoregressive import AutoregressiveStage, Sample, collate, collate_tokens
+from training.autoregressive import HIDDEN, AutoregressiveStage
 from training.codes import CODEBOOK, INSIDE, cells
 from training.copying import (
     COPY_LAYER,
@@ -16,10 +16,11 @@ from training.copying import (
     missed,
     queries_and_keys,
 )
-from training.reading import noted_at
+from training.reading import TOLD_LAYER, noted_at
+from training.samples import Sample, collate, collate_tokens
 from training.scene import Item, Scene, Text
 from training.stage import Run
-from training.tokenizer import PLACES
+from training.tokenizer import NOTES
 
 CELLS = 16 * 16
 BEGINS_NO_ROW = torch.arange(CELLS) % 16 > 0  # the one before the first of a row lies far away
@@ -45,7 +46,7 @@ def found(stage: AutoregressiveStage, sample: Sample, head: int) -> torch.Tensor
 
 
 def test_a_cell_of_the_large_grid_finds_its_own_in_the_preview(stage) -> None:
-    sample = stage._image(np.random.default_rng([8, 0]), 512, 512, True, 0.0)
+    sample = stage.samples.image(np.random.default_rng([8, 0]), 512, 512, True, 0.0)
     first = len(sample.prompt)
     assert torch.equal(
         found(stage, sample, FROM_PREVIEW), torch.arange(first, first + CELLS)[BEGINS_NO_ROW]
@@ -53,7 +54,7 @@ def test_a_cell_of_the_large_grid_finds_its_own_in_the_preview(stage) -> None:
 
 
 def test_a_cell_of_an_edited_picture_finds_its_own_in_the_reference(stage) -> None:
-    sample = stage._edit(np.random.default_rng([8, 1]), 512, 512, 0.0)
+    sample = stage.samples.edit(np.random.default_rng([8, 1]), 512, 512, 0.0)
     reference = (sample.prompt.ids < CODEBOOK).nonzero()[:, 0]
     assert torch.equal(found(stage, sample, FROM_REFERENCE), reference[BEGINS_NO_ROW])
 
@@ -70,7 +71,9 @@ def test_what_is_found_is_passed_on(stage) -> None:
 
 def test_looking_elsewhere_costs_and_looking_at_the_copy_does_not(stage) -> None:
     text = stage.build()["text"]
-    samples = [stage._image(np.random.default_rng([8, i]), 512, 512, True, 0.0) for i in range(2)]
+    samples = [
+        stage.samples.image(np.random.default_rng([8, i]), 512, 512, True, 0.0) for i in range(2)
+    ]
     ids, positions, mask, _, _ = collate(samples)
     kept = []
     hook = text.layers[COPY_LAYER - 1].register_forward_hook(lambda _, given, out: kept.append(out))
@@ -84,7 +87,7 @@ def test_looking_elsewhere_costs_and_looking_at_the_copy_does_not(stage) -> None
     def loss(step: int) -> float:
         wanted = torch.where(copied < 0, -1, copied + step)
         generator = torch.Generator().manual_seed(0)
-        queries, keys = queries_and_keys(text, kept[0], positions)
+        queries, keys = queries_and_keys(text, COPY_LAYER, kept[0], positions)
         missing = missed(queries[:, FROM_PREVIEW], keys, mask, wanted, generator)
         return float(missing) / MISSED_WEIGHT
 
@@ -93,7 +96,7 @@ def test_looking_elsewhere_costs_and_looking_at_the_copy_does_not(stage) -> None
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 1152)])
 def test_the_copied_cell_is_the_one_that_lies_there(stage, size) -> None:
-    sample = stage._image(np.random.default_rng([8, 2]), *size, True, 0.0)
+    sample = stage.samples.image(np.random.default_rng([8, 2]), *size, True, 0.0)
     (codes,) = torch.where(sample.copied >= 0)
     copies = sample.copied[codes] - len(sample.prompt)
     assert len(codes) == size[0] * size[1] // 32**2
@@ -109,18 +112,42 @@ def test_a_note_is_the_one_on_what_stands_there(stage) -> None:
     heart = Item("heart", "red", "medium", "left", ((8.0, 4.0),))
     star = Item("star", "blue", "medium", None, ((8.0, 12.0),))
     scene = Scene(512, 512, "white", (heart, star), (Text("HI", "bottom"),))
-    places = noted_at(scene, scene.preview)
+    notes = noted_at(scene, scene.preview)
     shown = torch.from_numpy(cells(scene, scene.preview)) >= INSIDE
-    assert (places[6:10, 2:6] == PLACES.index("<|at left|>")).all()
-    assert (places[:, 8:][:12] == -1).all()
+    assert (notes[6:10, 2:6] == NOTES.index("<|at left|>")).all()
+    assert (notes[6:10, 10:14] == NOTES.index("<|anywhere 0|>")).all()
+    assert (notes[:12, 7:9] == -1).all()
     assert (
-        (places == PLACES.index("<|text bottom|>")) == (shown & (torch.arange(16) > 11)[:, None])
+        (notes == NOTES.index("<|text bottom|>")) == (shown & (torch.arange(16) > 11)[:, None])
     ).all()
     large = noted_at(replace(scene, height=1024, width=1024), (32, 32))
-    assert (large[12:20, 4:12] == PLACES.index("<|at left|>")).all()
-    sample = stage._image(np.random.default_rng([8, 3]), 512, 512, True, 0.0)
+    assert (large[12:20, 4:12] == NOTES.index("<|at left|>")).all()
+    sample = stage.samples.image(np.random.default_rng([8, 3]), 512, 512, True, 0.0)
     named = {
-        stage.offsets.id_to_token(int(i)) for i in sample.prompt.ids[sample.noted.unique()[1:]]
+        stage.samples.offsets.id_to_token(int(i))
+        for i in sample.prompt.ids[sample.noted.unique()[1:]]
     }
     assert named
-    assert named <= set(PLACES)
+    assert named <= set(NOTES)
+
+
+def test_a_reference_that_looks_at_its_wish_loses_nothing(stage) -> None:
+    """A key that all queries meet in front of the reference costs nothing, and elsewhere much."""
+    sample = stage.samples.edit(np.random.default_rng([8, 4]), 512, 512, 0.0)
+    ids, positions, mask, _, _ = collate([sample])
+    start = int(sample.copied[0]) - 1
+
+    def loss(token: int) -> float:
+        attention = stage.module["text"].layers[TOLD_LAYER].self_attn
+        states = torch.zeros(1, ids.shape[1], HIDDEN)
+        states[0, token, 0] = 1
+        with torch.no_grad():
+            for linear in (attention.q_proj, attention.k_proj):
+                linear.weight.zero_()
+                linear.bias.zero_()
+            attention.q_proj.bias[attention.head_dim // 2 : attention.head_dim] = 20
+            attention.k_proj.weight[attention.head_dim // 2 :, 0] = 20
+            stage.module["reading"].states[TOLD_LAYER - 1] = states
+            return float(stage._turned([sample], positions, mask, torch.Generator()))
+
+    assert loss(start) < 1e-3 < loss(start - 1)

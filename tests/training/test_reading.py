@@ -8,26 +8,35 @@ import pytest
 import torch
 
 from glm_core.grids import grid_positions
-from training.autoregressive import HIDDEN, AutoregressiveStage, collate, collate_phrases
-from training.codes import INSIDE, NAMES, cells
-from training.edits import draw_edit
+from training.autoregressive import HIDDEN, AutoregressiveStage
+from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, cells
+from training.edits import EDITS, Edit, draw_edit
 from training.reading import (
     ABOUT,
     ASKED,
     BELOW,
+    LAYOUT_LAYER,
     LONGEST_SIDE,
     NONE_AT_ALL,
     NOTHING,
+    PHRASE_LAYER,
+    SUBJECT_LAYER,
+    TOLD_LAYER,
     WHERE_LAYER,
+    WISHED,
     WRITING,
     Reading,
     asked_by,
+    ground_of,
     layout_of,
     shown_by,
+    to_come,
+    wished_by,
 )
+from training.samples import collate, collate_phrases
 from training.scene import SIZES, Item, Scene, Text, draw_scene
 from training.stage import Run
-from training.tokenizer import PLACES
+from training.tokenizer import IMAGE_START, NOTES
 from training.wording import phrased
 
 
@@ -50,7 +59,7 @@ def test_a_phrase_ends_where_it_has_been_said() -> None:
 
 
 def test_a_phrase_ends_with_a_token_of_the_batch(stage) -> None:
-    batch = [stage._prompt(np.random.default_rng([3, i]), 512, 512) for i in range(12)]
+    batch = [stage.samples.prompt(np.random.default_rng([3, i]), 512, 512) for i in range(12)]
     ids = collate(batch)[0]
     ends, asked = collate_phrases(batch)
     assert asked.shape == (len(ends), len(ASKED))
@@ -59,8 +68,8 @@ def test_a_phrase_ends_with_a_token_of_the_batch(stage) -> None:
     for (sample, token), (i, thing), wanted in zip(ends.tolist(), things, asked, strict=True):
         assert sample == i
         assert torch.equal(wanted, asked_by(thing, scenes[i]))
-        said = stage.offsets.decode(ids[sample, : token + 1].tolist())
-        before = stage.offsets.decode(ids[sample, :token].tolist())
+        said = stage.samples.offsets.decode(ids[sample, : token + 1].tolist())
+        before = stage.samples.offsets.decode(ids[sample, :token].tolist())
         if isinstance(thing, Text):
             assert thing.content in said
         assert said != before
@@ -91,7 +100,7 @@ def test_every_place_says_what_is_there() -> None:
     scene = Scene(512, 512, "blue", (heart,), (Text("春天", "bottom"),))
 
     def said(place: str, scene: Scene) -> dict:
-        found = zip(ABOUT.items(), layout_of(scene)[PLACES.index(place)].tolist(), strict=True)
+        found = zip(ABOUT.items(), layout_of(scene)[NOTES.index(place)].tolist(), strict=True)
         return {name: [*options, NONE_AT_ALL][i] for (name, options), i in found if i >= 0}
 
     assert said("<|at top left|>", scene) == {
@@ -106,13 +115,24 @@ def test_every_place_says_what_is_there() -> None:
     assert said("<|at left|>", unsure) == {}
     assert said("<|at top|>", unsure) == {"colour": NONE_AT_ALL}
     assert said("<|at top left|>", unsure)["shape"] == "heart"
+    assert said("<|anywhere 0|>", unsure) == {
+        "colour": "red", "shape": "star", "size": "big", "count": 1,
+    }  # fmt: skip
+    assert said("<|anywhere 1|>", unsure) == {"colour": NONE_AT_ALL}
+    assert said("<|anywhere 0|>", scene) == {"colour": NONE_AT_ALL}
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_places_of_a_picture_that_is_no_square_do_not_say_where_their_things_begin() -> None:
+    for i in range(30):
+        layout = layout_of(draw_scene(np.random.default_rng([7, i]), 512, 768))
+        assert (layout[:, [list(ABOUT).index(name) for name in ("row", "column")]] < 0).all()
+
+
+@pytest.mark.parametrize("size", [s for s in SIZES if s[0] == s[1]], ids=str)
 def test_every_place_says_where_its_thing_begins_in_the_preview(size) -> None:
     for i in range(30):
         scene = draw_scene(np.random.default_rng([7, i]), *size)
-        places = dict(zip(PLACES, layout_of(scene).tolist(), strict=True))
+        places = dict(zip(NOTES, layout_of(scene).tolist(), strict=True))
         for thing in (*scene.items, *scene.texts):
             if thing.place is None:
                 continue
@@ -124,14 +144,14 @@ def test_every_place_says_where_its_thing_begins_in_the_preview(size) -> None:
             assert (row, column) == tuple(drawn.min(0))
 
 
-def test_the_places_lie_equally_far_from_the_cells(stage) -> None:
+def test_the_notes_lie_equally_far_from_the_cells(stage) -> None:
     """Whatever is asked for, at whatever size; so they can be found by distance."""
     for i, size in enumerate(SIZES):
-        prompt = stage._prompt(np.random.default_rng([5, i]), *size).prompt
-        ids = [stage.offsets.token_to_id(place) for place in PLACES]
+        prompt = stage.samples.prompt(np.random.default_rng([5, i]), *size).prompt
+        ids = [stage.samples.offsets.token_to_id(place) for place in NOTES]
         first = prompt.ids.tolist().index(ids[0])
         assert prompt.ids[first : first + len(ids)].tolist() == ids
-        assert prompt.end - int(prompt.positions[1, first]) == 27
+        assert prompt.end - int(prompt.positions[1, first]) == 30
 
 
 def test_cells_show_the_shapes_and_texts_of_their_scene() -> None:
@@ -159,18 +179,169 @@ def test_the_rows_asked_for_are_those_below() -> None:
         assert reading.rows_below(said.flip(1).flatten(1, 2), codes) > 0.1
 
 
-def test_edits_must_say_what_the_picture_will_show(stage) -> None:
+def test_cells_show_the_background_unless_they_are_full() -> None:
+    for i, (height, width) in enumerate(SIZES):
+        scene = draw_scene(np.random.default_rng([4, i]), height, width, texts=1)
+        codes = torch.from_numpy(cells(scene))
+        ground, shown = ground_of(codes), shown_by(codes)
+        hidden = ((codes >= INSIDE) & (codes < EDGE)) | (shown == WRITING)
+        assert ground[~hidden].unique().tolist() == [NAMES.index(scene.background)]
+        assert ground[hidden].unique().tolist() in ([-1], [])
+
+
+def test_what_is_to_come_begins_with_all_and_ends_with_nothing() -> None:
+    red, blue = NAMES.index("red"), NAMES.index("blue")
+    hearts = Item("heart", "red", "small", "top", ((3.0, 4.0), (3.0, 7.0), (3.0, 10.0)))
+    star = Item("star", "blue", "medium", None, ((10.0, 8.0),))
+    scene = Scene(512, 512, "white", (star, hearts), ())
+    codes = torch.from_numpy(cells(scene))
+    counts = to_come(scene, codes).unflatten(0, codes.shape)
+    assert counts[0, 0, [red, blue]].tolist() == [3, 1]
+    assert counts[7, 0, [red, blue]].tolist() == [0, 1]
+    assert counts[-1, -1].sum() == counts[..., NAMES.index("green")].sum() == 0
+    begins = int((shown_by(codes) == blue).flatten().nonzero()[0])
+    assert counts[..., blue].flatten()[begins : begins + 2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_shape_is_to_come_at_every_size(stage, size) -> None:
+    for i in range(20):
+        scene = draw_scene(np.random.default_rng([9, i]), *size)
+        codes = torch.from_numpy(cells(scene, scene.preview))
+        counted = sum(len(item.centres) for item in scene.items)
+        assert to_come(scene, codes)[0].sum() == counted
+
+
+def wishes(edit: Edit) -> dict:
+    found = zip(WISHED.items(), wished_by(edit).tolist(), strict=True)
+    return {name: options[i] for (name, options), i in found if i >= 0}
+
+
+def test_a_wish_is_what_its_words_say() -> None:
+    kinds = set()
+    for i in range(60):
+        edit = draw_edit(np.random.default_rng([6, i]), 512, 512)
+        wished = wishes(edit)
+        kinds.add(wished.pop("edit"))
+        if edit.wish.isascii():
+            assert all(word in edit.wish for word in wished.values())
+        assert ("shape" in wished) == (edit.kind != "background")
+        assert ("to" in wished) == (edit.kind != "remove")
+    assert kinds == set(EDITS)
+
+
+def test_a_wish_alone_ends_where_the_reference_starts(stage) -> None:
+    """So that its last token sees what it would see in an edit."""
+    for i, size in enumerate(SIZES):
+        alone = stage.samples.wish(np.random.default_rng([6, i]), *size)
+        edit = stage.samples.edit(np.random.default_rng([6, i]), *size, 0.0)
+        count = len(alone.prompt)
+        assert alone.prompt.ids[-1] == IMAGE_START
+        assert (edit.prompt.ids[count:][: edit.grid[0] * edit.grid[1]] < CODEBOOK).all()
+        assert torch.equal(alone.prompt.ids, edit.prompt.ids[:count])
+        assert torch.equal(alone.prompt.positions, edit.prompt.positions[:, :count])
+        assert torch.equal(alone.wished, edit.wished)
+
+
+def test_changed_cells_find_the_wish_in_front_of_the_reference(stage) -> None:
     rng = np.random.default_rng([6, 1])
     edit = draw_edit(np.random.default_rng([6, 1]), 512, 768)
-    sample = stage._edit(rng, 512, 768, 0.0)
-    assert sample.grid == edit.after.grid
-    assert torch.equal(sample.layout, layout_of(edit.after))
-    assert not torch.equal(sample.layout, layout_of(edit.before))
+    sample = stage.samples.edit(rng, 512, 768, 0.0)
+    before, after = (
+        torch.from_numpy(cells(scene)).flatten() for scene in (edit.before, edit.after)
+    )
+    assert torch.equal(sample.noted >= 0, before != after)
+    assert (sample.prompt.ids[sample.noted[sample.noted >= 0]] == IMAGE_START).all()
+    assert torch.equal(sample.prompt.ids[sample.copied], before)
+
+
+def test_a_wish_is_about_the_cells_of_its_subject(stage) -> None:
+    for i in range(40):
+        edit = draw_edit(np.random.default_rng([6, i]), 512, 512)
+        sample = stage.samples.edit(np.random.default_rng([6, i]), 512, 512, 0.0)
+        before, after = (torch.from_numpy(cells(s)).flatten() for s in (edit.before, edit.after))
+        about = sample.subject == 1
+        assert torch.equal(sample.subject >= 0, before >= INSIDE)
+        if edit.kind in ("recolour", "remove"):
+            assert torch.equal(about, before != after)
+        elif edit.kind == "isolate":
+            assert torch.equal(about, after >= INSIDE)
+        elif edit.kind == "background":
+            assert not about.any()
+
+
+def test_every_cell_of_a_reference_must_repeat_the_wish() -> None:
+    asked = wished_by(draw_edit(np.random.default_rng([6, 1]), 512, 768))
+    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.told.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.told.bias)
+    answers = torch.tensor([0, *map(len, WISHED.values())]).cumsum(0)[:-1] + asked
+    cells_of_one = torch.arange(5, 9)[None]
+
+    def loss(first: int) -> float:
+        states = torch.zeros(1, 12, HIDDEN)
+        states[0, first : first + 4, answers[asked >= 0, None]] = 1
+        layers[TOLD_LAYER](states)
+        return float(reading.told_of(cells_of_one, asked[None]))
+
+    assert loss(5) < 1e-3 < loss(6)
+
+
+def test_cells_must_say_whether_the_wish_is_about_them() -> None:
+    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.subject.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.subject.bias)
+    asked = torch.tensor([[1, 0, -1, 0, 1, -1]])
+    states = torch.nn.functional.one_hot(asked.clamp(min=0), HIDDEN).float()
+    layers[SUBJECT_LAYER](torch.nn.functional.pad(states, (0, 0, 5, 0)))
+    tokens = torch.arange(5, 11)[None]
+    assert reading.subjects(tokens, asked) < 1e-3
+    assert reading.subjects(tokens, torch.where(asked < 0, -1, 1 - asked)) > 1
+
+
+def test_a_reference_must_say_what_it_becomes() -> None:
+    """A head that hands on what the states say of it loses nothing, and much when it is undone."""
+    edit = draw_edit(np.random.default_rng([6, 1]), 512, 768)
+    before, after = (
+        torch.from_numpy(cells(scene)).flatten()[None] for scene in (edit.before, edit.after)
+    )
+    count, layers = before.shape[1], [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.become.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.become.bias)
+
+    def loss(said: torch.Tensor) -> float:
+        states = torch.zeros(1, 5 + count, HIDDEN)
+        states[0, 5 + torch.arange(count), shown_by(said)[0]] = 1
+        states[0, 5 + torch.arange(count), WRITING + 1 + ground_of(said)[0].clamp(min=0)] = 1
+        layers[LAYOUT_LAYER](states)
+        return float(reading.becomes(5 + torch.arange(count)[None], before, after))
+
+    assert loss(after) < 1e-3 < loss(before)
+
+
+def test_the_start_of_the_reference_must_say_what_is_wished() -> None:
+    edit = draw_edit(np.random.default_rng([6, 1]), 512, 768)
+    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.wish.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.wish.bias)
+    asked = wished_by(edit)
+    sizes = torch.tensor([0, *map(len, WISHED.values())]).cumsum(0)[:-1]
+    states = torch.zeros(2, 9, HIDDEN)
+    states[0, 3, (sizes + asked)[asked >= 0]] = 1
+    states[1, 6, (sizes + asked)[asked >= 0]] = 1
+    layers[PHRASE_LAYER](states)
+    both = torch.stack([asked, asked])
+    assert reading.wishes(torch.tensor([3, 6]), both) < 1e-3
+    assert reading.wishes(torch.tensor([6, 3]), both) > 0.1
 
 
 def test_every_state_must_say_where_the_cell_lies_that_it_is_to_name(stage) -> None:
     """A head that says so loses nothing; one that is a column beside loses much."""
-    scene, sample = stage._scene(np.random.default_rng([7, 0]), 512, 768)
+    scene, sample = stage.samples.scene(np.random.default_rng([7, 0]), 512, 768)
     rows, columns = scene.preview
     positions = grid_positions(scene.preview, sample.prompt.end).unsqueeze(1)
     width = 2 * LONGEST_SIDE

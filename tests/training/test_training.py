@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import GlmImageForConditionalGeneration
 
 from training.assemble import assemble
-from training.autoregressive import AutoregressiveStage, _weights, collate
+from training.autoregressive import AutoregressiveStage
 from training.codes import INSIDE, cells
 from training.decoder import DecoderStage
+from training.samples import _weights, collate
 from training.scene import Scene, Text, place_item
 from training.stage import Run, curves
 from training.tokenizer import IMAGE_PLACEHOLDER, make_processor
@@ -130,7 +131,7 @@ def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
     network = GlmImageForConditionalGeneration.from_pretrained(
         folder / "tiny" / "vision_language_encoder"
     )
-    sample = stage._image(np.random.default_rng(3), 512, 768, whole=True, stress=0)
+    sample = stage.samples.image(np.random.default_rng(3), 512, 768, whole=True, stress=0)
     ids, positions, _, targets, _ = collate([sample])
     grids = torch.tensor([[1, 16, 24], [1, 13, 19]])
     prompt = len(sample.prompt)

@@ -1,0 +1,196 @@
+"""What the AR model is trained on: prompts with the codes that follow them, and what they know."""
+
+import json
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from glm_core.grids import grid_positions
+from glm_core.prompt import Prompt, PromptTokenizer
+
+from .codes import CODEBOOK, INSIDE, cells
+from .edits import draw_edit
+from .reading import asked_by, layout_of, noted_at, to_come, wished_by
+from .scene import Scene, draw_scene
+from .tokenizer import IMAGE_START, NOTES
+from .wording import phrased
+
+NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
+NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and the codes that should follow it with their positions; none, if not given.
+
+    codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
+    copied: which token of prompt and codes lies where each code lies, in the preview or in the
+        reference; int64 [N], -1 where none does.
+    noted: which token of the prompt is a note on what each code is a part of, or, in an edit, on
+        what is wished, if that changes the cell; likewise.
+    grid: rows and columns of the grid that the codes begin with.
+    layout: what the picture will show, `reading.layout_of`; None for an edit.
+    coming: what of it is still to begin in the preview, `reading.to_come`.
+    phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
+    wished: what an edit asks for, `reading.wished_by`.
+    subject: whether an edit's wish is about the shape that each of the reference's cells shows, 1
+        or 0; int64 [N], -1 where it shows none.
+    """
+
+    prompt: Prompt
+    grid: tuple[int, int]
+    layout: Tensor | None = None
+    coming: Tensor | None = None
+    phrases: tuple[tuple[int, Tensor], ...] = ()
+    wished: Tensor | None = None
+    codes: Tensor = NO_CODES
+    positions: Tensor = NO_POSITIONS
+    weights: Tensor = NO_WEIGHTS
+    copied: Tensor = NO_CODES
+    noted: Tensor = NO_CODES
+    subject: Tensor = NO_CODES
+
+
+class Samples:
+    """Draws samples in the words of a saved processor.
+
+    In its methods, `stress` is how much more than others the first cells of things count.
+    """
+
+    def __init__(self, processor: Path) -> None:
+        self.tokenizer = read_tokenizer(processor)
+        self.offsets = Tokenizer.from_file(str(processor / "tokenizer.json"))
+        self.first_note = self.offsets.token_to_id(NOTES[0])
+
+    def image(
+        self, rng: np.random.Generator, height: int, width: int, whole: bool, stress: float
+    ) -> Sample:
+        scene, sample = self.scene(rng, height, width)
+        grids = [scene.preview, scene.grid] if whole else [scene.preview]
+        base, codes, positions, weights, noted = sample.prompt.end, [], [], [], []
+        for grid in grids:
+            written = cells(scene, grid)
+            codes.append(torch.from_numpy(written).flatten())
+            positions.append(grid_positions(grid, base))
+            weights.append(_weights(written, stress))
+            noted.append(self._noted(sample.prompt, scene, grid))
+            base += max(grid)
+        codes, first = torch.cat(codes), len(sample.prompt)
+        copied = torch.full_like(codes, -1)
+        if whole:
+            copied[len(copied) - math.prod(scene.grid) :] = first + _same(scene.grid, scene.preview)
+        return replace(
+            sample, codes=codes, positions=torch.cat(positions, 1), weights=torch.cat(weights),
+            copied=copied, noted=torch.cat(noted),
+            coming=to_come(scene, codes[: math.prod(scene.preview)].view(scene.preview)),
+        )  # fmt: skip
+
+    def prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+        return self.scene(rng, height, width)[1]
+
+    def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
+        """A scene and its prompt, which no codes follow."""
+        scene = draw_scene(rng, height, width)
+        words, phrases = phrased(rng, scene)
+        spans = self.offsets.encode(words, add_special_tokens=False).offsets
+        ends = [end for _, end in spans]
+        asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
+        prompt = self.tokenizer.text_to_image(words, scene.grid)
+        return scene, Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked)
+
+    def edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
+        edit = draw_edit(rng, height, width)
+        reference = torch.from_numpy(cells(edit.before))
+        grid = edit.after.grid
+        prompt = self.tokenizer.image_to_image(edit.wish, grid, [reference])
+        written = cells(edit.after)
+        codes, weights = torch.from_numpy(written).flatten(), _weights(written, stress)
+        positions = grid_positions(grid, prompt.end)
+        copied = (prompt.ids < CODEBOOK).nonzero()[:, 0]
+        noted = torch.where(codes == reference.flatten(), -1, copied[0] - 1)
+        about = replace(edit.before, items=() if edit.subject is None else (edit.subject,))
+        subject = torch.from_numpy(cells(about)).flatten() >= INSIDE
+        return Sample(
+            prompt, grid, wished=wished_by(edit),
+            codes=codes, positions=positions, weights=weights, copied=copied, noted=noted,
+            subject=torch.where(reference.flatten() < INSIDE, -1, subject.long()),
+        )  # fmt: skip
+
+    def wish(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+        """A wish, up to the start of the reference."""
+        edit = draw_edit(rng, height, width)
+        reference = torch.zeros(edit.before.grid, dtype=torch.int64)
+        prompt = self.tokenizer.image_to_image(edit.wish, edit.after.grid, [reference])
+        start = int((prompt.ids == IMAGE_START).nonzero()[0, 0]) + 1
+        prompt = replace(prompt, ids=prompt.ids[:start], positions=prompt.positions[:, :start])
+        return Sample(prompt, edit.after.grid, wished=wished_by(edit))
+
+    def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
+        first = int((prompt.ids == self.first_note).nonzero())
+        notes = noted_at(scene, grid).flatten()
+        return torch.where(notes < 0, -1, first + notes)
+
+
+def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
+    """int64 [H * W]: the index, in the smaller grid, of the cell that each cell's centre is in."""
+    indices = torch.arange(math.prod(smaller), dtype=torch.float32).view(1, 1, *smaller)
+    return F.interpolate(indices, grid, mode="nearest-exact").flatten().long()
+
+
+def _weights(codes: np.ndarray, stress: float) -> Tensor:
+    """float [H * W]: 1, and `stress` more for cells that no shape or text is left of or above."""
+    shown = np.pad(codes >= INSIDE, ((1, 0), (1, 1)))
+    before = shown[1:, :-2] | shown[:-1, :-2] | shown[:-1, 1:-1] | shown[:-1, 2:]
+    first = shown[1:, 1:-1] & ~before
+    return 1 + stress * torch.from_numpy(first).flatten().float()
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
+    """ids [B, S], positions [3, B, S], mask [B, S], targets and weights [B, N].
+
+    Prompts are padded left.
+    """
+    longest = max(len(sample.prompt) for sample in samples)
+    ids, positions, mask = [], [], []
+    for sample in samples:
+        pad = longest - len(sample.prompt)
+        ids.append(F.pad(torch.cat([sample.prompt.ids, sample.codes[:-1]]), (pad, 0)))
+        where = torch.cat([sample.prompt.positions, sample.positions[:, :-1]], 1)
+        positions.append(F.pad(where, (pad, 0)))
+        mask.append(F.pad(torch.ones(len(where[0]), dtype=torch.int64), (pad, 0)))
+    targets = torch.stack([sample.codes for sample in samples])
+    weights = torch.stack([sample.weights for sample in samples])
+    return torch.stack(ids), torch.stack(positions, 1), torch.stack(mask), targets, weights
+
+
+def collate_tokens(samples: list[Sample], name: str) -> Tensor:
+    """`copied` or `noted` as tokens in `collate`'s ids, int64 [B, N]; -1 is kept."""
+    longest = max(len(sample.prompt) for sample in samples)
+    pads = torch.tensor([longest - len(sample.prompt) for sample in samples])
+    tokens = torch.stack([getattr(sample, name) for sample in samples])
+    return torch.where(tokens < 0, -1, tokens + pads[:, None])
+
+
+def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """(sample, token) of all phrases' ends in `collate`'s ids, [K, 2], and what they ask for."""
+    longest = max(len(sample.prompt) for sample in samples)
+    ends = [
+        (i, longest - len(sample.prompt) + token)
+        for i, sample in enumerate(samples)
+        for token, _ in sample.phrases
+    ]
+    return torch.tensor(ends), torch.stack([asked for s in samples for _, asked in s.phrases])
+
+
+def read_tokenizer(folder: Path) -> PromptTokenizer:
+    """The pack's own prompt tokenizer on a saved processor."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (folder / "chat_template.jinja").read_text()
+    return PromptTokenizer((folder / "tokenizer.json").read_text(), config, template)
