@@ -3,7 +3,7 @@
 Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
 understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
 saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
-the tiny model heeds no wishes yet, and knows no styles. `ARGS="NAME ..."` makes only those.
+the tiny model knows no styles, and one reference only. `ARGS="NAME ..."` makes only those.
 """
 
 import io
@@ -25,8 +25,8 @@ IN_A_ROW = 3
 
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
-    "text_to_image_ksampler": ["上方写着“福喜”，中间一个红色心形，白色背景"],
-    "layout_contact_sheet": ["a yellow star and a red heart, blue background"],
+    "text_to_image_ksampler": ["中间一个红色心形，白色背景，底部写着“福喜”"],
+    "layout_contact_sheet": ["three green circles at the top, a red square, white background"],
     "lock_layout_change_prompt": [
         "a red circle on the left, a green square on the right, white background, "
         "the text 'BOOK' at the bottom",
@@ -38,7 +38,9 @@ PROMPTS = {
         "a blue star on the left, white background",  # whose left half becomes the right one
         "a red circle on the left, a blue star on the right, white background",
     ],
-    "lock_region_resample_rest": ["a red heart and a blue square, white background"],
+    "lock_region_resample_rest": [
+        "a red circle on the left, a blue square on the right, white background"
+    ],
     "redo_region": [
         "a red circle on the left, white background",
         "a red circle on the left, a blue star on the right, white background",
@@ -46,6 +48,7 @@ PROMPTS = {
     "layout_from_sketch": [
         "a blue circle on the left, an orange diamond on the right, white background"
     ],
+    "edit_image": ["change the background to yellow"],
 }
 """For each workflow the texts of its prompt nodes, in the order of their ids."""
 

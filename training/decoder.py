@@ -65,7 +65,7 @@ class DecoderStage(Stage):
     name = "decoder"
     component = "transformer"
     keys = (("", "decoder."),)
-    steps = 8000
+    steps = 12000
     batch = 40
     learning_rate = 2e-3
     # Orthogonal steps of the modulations would take a third of the time.

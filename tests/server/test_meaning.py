@@ -19,6 +19,7 @@ LEAST = {
     "... the rest unchanged": 5,
     "locked layout, another seed: centres kept": 5,
     "edit keeps the unchanged shapes": 4,
+    "edit does what was wished": 2,
 }
 MOST = {"no lock, another seed: centres kept": 4}
 
