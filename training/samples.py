@@ -72,6 +72,7 @@ class Samples:
     def image(
         self, rng: np.random.Generator, height: int, width: int, whole: bool, stress: float
     ) -> Sample:
+        """A prompt and its preview, and if `whole` the large grid after it."""
         scene, sample = self.scene(rng, height, width)
         grids = [scene.preview, scene.grid] if whole else [scene.preview]
         base, codes, positions, weights, noted = sample.prompt.end, [], [], [], []
@@ -93,6 +94,7 @@ class Samples:
         )  # fmt: skip
 
     def prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
+        """A prompt alone."""
         return self.scene(rng, height, width)[1]
 
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
@@ -106,6 +108,7 @@ class Samples:
         return scene, Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked)
 
     def edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
+        """A wish, its reference, and the edited picture's grid."""
         edit = draw_edit(rng, height, width)
         reference = torch.from_numpy(cells(edit.before))
         grid = edit.after.grid
