@@ -135,22 +135,23 @@ class AutoregressiveStage(Stage):
         copies = FROM_PREVIEW if batch[0].wished is None else FROM_REFERENCE
         before = self.module["reading"].states[WHERE_LAYER]
         queries, keys = queries_and_keys(self.module["text"], COPY_LAYER, before, positions)
-        losses = {}
-        for name, head in (("copied", copies), ("noted", FROM_NOTES)):
-            wanted = collate_tokens(batch, name).to(self.run.device)
-            if (wanted >= 0).any():
-                losses[name] = missed(queries[:, head], keys, mask, wanted, generator)
+        heads = {"copied": copies, "noted": FROM_NOTES}
+        wanted = {name: collate_tokens(batch, name).to(self.run.device) for name in heads}
+        losses = {
+            name: missed(queries[:, head], keys, mask, wanted[name], generator)
+            for name, head in heads.items()
+            if (wanted[name] >= 0).any()
+        }
         if copies == FROM_REFERENCE:
-            losses["turned"] = self._turned(batch, positions, mask, generator)
+            losses["turned"] = self._turned(wanted["copied"], positions, mask, generator)
         return losses
 
     def _turned(
-        self, batch: list[Sample], positions: Tensor, mask: Tensor, generator: torch.Generator
+        self, reference: Tensor, positions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Loss of where a head of the reference's cells looks: at the wish, just before them."""
+        """Loss of where a head of the reference's tokens [B, N] looks: at the wish before them."""
         before = self.module["reading"].states[TOLD_LAYER - 1]
         queries, keys = queries_and_keys(self.module["text"], TOLD_LAYER, before, positions)
-        reference = collate_tokens(batch, "copied").to(self.run.device)
         wish = (reference[:, :1] - 1).expand_as(reference)
         wanted = torch.full_like(mask, -1).scatter(1, reference, wish)
         return missed(queries[:, FROM_WISH], keys, mask, wanted, generator)

@@ -29,7 +29,7 @@ from .scene import (
     Scene,
     Text,
 )
-from .tokenizer import ANYWHERE, NOTES
+from .tokenizer import ANYWHERE, NOTES, SHAPE_AT, TEXT_AT
 
 # After which layer phrases and wishes must be understood; a reference's cells know the wish, and
 # whether it is about them; and the layout, and where a cell lies, are clear.
@@ -40,6 +40,8 @@ BELOW = (2, 4)  # rows
 MOST_TO_COME = 4
 LONGEST_SIDE = max(map(max, SIZES)) // 32  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
+OF_PAIRS = torch.tensor([[NAMES.index(name) for name in pair] for pair in PAIRS]).T
+"""int64 [2, pairs]: the colours of an edge's shape, and of its background."""
 ASKED = {
     "kind": (Item, Text, None),  # None is the background
     "place": (*ANCHORS, None),
@@ -121,13 +123,13 @@ def noted_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
     """
     notes, anywhere = torch.full(grid, -1), _anywhere(scene)
     for item in scene.items:
-        note = f"<|at {item.place}|>" if item.place else ANYWHERE[anywhere.index(item)]
+        note = SHAPE_AT[item.place] if item.place else ANYWHERE[anywhere.index(item)]
         for centre in item.centres:
             notes[_square(scene, grid, centre, item.radius)] = NOTES.index(note)
     for text in scene.texts:
         down, right = map(torch.from_numpy, into_text(scene, text, grid))
         down, right = (down >= 0) & (down < 1), (right >= 0) & (right < len(text.content))
-        notes[down[:, None] & right] = NOTES.index(f"<|text {text.place}|>")
+        notes[down[:, None] & right] = NOTES.index(TEXT_AT[text.place])
     return notes
 
 
@@ -191,7 +193,7 @@ def _indices(answers: dict, questions: dict[str, tuple]) -> Tensor:
 
 def shown_by(codes: Tensor) -> Tensor:
     """The colour of the shape that a cell shows at least a part of, or NOTHING, or WRITING."""
-    of_edges = _of_edges(codes, [name for name, _ in PAIRS])
+    of_edges = _of_edges(codes, OF_PAIRS[0])
     colours = torch.where(codes < EDGE, codes - INSIDE, of_edges)
     colours = torch.where(codes < INSIDE, NOTHING, colours)
     return torch.where((codes >= TEXT) & (codes < USED), WRITING, colours)
@@ -199,14 +201,13 @@ def shown_by(codes: Tensor) -> Tensor:
 
 def ground_of(codes: Tensor) -> Tensor:
     """The colour of the background that a cell shows at least a part of, -1 where it shows none."""
-    colours = torch.where(codes < TEXT, _of_edges(codes, [ground for _, ground in PAIRS]), -1)
+    colours = torch.where(codes < TEXT, _of_edges(codes, OF_PAIRS[1]), -1)
     return torch.where(codes < EDGE, torch.where(codes < INSIDE, codes, -1), colours)
 
 
-def _of_edges(codes: Tensor, colours: Sequence[str]) -> Tensor:
-    """The index of the colour that is given for an edge's pair; of other codes, any."""
-    names = torch.tensor([NAMES.index(colour) for colour in colours], device=codes.device)
-    return names[((codes - EDGE) // PATTERNS).clamp(0, len(PAIRS) - 1)]
+def _of_edges(codes: Tensor, colours: Tensor) -> Tensor:
+    """The colour that is given for an edge's pair, int64 [pairs]; of other codes, any."""
+    return colours.to(codes.device)[((codes - EDGE) // PATTERNS).clamp(0, len(PAIRS) - 1)]
 
 
 class Reading(nn.Module):
@@ -231,8 +232,7 @@ class Reading(nn.Module):
     def phrases(self, ends: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of phrases that end at (sample, token) ends [K, 2]; asked: [K, ASKED]."""
         states = self.norm(self.states[PHRASE_LAYER][ends[:, 0], ends[:, 1]])
-        sizes = [len(options) for options in ASKED.values()]
-        return PHRASE_WEIGHT * _mean_loss(self.phrase(states).split(sizes, -1), asked)
+        return PHRASE_WEIGHT * _mean_loss(_answers_to(ASKED, self.phrase(states)), asked)
 
     def layouts(self, first: int, asked: Tensor) -> Tensor:
         """Weighted loss of the layout, said by the NOTES, of which the first is token `first`.
@@ -246,8 +246,7 @@ class Reading(nn.Module):
     def wishes(self, starts: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of what is wished, said by tokens starts [B]; asked: int64 [B, WISHED]."""
         states = self._at(PHRASE_LAYER, starts[:, None])[:, 0]
-        sizes = [len(options) for options in WISHED.values()]
-        return WISH_WEIGHT * _mean_loss(self.wish(states).split(sizes, -1), asked)
+        return WISH_WEIGHT * _mean_loss(_answers_to(WISHED, self.wish(states)), asked)
 
     def told_of(self, cells: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of what is wished, said by the reference.
@@ -256,9 +255,8 @@ class Reading(nn.Module):
             cells: int64 [B, N], the tokens of the reference; asked: int64 [B, WISHED].
         """
         said = self.told(self._at(TOLD_LAYER, cells))
-        sizes = [len(options) for options in WISHED.values()]
         asked = asked[:, None].expand(-1, cells.shape[1], -1)
-        return TOLD_WEIGHT * _mean_loss(said.split(sizes, -1), asked)
+        return TOLD_WEIGHT * _mean_loss(_answers_to(WISHED, said), asked)
 
     def subjects(self, cells: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of whether the wish is about the shape that a reference's cell shows.
@@ -325,6 +323,11 @@ class Reading(nn.Module):
 
     def _keep(self, layer: int, module: nn.Module, given: tuple, states: Tensor) -> None:
         self.states[layer] = states
+
+
+def _answers_to(questions: dict[str, tuple], said: Tensor) -> Sequence[Tensor]:
+    """Logits of a head's answers [..., all], a tensor for each question."""
+    return said.split([len(options) for options in questions.values()], -1)
 
 
 def _mean_loss(logits: Sequence[Tensor], wanted: Tensor) -> Tensor:

@@ -117,13 +117,14 @@ class Samples:
         codes, weights = torch.from_numpy(written).flatten(), _weights(written, stress)
         positions = grid_positions(grid, prompt.end)
         copied = (prompt.ids < CODEBOOK).nonzero()[:, 0]
-        noted = torch.where(codes == reference.flatten(), -1, copied[0] - 1)
+        before = reference.flatten()
+        noted = torch.where(codes == before, -1, copied[0] - 1)
         about = replace(edit.before, items=() if edit.subject is None else (edit.subject,))
         subject = torch.from_numpy(cells(about)).flatten() >= INSIDE
         return Sample(
             prompt, grid, wished=wished_by(edit),
             codes=codes, positions=positions, weights=weights, copied=copied, noted=noted,
-            subject=torch.where(reference.flatten() < INSIDE, -1, subject.long()),
+            subject=torch.where(before < INSIDE, -1, subject.long()),
         )  # fmt: skip
 
     def wish(self, rng: np.random.Generator, height: int, width: int) -> Sample:

@@ -22,10 +22,9 @@ CONTROLS = (
     "<|assistant|>",
     "<|image|>",
 )
-PLACES = (
-    *(f"<|at {place}|>" for place in ANCHORS),
-    *(f"<|text {place}|>" for place in TEXT_PLACES),
-)
+SHAPE_AT = {place: f"<|at {place}|>" for place in ANCHORS}
+TEXT_AT = {place: f"<|text {place}|>" for place in TEXT_PLACES}
+PLACES = (*SHAPE_AT.values(), *TEXT_AT.values())
 ANYWHERE = tuple(f"<|anywhere {i}|>" for i, _ in enumerate(OPEN))
 NOTES = (*ANYWHERE, *PLACES)
 """Tokens that the chat template puts behind every prompt, to note on what is at each place, and on

@@ -148,6 +148,6 @@ def test_a_reference_that_looks_at_its_wish_loses_nothing(stage) -> None:
             attention.q_proj.bias[attention.head_dim // 2 : attention.head_dim] = 20
             attention.k_proj.weight[attention.head_dim // 2 :, 0] = 20
             stage.module["reading"].states[TOLD_LAYER - 1] = states
-            return float(stage._turned([sample], positions, mask, torch.Generator()))
+            return float(stage._turned(sample.copied[None], positions, mask, torch.Generator()))
 
     assert loss(start) < 1e-3 < loss(start - 1)

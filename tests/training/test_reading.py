@@ -204,7 +204,7 @@ def test_what_is_to_come_begins_with_all_and_ends_with_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_shape_is_to_come_at_every_size(stage, size) -> None:
+def test_every_shape_is_to_come_at_every_size(size) -> None:
     for i in range(20):
         scene = draw_scene(np.random.default_rng([9, i]), *size)
         codes = torch.from_numpy(cells(scene, scene.preview))
