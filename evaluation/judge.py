@@ -210,10 +210,10 @@ def _share_out(found: list[Found], items: tuple[Item, ...], fits: Callable) -> b
 
 
 def _in_place(group: tuple[Found, ...], item: Item, scene: Scene) -> bool:
-    """Rows are counted in the band that texts leave free, as the scene places its items."""
+    """As the scene places its items: texts push those at the top and the bottom, not the others."""
     if item.place is None:
         return True
-    first, last = free_band(scene)
+    first, last = (0, scene.preview[0]) if ANCHORS[item.place][0] == 0.5 else free_band(scene)
     row = (np.mean([one.row for one in group]) / scene.cell[0] - first) / (last - first)
     column = np.mean([one.column for one in group]) / scene.width
     for value, anchor in zip((row, column), ANCHORS[item.place], strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .assemble import ROOT, assemble
 from .stage import STAGES, Run, train
 
@@ -25,11 +26,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of each stage, over all its runs")
     parser.add_argument("--stop", type=int, help="break a stage off before this step")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--processes", type=int, default=1, help="that train together on this CPU")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--compile", action="store_true", help="the AR model; needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = vars(parser.parse_args())
+    if (processes := given.pop("processes")) > 1:
+        parallel.start(processes)
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
     target, asked = given.pop("target"), given.pop("stages")
@@ -41,8 +45,9 @@ def main() -> None:
     for name in asked or STAGES:
         stage = getattr(import_module(f"{__package__}.{name}"), STAGES[name])
         train(stage(run))
-    if not asked:
+    if not asked and parallel.rank() == 0:
         assemble(run.folder, target)
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
+from . import parallel
 from .codes import CODEBOOK, factors
 from .copying import (
     COPY_LAYER,
@@ -49,11 +50,13 @@ class AutoregressiveStage(Stage):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         folder = run.snapshot / "processor"
-        if not folder.is_dir():  # a run keeps the vocabulary that it began with
+        # a run keeps the vocabulary that it began with
+        if parallel.rank() == 0 and not folder.is_dir():
             if run.start:
                 shutil.copytree(run.start / "processor", folder)
             else:
                 make_processor().save_pretrained(folder)
+        parallel.meet()
         self.samples = Samples(folder)
 
     def build(self) -> nn.Module:
@@ -105,6 +108,7 @@ class AutoregressiveStage(Stage):
             losses |= self._written(batch, states[:, -count:], targets, weights)
             losses |= self._looked(batch, positions, mask, generator)
         if batch[0].wished is None:
+            losses |= self._listened(batch, ids, positions, mask, generator)
             return losses | self._understood(batch, ids)
         return losses | self._heeded(batch, ids, targets)
 
@@ -156,16 +160,35 @@ class AutoregressiveStage(Stage):
         wanted = torch.full_like(mask, -1).scatter(1, reference, wish)
         return missed(queries[:, FROM_WISH], keys, mask, wanted, generator)
 
+    def _listened(
+        self,
+        batch: list[Sample],
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Loss of where the same head of the notes looks: at the token that speaks of each."""
+        before = self.module["reading"].states[TOLD_LAYER - 1]
+        queries, keys = queries_and_keys(self.module["text"], TOLD_LAYER, before, positions)
+        first, spoken = self._first_note(ids), collate_tokens(batch, "spoken").to(self.run.device)
+        wanted = torch.full_like(mask, -1)
+        wanted[:, first : first + spoken.shape[1]] = spoken
+        return {"spoken": missed(queries[:, FROM_WISH], keys, mask, wanted, generator)}
+
     def _understood(self, batch: list[Sample], ids: Tensor) -> dict[str, Tensor]:
         """Losses of what the prompt says, and of what the picture will show."""
         reading = self.module["reading"]
         ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
         layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
-        first = int((ids[0] == self.samples.first_note).nonzero())
         return {
             "phrases": reading.phrases(ends, asked),
-            "layout": reading.layouts(first, layouts),
+            "layout": reading.layouts(self._first_note(ids), layouts),
         }
+
+    def _first_note(self, ids: Tensor) -> int:
+        """Which of `collate`'s ids is the first note, in every sample."""
+        return int((ids[0] == self.samples.first_note).nonzero())
 
     def _heeded(self, batch: list[Sample], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Losses of what the wish says, and of what the reference's cells become."""

@@ -121,16 +121,26 @@ def noted_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
 
     -1 for the background.
     """
-    notes, anywhere = torch.full(grid, -1), _anywhere(scene)
-    for item in scene.items:
-        note = SHAPE_AT[item.place] if item.place else ANYWHERE[anywhere.index(item)]
-        for centre in item.centres:
-            notes[_square(scene, grid, centre, item.radius)] = NOTES.index(note)
-    for text in scene.texts:
-        down, right = map(torch.from_numpy, into_text(scene, text, grid))
-        down, right = (down >= 0) & (down < 1), (right >= 0) & (right < len(text.content))
-        notes[down[:, None] & right] = NOTES.index(TEXT_AT[text.place])
+    notes = torch.full(grid, -1)
+    for thing, note in notes_of(scene):
+        if isinstance(thing, Text):
+            down, right = map(torch.from_numpy, into_text(scene, thing, grid))
+            down, right = (down >= 0) & (down < 1), (right >= 0) & (right < len(thing.content))
+            notes[down[:, None] & right] = NOTES.index(note)
+            continue
+        for centre in thing.centres:
+            notes[_square(scene, grid, centre, thing.radius)] = NOTES.index(note)
     return notes
+
+
+def notes_of(scene: Scene) -> list[tuple[Item | Text, str]]:
+    """All that a picture shows, each with the one of NOTES that is on it."""
+    anywhere = _anywhere(scene)
+    shapes = [
+        (item, SHAPE_AT[item.place] if item.place else ANYWHERE[anywhere.index(item)])
+        for item in scene.items
+    ]
+    return [*shapes, *((text, TEXT_AT[text.place]) for text in scene.texts)]
 
 
 def _anywhere(scene: Scene) -> list[Item]:

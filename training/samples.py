@@ -17,10 +17,10 @@ from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, INSIDE, cells
 from .edits import draw_edit
-from .reading import asked_by, layout_of, noted_at, to_come, wished_by
-from .scene import Scene, draw_scene
+from .reading import asked_by, layout_of, noted_at, notes_of, to_come, wished_by
+from .scene import Item, Scene, draw_scene
 from .tokenizer import IMAGE_START, NOTES
-from .wording import phrased
+from .wording import Thing, phrased
 
 NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
 NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
@@ -38,7 +38,9 @@ class Sample:
     grid: rows and columns of the grid that the codes begin with.
     layout: what the picture will show, `reading.layout_of`; None for an edit.
     coming: what of it is still to begin in the preview, `reading.to_come`.
-    phrases: for each, the token that it ends with and what it asks for (`reading.asked_by`).
+    phrases: for each, the token that must say what it asks for, `reading.asked_by`, and that.
+    spoken: the token that speaks of what each of NOTES is about, int64 [NOTES]; that of the note
+        itself, if none does.
     wished: what an edit asks for, `reading.wished_by`.
     subject: whether an edit's wish is about the shape that each of the reference's cells shows, 1
         or 0; int64 [N], -1 where it shows none.
@@ -49,6 +51,7 @@ class Sample:
     layout: Tensor | None = None
     coming: Tensor | None = None
     phrases: tuple[tuple[int, Tensor], ...] = ()
+    spoken: Tensor = NO_CODES
     wished: Tensor | None = None
     codes: Tensor = NO_CODES
     positions: Tensor = NO_POSITIONS
@@ -103,9 +106,15 @@ class Samples:
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
-        asked = tuple((bisect_left(ends, said), asked_by(thing, scene)) for thing, said in phrases)
+        tokens = {thing: bisect_left(ends, said) + _is_open(thing) for thing, said in phrases}
+        asked = tuple((token, asked_by(thing, scene)) for thing, token in tokens.items())
         prompt = self.tokenizer.text_to_image(words, scene.grid)
-        return scene, Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked)
+        spoken = self._first_note(prompt) + torch.arange(len(NOTES))
+        for thing, note in reversed(notes_of(scene)):  # a row may be at the place of another
+            spoken[NOTES.index(note)] = tokens[thing]
+        return scene, Sample(
+            prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken
+        )
 
     def edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
         """A wish, its reference, and the edited picture's grid."""
@@ -137,9 +146,16 @@ class Samples:
         return Sample(prompt, edit.after.grid, wished=wished_by(edit))
 
     def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
-        first = int((prompt.ids == self.first_note).nonzero())
         notes = noted_at(scene, grid).flatten()
-        return torch.where(notes < 0, -1, first + notes)
+        return torch.where(notes < 0, -1, self._first_note(prompt) + notes)
+
+    def _first_note(self, prompt: Prompt) -> int:
+        return int((prompt.ids == self.first_note).nonzero())
+
+
+def _is_open(thing: Thing) -> bool:
+    """Whether only the token behind its phrase can tell that no place follows."""
+    return isinstance(thing, Item) and thing.place is None
 
 
 def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
@@ -175,7 +191,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
 
 
 def collate_tokens(samples: list[Sample], name: str) -> Tensor:
-    """`copied` or `noted` as tokens in `collate`'s ids, int64 [B, N]; -1 is kept."""
+    """`copied`, `noted` or `spoken` in `collate`'s ids, int64 [B, N]; -1 is kept."""
     longest = max(len(sample.prompt) for sample in samples)
     pads = torch.tensor([longest - len(sample.prompt) for sample in samples])
     tokens = torch.stack([getattr(sample, name) for sample in samples])

@@ -130,14 +130,17 @@ def free_band(scene: Scene) -> tuple[int, int]:
 def place_item(
     scene: Scene, shape: str, colour: str, size: str, place: str, count: int = 1
 ) -> Item | None:
-    """An item at its place, or as near it as others leave room; None where it does not fit."""
+    """An item at its place, or as near it as others leave room; None where it does not fit.
+
+    Its place is the same whether there are texts or not: they push away only what they would touch.
+    """
     first, last = free_band(scene)
-    columns = scene.preview[1]
+    rows, columns = scene.preview
     radius = RADII[size]
     pitch = 2 * radius + 1
     half = radius + pitch * (count - 1) / 2
     row, column = ANCHORS[place]
-    row, column = round(first + row * (last - first)), round(column * columns)
+    row, column = round(row * rows), round(column * columns)
     for down, right in BESIDE:
         y = np.clip(row + down, first + radius, last - radius)
         x = np.clip(column + right, np.ceil(half), np.floor(columns - half))

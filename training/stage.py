@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import parallel
 from .muon import Muon
 
 SAVE_EVERY = 120  # seconds
@@ -166,10 +167,14 @@ def train(stage: Stage) -> None:
     last = steps if run.stop is None else min(steps, run.stop)
     clock = _Clock(state["seconds"], None if run.minutes is None else 60 * run.minutes)
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=state["step"], desc=stage.name, mininterval=5)
+    first = parallel.rank() == 0
+    bar = tqdm(
+        total=steps, initial=state["step"], desc=stage.name, mininterval=5, disable=not first
+    )
     for step, batch in _batches(stage, state["step"], last, steps, clock):
-        progress = max(step / steps, clock.progress)
+        progress = parallel.furthest(max(step / steps, clock.progress))
         if progress >= 1:
+            last = steps
             break
         losses = _step(stage, optimisers, batch, step, progress)
         average.update()
@@ -177,14 +182,16 @@ def train(stage: Stage) -> None:
         state["step"], state["seconds"] = step + 1, clock.seconds
         bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
         bar.update()
-        if time.monotonic() - saved > SAVE_EVERY:
+        if first and time.monotonic() - saved > SAVE_EVERY:
             _save(folder, stage.module, optimisers, average, state)
             saved = time.monotonic()
     bar.close()
-    _save(folder, stage.module, optimisers, average, state)
-    if last == steps or clock.progress >= 1:
-        average.apply()
-        _finish(stage, state)
+    if first:
+        _save(folder, stage.module, optimisers, average, state)
+        if last == steps:
+            average.apply()
+            _finish(stage, state)
+    parallel.meet()
 
 
 def _step(
@@ -193,18 +200,25 @@ def _step(
     """One optimiser step; gives the losses it was taken on."""
     for group in chain.from_iterable(each.param_groups for each in optimisers):
         group["lr"] = stage.learning_rate * _schedule(step, progress)
-    seed = np.random.SeedSequence([stage.run.seed, *stage.name.encode(), step])
+    seed = np.random.SeedSequence(_key(stage, step))
     generator = torch.Generator(stage.run.device).manual_seed(int(seed.generate_state(1)[0]))
     bf16 = torch.autocast(torch.device(stage.run.device).type, torch.bfloat16, stage.run.bf16)
     with bf16:
         losses = stage.loss(batch, generator)
     stage.module.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
+    parallel.share_gradients(stage.module)
     nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
     with bf16:
         for optimiser in optimisers:
             optimiser.step()
     return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _key(stage: Stage, step: int) -> list[int]:
+    """The seeds of a step; each process has its own."""
+    together = [rank] if (rank := parallel.rank()) else []
+    return [stage.run.seed, *stage.name.encode(), step, *together]
 
 
 def _finish(stage: Stage, state: dict) -> None:
@@ -268,8 +282,8 @@ def _batches(
     """Batches in order, each drawn while the one before it is computed."""
 
     def draw(step: int) -> Any:
-        key = [stage.run.seed, *stage.name.encode(), step]
-        return stage.draw(np.random.default_rng(key), max(step / steps, clock.progress))
+        rng = np.random.default_rng(_key(stage, step))
+        return stage.draw(rng, max(step / steps, clock.progress))
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(draw, first) if first < last else None

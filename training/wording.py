@@ -106,11 +106,15 @@ def _chinese(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Th
     ground = f"{ZH_COLOURS[scene.background]}背景"
     phrases = [*zip(scene.items, parts, strict=True), (None, ground)]
     parts = [*parts, ground] if rng.random() < 0.8 else [ground, *parts]
-    for text in scene.texts:
-        place = _pick(rng, ZH_PLACES[text.place])
-        parts.append(f"{place}{_pick(rng, ('写着', '文字'))}{quoted(rng, text)}")
-        phrases.append((text, parts[-1]))
+    texts = [_chinese_text(rng, text) for text in scene.texts]
+    phrases += zip(scene.texts, texts, strict=True)
+    parts = [*parts, *texts] if rng.random() < 0.8 else [*texts, *parts]
     return "，".join(parts) + _pick(rng, ("", "。")), phrases
+
+
+def _chinese_text(rng: np.random.Generator, text: Text) -> str:
+    place, writes = _pick(rng, ZH_PLACES[text.place]), _pick(rng, ("写着", "文字"))
+    return f"{place}{writes}{quoted(rng, text)}"
 
 
 def _chinese_item(rng: np.random.Generator, item: Item) -> str:

@@ -1,0 +1,62 @@
+"""Processes that train a stage together on a CPU, each on batches of its own.
+
+They take the same steps, along the mean of their gradients, so that two of them are one with twice
+the batch. The first keeps the state and writes what is trained.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(processes: int) -> None:
+    """Become this command in so many processes, or, in one of these, meet the others."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+        return
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "--", "training", *sys.argv[1:]])
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def meet() -> None:
+    """Go on when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def furthest(progress: float) -> float:
+    """The largest of the processes' values."""
+    if not dist.is_initialized():
+        return progress
+    value = torch.tensor(progress, dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return float(value)
+
+
+def share_gradients(module: nn.Module) -> None:
+    """Put the mean of the processes' gradients in the place of each; a missing one counts as 0."""
+    if not dist.is_initialized():
+        return
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    mean = torch.cat([_gradient(parameter).flatten() for parameter in trained])
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    for parameter, part in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
