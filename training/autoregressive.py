@@ -21,6 +21,7 @@ from .copying import (
     find_cells,
     missed,
     queries_and_keys,
+    strayed,
 )
 from .reading import TOLD_LAYER, WHERE_LAYER, Reading
 from .samples import Sample, Samples, collate, collate_phrases, collate_tokens
@@ -108,8 +109,7 @@ class AutoregressiveStage(Stage):
             losses |= self._written(batch, states[:, -count:], targets, weights)
             losses |= self._looked(batch, positions, mask, generator)
         if batch[0].wished is None:
-            losses |= self._listened(batch, ids, positions, mask, generator)
-            return losses | self._understood(batch, ids)
+            return losses | self._understood(batch, ids, positions, mask)
         return losses | self._heeded(batch, ids, targets)
 
     def _written(
@@ -160,35 +160,23 @@ class AutoregressiveStage(Stage):
         wanted = torch.full_like(mask, -1).scatter(1, reference, wish)
         return missed(queries[:, FROM_WISH], keys, mask, wanted, generator)
 
-    def _listened(
-        self,
-        batch: list[Sample],
-        ids: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        generator: torch.Generator,
+    def _understood(
+        self, batch: list[Sample], ids: Tensor, positions: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Loss of where the same head of the notes looks: at the token that speaks of each."""
-        before = self.module["reading"].states[TOLD_LAYER - 1]
-        queries, keys = queries_and_keys(self.module["text"], TOLD_LAYER, before, positions)
-        first, spoken = self._first_note(ids), collate_tokens(batch, "spoken").to(self.run.device)
-        wanted = torch.full_like(mask, -1)
-        wanted[:, first : first + spoken.shape[1]] = spoken
-        return {"spoken": missed(queries[:, FROM_WISH], keys, mask, wanted, generator)}
-
-    def _understood(self, batch: list[Sample], ids: Tensor) -> dict[str, Tensor]:
-        """Losses of what the prompt says, and of what the picture will show."""
+        """Losses of what the prompt says, of what the picture will show, and of what tells it."""
         reading = self.module["reading"]
         ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
         layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
+        first = int((ids[0] == self.samples.first_note).nonzero())
+        spoken = collate_tokens(batch, "spoken").to(self.run.device)
+        looks = queries_and_keys(
+            self.module["text"], TOLD_LAYER, reading.states[TOLD_LAYER - 1], positions
+        )
         return {
             "phrases": reading.phrases(ends, asked),
-            "layout": reading.layouts(self._first_note(ids), layouts),
+            "layout": reading.layouts(first, layouts),
+            "strayed": strayed(*looks, mask, first, spoken),
         }
-
-    def _first_note(self, ids: Tensor) -> int:
-        """Which of `collate`'s ids is the first note, in every sample."""
-        return int((ids[0] == self.samples.first_note).nonzero())
 
     def _heeded(self, batch: list[Sample], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Losses of what the wish says, and of what the reference's cells become."""

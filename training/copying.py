@@ -23,7 +23,7 @@ from .tokenizer import REFERENCE_TO_PICTURE
 COPY_LAYER = WHERE_LAYER + 1
 FROM_PREVIEW, FROM_REFERENCE, FROM_NOTES = range(3)  # heads
 FROM_WISH = 0  # head of `reading.TOLD_LAYER`
-MISSED_WEIGHT = 0.1
+MISSED_WEIGHT, STRAYED_WEIGHT = 0.1, 0.5
 ASKED_CELLS = 256  # of a picture, in a step, at the most
 # At 512 x 512, where a preview and a reference have as many cells a side. A query's cell is the one
 # before the cell to be named, so the copied one is a column less away.
@@ -99,3 +99,27 @@ def missed(
     scores = scores.masked_fill(later | (mask == 0)[:, None], -torch.inf)
     wanted = wanted[:, asked].flatten()
     return MISSED_WEIGHT * F.cross_entropy(scores.flatten(0, 1), wanted, ignore_index=-1)
+
+
+def strayed(queries: Tensor, keys: Tensor, mask: Tensor, first: int, spoken: Tensor) -> Tensor:
+    """Weighted loss of the notes' attention to phrases that do not speak of what they are about.
+
+    Notes that a phrase speaks of are to look there, the others at no phrase; both count the same.
+
+    Args:
+        queries: [B, heads, S, D]; keys: [B, S, D]; mask: [B, S].
+        first: which token is the first note.
+        spoken: int64 [B, NOTES, 2], `samples.Sample.spoken` as tokens.
+    """
+    tokens = torch.arange(keys.shape[1], device=keys.device)
+    notes = first + torch.arange(spoken.shape[1], device=keys.device)
+    about = (tokens >= spoken[..., :1]) & (tokens <= spoken[..., 1:]) & (spoken[..., :1] >= 0)
+    silent = ~about.any(-1)
+    allowed = torch.where(silent[..., None], ~about.any(1, keepdim=True), about)
+    scores = (queries[:, :, notes] @ keys[:, None].mT).float()
+    unseen = (tokens > notes[:, None]) | (mask == 0)[:, None]  # [B, NOTES, S]
+    scores = scores.masked_fill(unseen[:, None], -torch.inf)
+    right = scores.masked_fill(~allowed[:, None], -torch.inf)
+    lost = (scores.logsumexp(-1) - right.logsumexp(-1)).mean(1)
+    groups = [lost[which] for which in (silent, ~silent) if which.any()]
+    return STRAYED_WEIGHT * sum(group.mean() for group in groups)

@@ -39,8 +39,8 @@ class Sample:
     layout: what the picture will show, `reading.layout_of`; None for an edit.
     coming: what of it is still to begin in the preview, `reading.to_come`.
     phrases: for each, the token that must say what it asks for, `reading.asked_by`, and that.
-    spoken: the token that speaks of what each of NOTES is about, int64 [NOTES]; that of the note
-        itself, if none does.
+    spoken: the first and the last token that speak of what each of NOTES is about, int64
+        [NOTES, 2]; -1 where none does.
     wished: what an edit asks for, `reading.wished_by`.
     subject: whether an edit's wish is about the shape that each of the reference's cells shows, 1
         or 0; int64 [N], -1 where it shows none.
@@ -106,12 +106,15 @@ class Samples:
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
-        tokens = {thing: bisect_left(ends, said) + _is_open(thing) for thing, said in phrases}
-        asked = tuple((token, asked_by(thing, scene)) for thing, token in tokens.items())
+        tokens = {
+            thing: (bisect_left(ends, start + 1), bisect_left(ends, end) + _is_open(thing))
+            for thing, start, end in phrases
+        }
+        asked = tuple((last, asked_by(thing, scene)) for thing, (_, last) in tokens.items())
         prompt = self.tokenizer.text_to_image(words, scene.grid)
-        spoken = self._first_note(prompt) + torch.arange(len(NOTES))
+        spoken = torch.full((len(NOTES), 2), -1)
         for thing, note in reversed(notes_of(scene)):  # a row may be at the place of another
-            spoken[NOTES.index(note)] = tokens[thing]
+            spoken[NOTES.index(note)] = torch.tensor(tokens[thing])
         return scene, Sample(
             prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken
         )
@@ -147,10 +150,8 @@ class Samples:
 
     def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
         notes = noted_at(scene, grid).flatten()
-        return torch.where(notes < 0, -1, self._first_note(prompt) + notes)
-
-    def _first_note(self, prompt: Prompt) -> int:
-        return int((prompt.ids == self.first_note).nonzero())
+        first = int((prompt.ids == self.first_note).nonzero())
+        return torch.where(notes < 0, -1, first + notes)
 
 
 def _is_open(thing: Thing) -> bool:
@@ -191,11 +192,12 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
 
 
 def collate_tokens(samples: list[Sample], name: str) -> Tensor:
-    """`copied`, `noted` or `spoken` in `collate`'s ids, int64 [B, N]; -1 is kept."""
+    """`copied`, `noted` or `spoken` in `collate`'s ids, int64 [B, ...]; -1 is kept."""
     longest = max(len(sample.prompt) for sample in samples)
     pads = torch.tensor([longest - len(sample.prompt) for sample in samples])
     tokens = torch.stack([getattr(sample, name) for sample in samples])
-    return torch.where(tokens < 0, -1, tokens + pads[:, None])
+    pads = pads.view(-1, *[1] * (tokens.dim() - 1))
+    return torch.where(tokens < 0, -1, tokens + pads)
 
 
 def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -34,10 +34,11 @@ TEMPLATE = (
     "{% for c in m.content if c.type != 'image' %}{{ c.text }}{% endfor %}"
     "{% for c in m.content if c.type == 'image' %}"
     "{{ bos_token }}<|image|>{{ eos_token }}"
-    "{% else %}" + "".join(ANYWHERE) + "{% endfor %}{% endfor %}"
+    "{% else %}<|assistant|>" + "".join(ANYWHERE) + "{% endfor %}{% endfor %}"
 ) + "".join(PLACES)
 """The wish stands before the reference, so that the reference lies at the same distance from the
-picture however long the wish is, and its cells are read with the wish in mind."""
+picture however long the wish is, and its cells are read with the wish in mind. Without one, a token
+ends the prompt, as a comma ends other phrases than its last."""
 TEXT_TOKENS = 900
 REFERENCE_TO_PICTURE = 1 + len(PLACES) + 8
 """Tokens from a reference's last cell to the first one of the edited picture: the reference's end,

@@ -42,11 +42,15 @@ def prompt_of(rng: np.random.Generator, scene: Scene) -> str:
     return phrased(rng, scene)[0]
 
 
-def phrased(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, int]]]:
-    """A prompt, and for each thing that it asks for how many of its characters have said so."""
+def phrased(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, int, int]]]:
+    """A prompt, and for each thing that it asks for the characters [start, end) that say so."""
     prompt, phrases = _chinese(rng, scene) if rng.random() < 0.25 else _english(rng, scene)
     small = prompt.lower()
-    return prompt, [(thing, small.index(phrase.lower()) + len(phrase)) for thing, phrase in phrases]
+    starts = [small.index(phrase.lower()) for _, phrase in phrases]
+    return prompt, [
+        (thing, start, start + len(phrase))
+        for start, (thing, phrase) in zip(starts, phrases, strict=True)
+    ]
 
 
 def _pick(rng: np.random.Generator, options: tuple) -> str:

@@ -13,8 +13,10 @@ from training.copying import (
     FROM_PREVIEW,
     FROM_REFERENCE,
     MISSED_WEIGHT,
+    STRAYED_WEIGHT,
     missed,
     queries_and_keys,
+    strayed,
 )
 from training.reading import TOLD_LAYER, noted_at
 from training.samples import Sample, collate, collate_tokens
@@ -151,3 +153,24 @@ def test_a_reference_that_looks_at_its_wish_loses_nothing(stage) -> None:
             return float(stage._turned(sample.copied[None], positions, mask, torch.Generator()))
 
     assert loss(start) < 1e-3 < loss(start - 1)
+
+
+def test_notes_look_at_what_speaks_of_them_or_at_no_phrase() -> None:
+    """Of eight tokens, the first is padding, two speak of the first note and one of the second."""
+    spoken = torch.tensor([[[1, 2], [3, 3], [-1, -1]]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+    keys = torch.eye(8)[None]
+
+    def loss(*tokens: int) -> float:
+        queries = torch.zeros(1, 2, 8, 8)
+        for note, token in enumerate(tokens):
+            queries[:, :, 5 + note, token] = 30
+        return float(strayed(queries, keys, mask, 5, spoken)) / STRAYED_WEIGHT
+
+    assert loss(1, 3, 4) < 1e-3  # that between the phrases and the notes
+    assert loss(2, 3, 7) < 1e-3  # the note itself
+    assert loss(3, 3, 4) > 10
+    assert loss(1, 5, 4) > 10
+    assert loss(1, 3, 2) > 10
+    for unseen in (0, 6):  # padding, and the note behind: the first note looks at all five it sees
+        assert loss(unseen, 3, 4) == pytest.approx(np.log(5 / 2) / 2, abs=1e-3)

@@ -29,6 +29,7 @@ from training.reading import (
     asked_by,
     ground_of,
     layout_of,
+    notes_of,
     shown_by,
     to_come,
     wished_by,
@@ -46,15 +47,16 @@ def stage(tmp_path_factory) -> AutoregressiveStage:
     return AutoregressiveStage(Run(folder, batch=4))
 
 
-def test_a_phrase_ends_where_it_has_been_said() -> None:
+def test_a_phrase_is_where_it_is_said() -> None:
     for i in range(60):
         rng = np.random.default_rng([2, i])
         scene = draw_scene(rng, 512, 512)
         prompt, phrases = phrased(rng, scene)
-        assert [thing for thing, _ in phrases] == [*scene.items, None, *scene.texts]
-        for thing, end in phrases:
+        assert [thing for thing, *_ in phrases] == [*scene.items, None, *scene.texts]
+        for thing, start, end in phrases:
             if isinstance(thing, Text):
-                assert thing.content in prompt[:end]
+                assert thing.content in prompt[start:end]
+            assert start == 0 or not prompt[start - 1].isascii() or not prompt[start - 1].isalnum()
             assert end == len(prompt) or not prompt[end].isascii() or not prompt[end].isalnum()
 
 
@@ -73,6 +75,32 @@ def test_a_phrase_ends_with_a_token_of_the_batch(stage) -> None:
         if isinstance(thing, Text):
             assert thing.content in said
         assert said != before
+
+
+def test_what_speaks_of_a_note_is_its_phrase(stage) -> None:
+    """A place that is open shows by the token behind the phrase, where the next phrase begins."""
+    for i in range(60):
+        scene, sample = stage.samples.scene(np.random.default_rng([10, i]), 512, 512)
+        rng = np.random.default_rng([10, i])
+        draw_scene(rng, 512, 512)
+        prompt, phrases = phrased(rng, scene)
+        words = {thing: prompt[start:end].lower() for thing, start, end in phrases}
+        told = dict.fromkeys(NOTES)
+        for thing, note in reversed(notes_of(scene)):
+            told[note] = thing
+        for note, (first, last) in zip(NOTES, sample.spoken.tolist(), strict=True):
+            thing = told[note]
+            if thing is None:
+                assert (first, last) == (-1, -1)
+                continue
+            is_open = isinstance(thing, Item) and thing.place is None
+            tokens = sample.prompt.ids[first : last + 1 - is_open].tolist()
+            said = stage.samples.offsets.decode(tokens).lower()
+            assert said.strip() == words[thing]
+            if is_open:
+                behind = stage.samples.offsets.id_to_token(int(sample.prompt.ids[last]))
+                follows = stage.samples.offsets.decode([int(sample.prompt.ids[last])])
+                assert behind == "<|assistant|>" or follows in {",", ".", " and", "，", "。"}
 
 
 def test_answers_are_those_of_the_scene() -> None:
