@@ -32,8 +32,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the AR model; needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = vars(parser.parse_args())
-    if (processes := given.pop("processes")) > 1:
-        parallel.start(processes)
+    parallel.start(given.pop("processes"))
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
     target, asked = given.pop("target"), given.pop("stages")

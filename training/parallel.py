@@ -16,9 +16,10 @@ def start(processes: int) -> None:
     """Become this command in so many processes, or, in one of these, meet the others."""
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
-        return
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", "--", "training", *sys.argv[1:]])
+    elif processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = ["-m", *launcher, "-m", "--", "training", *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, *command])
 
 
 def leave() -> None:
