@@ -33,7 +33,8 @@ ANCHORS = {
 }  # fmt: skip
 # Where a shape goes, in cells from its anchor: the first of these that is free, nearest first.
 BESIDE = sorted(product(range(-2, 3), repeat=2), key=lambda step: (np.hypot(*step), step))
-ANYWHERE = 0.2  # how often a prompt leaves a shape's place open; it is at one of these:
+# How often a prompt leaves the places of all shapes open, and else that of one; they are at these:
+ALL_ANYWHERE, ANYWHERE = 0.1, 0.1
 OPEN = ("left", "centre", "right")
 TEXT_PLACES = ("top", "bottom", "centre")
 MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
@@ -109,9 +110,10 @@ def draw_scene(
     count = int(rng.choice(3, p=(0.3, 0.5, 0.2))) if texts is None else texts
     drawn = _draw_texts(rng, count)
     background = str(rng.choice(list(COLOURS)))
+    anywhere = 1.0 if rng.random() < ALL_ANYWHERE else ANYWHERE
     scene = Scene(height, width, background, (), drawn)
     for _ in range(int(rng.choice((1, 2, 3), p=(0.35, 0.45, 0.2)))):
-        if (item := _draw_item(rng, scene)) is not None:
+        if (item := _draw_item(rng, scene, anywhere)) is not None:
             scene = replace(scene, items=(*scene.items, item))
     return scene
 
@@ -169,7 +171,8 @@ def _is_clear(scene: Scene, item: Item) -> bool:
     return True
 
 
-def _draw_item(rng: np.random.Generator, scene: Scene) -> Item | None:
+def _draw_item(rng: np.random.Generator, scene: Scene, anywhere: float) -> Item | None:
+    """An item that the scene has not; its place is left open as often as `anywhere` says."""
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice([c for c in COLOURS if c != scene.background]))
     if any((item.shape, item.colour) == (shape, colour) for item in scene.items):
@@ -178,16 +181,16 @@ def _draw_item(rng: np.random.Generator, scene: Scene) -> Item | None:
         place = str(rng.choice(("top", "centre", "bottom")))
         return place_item(scene, shape, colour, "small", place, int(rng.integers(2, 5)))
     size = str(rng.choice(list(RADII), p=(0.2, 0.55, 0.25)))
-    anywhere = rng.random() < ANYWHERE
+    if rng.random() < anywhere:
+        items = (place_item(scene, shape, colour, size, str(at)) for at in rng.permutation(OPEN))
+        item = next(filter(None, items), None)
+        return item and replace(item, place=None)
     taken = {item.place for item in scene.items}
-    places = [place for place in (OPEN if anywhere else ANCHORS) if place not in taken]
-    if not places:
-        return None
+    places = [place for place in ANCHORS if place not in taken]
     # The two sides and the centre are what people write most.
     weights = np.array([3.0 if place in ("left", "right", "centre") else 1.0 for place in places])
-    place = str(rng.choice(places, p=None if anywhere else weights / weights.sum()))
-    item = place_item(scene, shape, colour, size, place)
-    return replace(item, place=None) if item and anywhere else item
+    place = str(rng.choice(places, p=weights / weights.sum()))
+    return place_item(scene, shape, colour, size, place)
 
 
 def _draw_texts(rng: np.random.Generator, count: int) -> tuple[Text, ...]:
