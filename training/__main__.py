@@ -12,7 +12,7 @@ import torch
 
 from . import parallel
 from .assemble import ROOT, assemble
-from .stage import STAGES, Run, train
+from .stage import STAGES, FolderInUseError, Run, train
 
 
 def main() -> None:
@@ -52,5 +52,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, FolderInUseError) as error:
         raise SystemExit(str(error)) from None

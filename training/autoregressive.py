@@ -42,7 +42,7 @@ class AutoregressiveStage(Stage):
     name = "autoregressive"
     component = "vision_language_encoder"
     keys = (("model.language_model.", "text."), ("lm_head.", "head."))
-    steps = 16000
+    steps = 20000
     batch = 12
     learning_rate = 2e-3
     by_adamw = ("head", "reading.")

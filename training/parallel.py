@@ -32,6 +32,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def meet() -> None:
     """Go on when all processes have come here."""
     if dist.is_initialized():
@@ -54,7 +59,7 @@ def share_gradients(module: nn.Module) -> None:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     mean = torch.cat([_gradient(parameter).flatten() for parameter in trained])
     dist.all_reduce(mean)
-    mean /= dist.get_world_size()
+    mean /= count()
     for parameter, part in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
         parameter.grad = part.view_as(parameter)
 

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,6 +38,10 @@ STAGES = {  # a module each and its class, in the order they are trained
     "glyphs": "GlyphStage",
     "decoder": "DecoderStage",
 }
+
+
+class FolderInUseError(Exception):
+    """Another run trains a stage in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,28 @@ def train(stage: Stage) -> None:
     """Run a stage from where it stands to its end, then write its component and its plot.
 
     A stage that has had its steps or its minutes is only written again.
+
+    Raises:
+        FolderInUseError: another run trains the stage in this folder.
     """
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(stage.folder) if parallel.rank() == 0 else nullcontext():
+        _train(stage)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise FolderInUseError(
+            f"{folder} is being trained by another run: wait for its end."
+        ) from None
+
+
+def _train(stage: Stage) -> None:
     run, folder = stage.run, stage.folder
-    folder.mkdir(parents=True, exist_ok=True)
     if run.start and not (folder / "state.pt").exists():
         stage.start_from(run.start)
     optimisers = stage.optimisers()
@@ -227,7 +252,8 @@ def _finish(stage: Stage, state: dict) -> None:
     stage.module.eval().requires_grad_(False)
     stage.write()
     summary = {"stage": stage.name, "steps": state["step"], "minutes": state["seconds"] / 60}
-    summary |= {"batch": stage.batch_size, "seed": stage.run.seed, "device": stage.run.device}
+    summary |= {"batch": stage.batch_size, "processes": parallel.count()}
+    summary |= {"seed": stage.run.seed, "device": stage.run.device}
     (stage.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

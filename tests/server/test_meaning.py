@@ -17,9 +17,9 @@ LEAST = {
     "two Chinese characters read": 4,
     "... the new word read": 4,
     "... the rest unchanged": 5,
-    "locked layout, another seed: centres kept": 5,
+    "locked layout, another seed: centres kept": 4,
     "edit keeps the unchanged shapes": 4,
-    "edit does what was wished": 2,
+    "edit does what was wished": 3,
 }
 MOST = {"no lock, another seed: centres kept": 4}
 

@@ -77,5 +77,6 @@ def losses(folder: Path, *arguments: str) -> list[dict]:
     """What each of two steps of a stage lost."""
     run("training", "vision", "--folder", str(folder), "--steps", "2", "--batch", "2",
         "--threads", "1", "--device", "cpu", *arguments)  # fmt: skip
-    assert json.loads((folder / "vision" / "summary.json").read_text())["steps"] == 2
+    summary = json.loads((folder / "vision" / "summary.json").read_text())
+    assert (summary["steps"], summary["processes"]) == (2, int(arguments[-1]))
     return torch.load(folder / "vision" / "state.pt", weights_only=True)["log"]

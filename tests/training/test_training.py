@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from glm_image.scripts.environment import ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -68,6 +69,16 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_pat
     for weights in ("module", "average"):
         for key, value in expected[weights].items():
             assert torch.equal(found[weights][key], value)
+
+
+def test_a_run_is_trained_by_one_command_at_a_time(tmp_path) -> None:
+    """Two of them would write one state, as long as none of them knows of the other."""
+    stage = tmp_path / "run" / "vision"
+    stage.mkdir(parents=True)
+    with FileLock(stage / "lock"), pytest.raises(AssertionError, match="trained by another run"):
+        train(tmp_path, "vision", "--steps", "1")
+    train(tmp_path, "vision", "--steps", "1")
+    assert state(tmp_path, "vision")["step"] == 1
 
 
 def test_stages_go_on_from_a_checkpoint(folder, tmp_path) -> None:
