@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the AR model; needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = vars(parser.parse_args())
-    parallel.start(given.pop("processes"))
+    processes = given.pop("processes")
     if threads := given.pop("threads"):
         torch.set_num_threads(threads)
     target, asked = given.pop("target"), given.pop("stages")
@@ -40,6 +40,7 @@ def main() -> None:
         parser.error(f"there is no stage {', '.join(sorted(unknown))}")
     if given["stop"] is not None and len(asked) != 1:
         parser.error("--stop goes with one stage")
+    parallel.start(processes)
     run = Run(**given)
     for name in asked or STAGES:
         stage = getattr(import_module(f"{__package__}.{name}"), STAGES[name])

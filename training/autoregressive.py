@@ -23,7 +23,7 @@ from .copying import (
     queries_and_keys,
     strayed,
 )
-from .reading import TOLD_LAYER, WHERE_LAYER, Reading
+from .reading import TOLD_LAYER, Reading
 from .samples import Sample, Samples, collate, collate_phrases, collate_tokens
 from .scene import SIZES
 from .stage import Run, Stage
@@ -137,8 +137,7 @@ class AutoregressiveStage(Stage):
     ) -> dict[str, Tensor]:
         """Losses of where the heads look that copy, and that read the notes or the wish."""
         copies = FROM_PREVIEW if batch[0].wished is None else FROM_REFERENCE
-        before = self.module["reading"].states[WHERE_LAYER]
-        queries, keys = queries_and_keys(self.module["text"], COPY_LAYER, before, positions)
+        queries, keys = self._queries_and_keys(COPY_LAYER, positions)
         heads = {"copied": copies, "noted": FROM_NOTES}
         wanted = {name: collate_tokens(batch, name).to(self.run.device) for name in heads}
         losses = {
@@ -154,11 +153,15 @@ class AutoregressiveStage(Stage):
         self, reference: Tensor, positions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Loss of where a head of the reference's tokens [B, N] looks: at the wish before them."""
-        before = self.module["reading"].states[TOLD_LAYER - 1]
-        queries, keys = queries_and_keys(self.module["text"], TOLD_LAYER, before, positions)
+        queries, keys = self._queries_and_keys(TOLD_LAYER, positions)
         wish = (reference[:, :1] - 1).expand_as(reference)
         wanted = torch.full_like(mask, -1).scatter(1, reference, wish)
         return missed(queries[:, FROM_WISH], keys, mask, wanted, generator)
+
+    def _queries_and_keys(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`queries_and_keys` of a layer in the model's last pass."""
+        before = self.module["reading"].states[layer - 1]
+        return queries_and_keys(self.module["text"], layer, before, positions)
 
     def _understood(
         self, batch: list[Sample], ids: Tensor, positions: Tensor, mask: Tensor
@@ -169,13 +172,11 @@ class AutoregressiveStage(Stage):
         layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
         first = int((ids[0] == self.samples.first_note).nonzero())
         spoken = collate_tokens(batch, "spoken").to(self.run.device)
-        looks = queries_and_keys(
-            self.module["text"], TOLD_LAYER, reading.states[TOLD_LAYER - 1], positions
-        )
+        queries, keys = self._queries_and_keys(TOLD_LAYER, positions)
         return {
             "phrases": reading.phrases(ends, asked),
             "layout": reading.layouts(first, layouts),
-            "strayed": strayed(*looks, mask, first, spoken),
+            "strayed": strayed(queries, keys, mask, first, spoken),
         }
 
     def _heeded(self, batch: list[Sample], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:

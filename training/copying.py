@@ -7,7 +7,7 @@ keys that do; and as this is right at one size only, training asks two of them f
 third is asked for the note on what stands there, at the end of the prompt (`tokenizer.NOTES`).
 
 In an earlier layer, a head of a reference's cells is asked for the wish, which they must compare
-with what they show.
+with what they show, and all heads of the notes for the phrase that speaks of what each is about.
 """
 
 import torch
@@ -94,11 +94,9 @@ def missed(
     asked = asked[torch.randperm(len(asked), generator=generator, device=asked.device)]
     asked = asked[:ASKED_CELLS]
     tokens = keys.shape[1] - wanted.shape[1] + asked
-    later = torch.arange(keys.shape[1], device=tokens.device) > tokens[:, None]
-    scores = (queries[:, tokens] @ keys.mT).float()
-    scores = scores.masked_fill(later | (mask == 0)[:, None], -torch.inf)
+    scores = _scores(queries[:, None], keys, mask, tokens)
     wanted = wanted[:, asked].flatten()
-    return MISSED_WEIGHT * F.cross_entropy(scores.flatten(0, 1), wanted, ignore_index=-1)
+    return MISSED_WEIGHT * F.cross_entropy(scores.flatten(0, 2), wanted, ignore_index=-1)
 
 
 def strayed(queries: Tensor, keys: Tensor, mask: Tensor, first: int, spoken: Tensor) -> Tensor:
@@ -116,10 +114,16 @@ def strayed(queries: Tensor, keys: Tensor, mask: Tensor, first: int, spoken: Ten
     about = (tokens >= spoken[..., :1]) & (tokens <= spoken[..., 1:]) & (spoken[..., :1] >= 0)
     silent = ~about.any(-1)
     allowed = torch.where(silent[..., None], ~about.any(1, keepdim=True), about)
-    scores = (queries[:, :, notes] @ keys[:, None].mT).float()
-    unseen = (tokens > notes[:, None]) | (mask == 0)[:, None]  # [B, NOTES, S]
-    scores = scores.masked_fill(unseen[:, None], -torch.inf)
+    scores = _scores(queries, keys, mask, notes)
     right = scores.masked_fill(~allowed[:, None], -torch.inf)
     lost = (scores.logsumexp(-1) - right.logsumexp(-1)).mean(1)
     groups = [lost[which] for which in (silent, ~silent) if which.any()]
     return STRAYED_WEIGHT * sum(group.mean() for group in groups)
+
+
+def _scores(queries: Tensor, keys: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """float32 [B, heads, T, S]: scores of these tokens [T]; -inf for what they do not see."""
+    later = torch.arange(keys.shape[1], device=keys.device) > tokens[:, None]
+    unseen = later | (mask == 0)[:, None]  # [B, T, S]
+    scores = (queries[:, :, tokens] @ keys[:, None].mT).float()
+    return scores.masked_fill(unseen[:, None], -torch.inf)
