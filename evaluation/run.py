@@ -23,7 +23,7 @@ from scripts import demo, environment, host
 from scripts.client import Client, Prompt
 from training.edits import Edit, draw_edit
 from training.render import render
-from training.scene import HELD_OUT_WORDS, Scene, draw_scene
+from training.scene import HELD_OUT_WORDS, SIZES, Scene, draw_scene
 from training.wording import prompt_of
 
 from .judge import (
@@ -81,13 +81,14 @@ class Settings:
     """What all graphs share; `model` is a folder's name among the server's models."""
 
     model: str
-    size: int = 512
+    width: int = 512
+    height: int = 512
     steps: int = 20
 
     def graph(self, workflow: str, prompt: str, seed: int, name: str) -> Prompt:
         """A stored workflow with these values in every input of their names that is no link."""
         values = {
-            "model_name": self.model, "width": self.size, "height": self.size,
+            "model_name": self.model, "width": self.width, "height": self.height,
             "steps": self.steps, "value": prompt, "seed": seed,
             "filename_prefix": f"evaluation/{name}",
         }  # fmt: skip
@@ -194,7 +195,7 @@ def edit_cases(settings: Settings, count: int) -> Iterator[Case]:
 
     for i in range(count):
         rng = _held_out(5, i)
-        size = (settings.size, settings.size)
+        size = (settings.height, settings.width)
         while not set((edit := draw_edit(rng, *size)).before.items) & set(edit.after.items):
             continue
         name = f"edit_{i:02}"
@@ -252,7 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__)
     parser.add_argument("--count", type=int, default=50, help="cases of each kind")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--size", type=read_size, default=(512, 512), metavar="WIDTHxHEIGHT",
+                        help="of all pictures, in pixels; one number for a square")  # fmt: skip
     parser.add_argument("--out", type=Path, default=environment.ROOT / "evaluation/last.json")
     parser.add_argument("--kinds", nargs="+", choices=SETS, default=list(SETS), metavar="KIND",
                         help=f"of cases: {', '.join(SETS)}")  # fmt: skip
@@ -260,7 +262,7 @@ def main() -> None:
     given = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit(f"There is no trained model in {MODEL}: make train-tiny makes one.")
-    settings = Settings(MODEL.name, given.size, given.steps)
+    settings = Settings(MODEL.name, *given.size, given.steps)
     records = []
     used = {"size": given.size, "steps": given.steps, "count": given.count}
     cases = [case for kind in given.kinds for case in SETS[kind](settings, given.count)]
@@ -271,6 +273,16 @@ def main() -> None:
             print(case.name, "".join("x."[held] for held in results.values()), flush=True)
             _write_report(given.out, used, records)  # after each, so that none is lost
     print(table(totals(record["held"] for record in records)))
+
+
+def read_size(given: str) -> tuple[int, int]:
+    """(width, height) of "768x512", or of "512" for both; one of those that the model knows."""
+    width, by, height = given.partition("x")
+    size = int(width), int(height if by else width)
+    if size[::-1] not in SIZES:
+        known = ", ".join(f"{width}x{height}" for height, width in SIZES)
+        raise argparse.ArgumentTypeError(f"the model does not know the size {given}; use {known}")
+    return size
 
 
 @contextmanager
@@ -335,7 +347,7 @@ def _draw(
     texts: int | None,
     wanted: Callable[[Scene], bool | tuple],
 ) -> Scene:
-    while not wanted(scene := draw_scene(rng, settings.size, settings.size, texts)):
+    while not wanted(scene := draw_scene(rng, settings.height, settings.width, texts)):
         continue
     return scene
 

@@ -8,7 +8,7 @@ from glm_image.scripts.client import Client
 
 from evaluation import run as evaluation
 
-SIZE, STEPS, CASES = 512, 10, 6
+STEPS, CASES = 10, 6
 # Of CASES, what the model's card measures on many more, less a margin; no picture that shows
 # nothing passes one.
 LEAST = {
@@ -30,7 +30,7 @@ Counts = dict[str, tuple[int, int]]
 def count(tmp_path_factory) -> Iterator[Callable[..., Counts]]:
     """Runs a kind of cases on a server of the trained model's own and counts what held."""
     base = host.make_base(tmp_path_factory.mktemp("meaning"))
-    settings = evaluation.Settings(host.add_model(base, evaluation.MODEL), SIZE, STEPS)
+    settings = evaluation.Settings(host.add_model(base, evaluation.MODEL), steps=STEPS)
     with host.serve(environment.host(), base, threads=1) as address:
         client = Client(address, timeout_s=300)
 

@@ -1,5 +1,6 @@
 """The cases of `make eval` hold for pictures drawn as they should be, and for blank ones never."""
 
+from argparse import ArgumentTypeError
 from dataclasses import replace
 
 import numpy as np
@@ -9,21 +10,28 @@ from evaluation import run as evaluation
 from training.render import render
 from training.scene import HELD_OUT_WORDS, draw_content
 
-SETTINGS = evaluation.Settings("tiny", size=512)
+SETTINGS = evaluation.Settings("tiny")
+TALL = evaluation.Settings("tiny", width=512, height=768)
 SETS = (evaluation.shape_cases, evaluation.latin_cases, evaluation.chinese_cases)
 BLANK = np.full((512, 512, 3), 128, np.uint8)
 
+each_size = pytest.mark.parametrize("settings", [SETTINGS, TALL], ids=["square", "tall"])
 
+
+@each_size
 @pytest.mark.parametrize("cases", SETS, ids=lambda cases: cases.__name__)
-def test_a_picture_of_the_scene_passes_and_a_blank_one_does_not(cases) -> None:
-    for case in cases(SETTINGS, 3):
+def test_a_picture_of_the_scene_passes_and_a_blank_one_does_not(cases, settings) -> None:
+    for case in cases(settings, 3):
         (scene,) = case.check.args
-        assert all(case.check([render(scene)]).values())
-        assert not any(case.check([BLANK]).values())
+        picture = render(scene)
+        assert picture.shape == (settings.height, settings.width, 3)
+        assert all(case.check([picture]).values())
+        assert not any(case.check([np.full_like(picture, 128)]).values())
 
 
-def test_an_edit_passes_when_it_is_drawn_and_not_when_nothing_was_done() -> None:
-    for case in evaluation.edit_cases(SETTINGS, 3):
+@each_size
+def test_an_edit_passes_when_it_is_drawn_and_not_when_nothing_was_done(settings) -> None:
+    for case in evaluation.edit_cases(settings, 3):
         (edit,) = case.check.args
         assert all(case.check([render(edit.after)]).values())
         undone = case.check([render(edit.before)])
@@ -71,3 +79,24 @@ def test_an_override_counts_when_the_word_alone_is_another() -> None:
         other = render(replace(scene, texts=(text,)))
         assert all(case.check([render(scene), other]).values())
         assert not case.check([render(scene), render(scene)])["... the new word read"]
+
+
+def test_graphs_ask_for_the_size_that_is_judged() -> None:
+    for cases in (evaluation.shape_cases, evaluation.layout_cases):
+        for case in cases(TALL, 1):
+            for graph in case.graphs:
+                inputs = evaluation.node(graph, "GLMImageSampleTokens")
+                assert (inputs["width"], inputs["height"]) == (512, 768)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("768", (768, 768)), ("512x768", (512, 768)), ("1152x768", (1152, 768))]
+)
+def test_a_size_is_read(given, size) -> None:
+    assert evaluation.read_size(given) == size
+
+
+@pytest.mark.parametrize("given", ["640", "768x1024", "768x0"])
+def test_a_size_that_the_model_does_not_know_is_refused(given) -> None:
+    with pytest.raises(ArgumentTypeError, match="768x512"):
+        evaluation.read_size(given)
