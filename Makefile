@@ -5,7 +5,7 @@
 #   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
 #   make train-tiny [ARGS="decoder --minutes 60"]
-#   make eval   [ARGS="--count 50 --servers 2 --kinds latin"]
+#   make eval   [ARGS="--count 50 --servers 2 --kinds latin --size 768x512"]
 #   make pictures [ARGS="redo_region"]      of the workflows, by the trained model
 # COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
 PYTHON ?= python3
