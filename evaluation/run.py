@@ -277,12 +277,13 @@ def main() -> None:
 
 def read_size(given: str) -> tuple[int, int]:
     """(width, height) of "768x512", or of "512" for both; one of those that the model knows."""
-    width, by, height = given.partition("x")
-    size = int(width), int(height if by else width)
-    if size[::-1] not in SIZES:
-        known = ", ".join(f"{width}x{height}" for height, width in SIZES)
-        raise argparse.ArgumentTypeError(f"the model does not know the size {given}; use {known}")
-    return size
+    known = {f"{width}x{height}": (width, height) for height, width in SIZES}
+    size = given if "x" in given else f"{given}x{given}"
+    if size not in known:
+        raise argparse.ArgumentTypeError(
+            f"the model does not know the size {given}; use {', '.join(known)}"
+        )
+    return known[size]
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_a_size_is_read(given, size) -> None:
     assert evaluation.read_size(given) == size
 
 
-@pytest.mark.parametrize("given", ["640", "768x1024", "768x0"])
+@pytest.mark.parametrize("given", ["640", "768x1024", "768x0", "large"])
 def test_a_size_that_the_model_does_not_know_is_refused(given) -> None:
     with pytest.raises(ArgumentTypeError, match="768x512"):
         evaluation.read_size(given)
