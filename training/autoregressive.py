@@ -17,13 +17,15 @@ from .copying import (
     FROM_NOTES,
     FROM_PREVIEW,
     FROM_REFERENCE,
+    FROM_SHAPES,
     FROM_WISH,
     find_cells,
     missed,
+    overlooked,
     queries_and_keys,
     strayed,
 )
-from .reading import TOLD_LAYER, Reading
+from .reading import TOLD_LAYER, WHERE_LAYER, Reading
 from .samples import Sample, Samples, collate, collate_phrases, collate_tokens
 from .scene import SIZES
 from .stage import Run, Stage
@@ -83,14 +85,16 @@ class AutoregressiveStage(Stage):
         """
         stress = FIRST_CELLS * (1 - progress)
         early = progress < 0.25 and self.run.start is None
-        height, width = SIZES[rng.choice(len(SIZES), p=(0.28, *(0.12,) * 6))]
-        prompts, wishes = (0.2, 0) if early else (0.05, 0.1)
+        kind = rng.choice(3, p=(0.75, 0.25, 0) if early else (0.3, 0.45, 0.25))
+        squares = 0.1 if kind == 1 else 0.28  # of 512 x 512, where a large grid is its preview
+        others = (1 - squares) / (len(SIZES) - 1)
+        height, width = SIZES[rng.choice(len(SIZES), p=(squares, *(others,) * (len(SIZES) - 1)))]
+        prompts, wishes = (0.2, 0) if early else (0.1, 0.05)
         alone = rng.random()
         if alone < prompts:
             return [self.samples.prompt(rng, height, width) for _ in range(6 * self.batch_size)]
         if alone < prompts + wishes:
             return [self.samples.wish(rng, height, width) for _ in range(10 * self.batch_size)]
-        kind = rng.choice(3, p=(0.75, 0.25, 0) if early else (0.3, 0.3, 0.4))
         tokens = (300, 300 + height * width // 1024, 50 + height * width // 512)[kind]
         count = max(1, self.batch_size * 300 // tokens)
         if kind == 2:
@@ -130,6 +134,10 @@ class AutoregressiveStage(Stage):
         if batch[0].coming is not None:
             coming = torch.stack([sample.coming for sample in batch]).to(self.run.device)
             losses["coming"] = reading.coming(states[:, :first], coming)
+            losses["begun"] = reading.begun(targets[:, :first], targets.shape[1])
+            within = torch.stack([sample.within for sample in batch]).to(self.run.device)
+            if (within >= 0).any():
+                losses["within"] = reading.phases(within)
         return losses
 
     def _looked(
@@ -147,7 +155,16 @@ class AutoregressiveStage(Stage):
         }
         if copies == FROM_REFERENCE:
             losses["turned"] = self._turned(wanted["copied"], positions, mask, generator)
+        else:
+            losses["overlooked"] = self._overlooked(batch, positions, mask)
         return losses
+
+    def _overlooked(self, batch: list[Sample], positions: Tensor, mask: Tensor) -> Tensor:
+        """Loss of where a head of the preview's cells looks: at the shapes that have begun."""
+        queries, keys = self._queries_and_keys(WHERE_LAYER, positions)
+        codes = torch.stack([sample.codes for sample in batch]).to(self.run.device)
+        preview = codes[:, : math.prod(batch[0].grid)]
+        return overlooked(queries[:, FROM_SHAPES], keys, mask, preview, codes.shape[1])
 
     def _turned(
         self, reference: Tensor, positions: Tensor, mask: Tensor, generator: torch.Generator

@@ -6,8 +6,9 @@ sixteenth of their score from one column to the next. So one layer's heads begin
 keys that do; and as this is right at one size only, training asks two of them for that cell. The
 third is asked for the note on what stands there, at the end of the prompt (`tokenizer.NOTES`).
 
-In an earlier layer, a head of a reference's cells is asked for the wish, which they must compare
-with what they show, and all heads of the notes for the phrase that speaks of what each is about.
+In earlier layers, a head of a reference's cells is asked for the wish, which they must compare with
+what they show, all heads of the notes for the phrase that speaks of what each is about, and a head
+of a preview's cells for the shapes that have begun, so that none is drawn twice.
 """
 
 import torch
@@ -17,12 +18,13 @@ from transformers.models.glm_image.modeling_glm_image import apply_rotary_pos_em
 
 from glm_core.grids import PREVIEW_SIDE
 
-from .reading import WHERE_LAYER
+from .reading import NOTHING, WHERE_LAYER, shown_by
 from .tokenizer import REFERENCE_TO_PICTURE
 
 COPY_LAYER = WHERE_LAYER + 1
 FROM_PREVIEW, FROM_REFERENCE, FROM_NOTES = range(3)  # heads
 FROM_WISH = 0  # head of `reading.TOLD_LAYER`
+FROM_SHAPES = 1  # head of WHERE_LAYER
 MISSED_WEIGHT, STRAYED_WEIGHT = 0.1, 0.5
 ASKED_CELLS = 256  # of a picture, in a step, at the most
 # At 512 x 512, where a preview and a reference have as many cells a side. A query's cell is the one
@@ -114,11 +116,34 @@ def strayed(queries: Tensor, keys: Tensor, mask: Tensor, first: int, spoken: Ten
     about = (tokens >= spoken[..., :1]) & (tokens <= spoken[..., 1:]) & (spoken[..., :1] >= 0)
     silent = ~about.any(-1)
     allowed = torch.where(silent[..., None], ~about.any(1, keepdim=True), about)
-    scores = _scores(queries, keys, mask, notes)
-    right = scores.masked_fill(~allowed[:, None], -torch.inf)
-    lost = (scores.logsumexp(-1) - right.logsumexp(-1)).mean(1)
+    lost = _lost(_scores(queries, keys, mask, notes), allowed).mean(1)
     groups = [lost[which] for which in (silent, ~silent) if which.any()]
     return STRAYED_WEIGHT * sum(group.mean() for group in groups)
+
+
+def overlooked(queries: Tensor, keys: Tensor, mask: Tensor, codes: Tensor, written: int) -> Tensor:
+    """Weighted loss of a head's attention, at a preview's cells, to all but the shapes before them.
+
+    Where none has begun it is to look at the token before the first cell.
+
+    Args:
+        queries: the head's, [B, S, D]; keys: [B, S, D]; mask: [B, S].
+        codes: int64 [B, N], the preview's.
+        written: how many of the last tokens are to name a cell, of which the first N are asked.
+    """
+    first, count = keys.shape[1] - written, codes.shape[1]
+    tokens = first + torch.arange(count, device=keys.device)
+    shows = F.pad(shown_by(codes) < NOTHING, (first + 1, written - count - 1))  # by token
+    seen = torch.arange(keys.shape[1], device=keys.device) <= tokens[:, None]
+    allowed = shows[:, None] & seen
+    allowed[..., first] = ~allowed.any(-1)
+    return STRAYED_WEIGHT * _lost(_scores(queries[:, None], keys, mask, tokens), allowed).mean()
+
+
+def _lost(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Nats [B, heads, T] that attention by scores [B, heads, T, S] loses to others than allowed."""
+    right = scores.masked_fill(~allowed[:, None], -torch.inf)
+    return scores.logsumexp(-1) - right.logsumexp(-1)
 
 
 def _scores(queries: Tensor, keys: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:

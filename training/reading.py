@@ -35,9 +35,11 @@ from .tokenizer import ANYWHERE, NOTES, SHAPE_AT, TEXT_AT
 # whether it is about them; and the layout, and where a cell lies, are clear.
 PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 2, 3, 3, 3
 PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 1.0, 0.1, 0.1
-WISH_WEIGHT, TOLD_WEIGHT, SUBJECT_WEIGHT, BECOME_WEIGHT, COME_WEIGHT = 0.1, 2.0, 0.5, 0.3, 0.5
+WISH_WEIGHT, TOLD_WEIGHT, SUBJECT_WEIGHT, BECOME_WEIGHT = 0.1, 2.0, 0.5, 0.3
+SEEN_WEIGHT, COME_WEIGHT, WITHIN_WEIGHT = 0.5, 0.5, 0.1
 BELOW = (2, 4)  # rows
 MOST_TO_COME = 4
+EIGHTHS = 8  # of a preview's cell
 LONGEST_SIDE = max(map(max, SIZES)) // 32  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 OF_PAIRS = torch.tensor([[NAMES.index(name) for name in pair] for pair in PAIRS]).T
@@ -232,6 +234,8 @@ class Reading(nn.Module):
         self.phrase = nn.Linear(width, sum(map(len, ASKED.values())))
         self.layout = nn.Linear(width, sum(len(options) + 1 for options in ABOUT.values()))
         self.where = nn.Linear(width, 2 * LONGEST_SIDE)
+        self.within = nn.Linear(width, 2 * EIGHTHS)
+        self.seen = nn.Linear(width, len(NAMES))
         self.below = nn.Linear(width, len(BELOW) * (WRITING + 1))
         self.wish = nn.Linear(width, sum(map(len, WISHED.values())))
         self.become = nn.Linear(width, WRITING + 1 + len(NAMES))
@@ -301,6 +305,30 @@ class Reading(nn.Module):
         states = self.norm(self.states[WHERE_LAYER][:, -positions.shape[-1] :])
         row_and_column = (positions[1:] - positions[0]).permute(1, 2, 0)
         return WHERE_WEIGHT * _mean_loss(self.where(states).split(LONGEST_SIDE, -1), row_and_column)
+
+    def phases(self, asked: Tensor) -> Tensor:
+        """Weighted loss of where in a preview's cell the centres lie of cells of the large grid.
+
+        Args:
+            asked: int64 [B, N, 2], eighths down and to the right, for each of the last states; -1
+                for those that are to name no such cell.
+        """
+        states = self.norm(self.states[WHERE_LAYER][:, -asked.shape[1] :])
+        return WITHIN_WEIGHT * _mean_loss(self.within(states).split(EIGHTHS, -1), asked)
+
+    def begun(self, codes: Tensor, written: int) -> Tensor:
+        """Weighted loss of which of a preview's shapes have begun before each cell, by colour.
+
+        Args:
+            codes: int64 [B, N].
+            written: how many states are to name a cell, of which the first N are asked.
+        """
+        shown = F.one_hot(shown_by(codes), WRITING + 1)[..., :NOTHING].cumsum(1) > 0
+        before = F.pad(shown[:, :-1], (0, 0, 1, 0))
+        said = self.seen(self.norm(self.states[WHERE_LAYER][:, -written:][:, : codes.shape[1]]))
+        asked = shown[:, -1:].expand_as(said)
+        lost = F.binary_cross_entropy_with_logits(said[asked], before[asked].to(said.dtype))
+        return SEEN_WEIGHT * lost
 
     def coming(self, states: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of how many shapes of each colour are still to begin.

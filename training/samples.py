@@ -17,13 +17,15 @@ from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, INSIDE, cells
 from .edits import draw_edit
-from .reading import asked_by, layout_of, noted_at, notes_of, to_come, wished_by
+from .reading import EIGHTHS, asked_by, layout_of, noted_at, notes_of, to_come, wished_by
 from .scene import Item, Scene, draw_scene
 from .tokenizer import IMAGE_START, NOTES
 from .wording import Thing, phrased
 
 NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
 NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
+# Which of the items stand already is the last thing to be learnt, and such scenes alone teach it.
+ALL_ANYWHERE = 0.3
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Sample:
     codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
     copied: which token of prompt and codes lies where each code lies, in the preview or in the
         reference; int64 [N], -1 where none does.
+    within: where in the preview's cell that is copied the centre of each cell lies, eighths down
+        and to the right, int64 [N, 2]; -1 where none is.
     noted: which token of the prompt is a note on what each code is a part of, or, in an edit, on
         what is wished, if that changes the cell; likewise.
     grid: rows and columns of the grid that the codes begin with.
@@ -57,6 +61,7 @@ class Sample:
     positions: Tensor = NO_POSITIONS
     weights: Tensor = NO_WEIGHTS
     copied: Tensor = NO_CODES
+    within: Tensor = NO_CODES
     noted: Tensor = NO_CODES
     subject: Tensor = NO_CODES
 
@@ -87,12 +92,14 @@ class Samples:
             noted.append(self._noted(sample.prompt, scene, grid))
             base += max(grid)
         codes, first = torch.cat(codes), len(sample.prompt)
-        copied = torch.full_like(codes, -1)
+        copied, within = torch.full_like(codes, -1), torch.full((len(codes), 2), -1)
         if whole:
-            copied[len(copied) - math.prod(scene.grid) :] = first + _same(scene.grid, scene.preview)
+            large = slice(math.prod(scene.preview), None)
+            copied[large] = first + _same(scene.grid, scene.preview)
+            within[large] = _within(scene.grid, scene.preview)
         return replace(
             sample, codes=codes, positions=torch.cat(positions, 1), weights=torch.cat(weights),
-            copied=copied, noted=torch.cat(noted),
+            copied=copied, within=within, noted=torch.cat(noted),
             coming=to_come(scene, codes[: math.prod(scene.preview)].view(scene.preview)),
         )  # fmt: skip
 
@@ -102,7 +109,7 @@ class Samples:
 
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
         """A scene and its prompt, which no codes follow."""
-        scene = draw_scene(rng, height, width)
+        scene = draw_scene(rng, height, width, all_anywhere=ALL_ANYWHERE)
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
@@ -163,6 +170,13 @@ def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
     """int64 [H * W]: the index, in the smaller grid, of the cell that each cell's centre is in."""
     indices = torch.arange(math.prod(smaller), dtype=torch.float32).view(1, 1, *smaller)
     return F.interpolate(indices, grid, mode="nearest-exact").flatten().long()
+
+
+def _within(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
+    """int64 [H * W, 2]: where in that cell the centre lies, in eighths down and to the right."""
+    centres = zip(map(torch.arange, grid), grid, smaller, strict=True)
+    eighths = [(2 * at + 1) * few * EIGHTHS // (2 * many) % EIGHTHS for at, many, few in centres]
+    return torch.cartesian_prod(*eighths)
 
 
 def _weights(codes: np.ndarray, stress: float) -> Tensor:

@@ -104,13 +104,20 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, height: int, width: int, texts: int | None = None
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    texts: int | None = None,
+    all_anywhere: float = ALL_ANYWHERE,
 ) -> Scene:
-    """A random scene with `texts` texts (0 to 2; None: any) and one to three items."""
+    """A random scene with `texts` texts (0 to 2; None: any) and one to three items.
+
+    As often as `all_anywhere` says, all of them but rows are without a place.
+    """
     count = int(rng.choice(3, p=(0.3, 0.5, 0.2))) if texts is None else texts
     drawn = _draw_texts(rng, count)
     background = str(rng.choice(list(COLOURS)))
-    anywhere = 1.0 if rng.random() < ALL_ANYWHERE else ANYWHERE
+    anywhere = 1.0 if rng.random() < all_anywhere else ANYWHERE
     scene = Scene(height, width, background, (), drawn)
     for _ in range(int(rng.choice((1, 2, 3), p=(0.35, 0.45, 0.2)))):
         if (item := _draw_item(rng, scene, anywhere)) is not None:

@@ -1,5 +1,6 @@
 """One layer of the AR model begins with heads that look at the cell they are to copy."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from training.autoregressive import HIDDEN, AutoregressiveStage
-from training.codes import CODEBOOK, INSIDE, cells
+from training.codes import CODEBOOK, EDGE, INSIDE, cells
 from training.copying import (
     COPY_LAYER,
     FROM_PREVIEW,
@@ -15,10 +16,11 @@ from training.copying import (
     MISSED_WEIGHT,
     STRAYED_WEIGHT,
     missed,
+    overlooked,
     queries_and_keys,
     strayed,
 )
-from training.reading import TOLD_LAYER, noted_at
+from training.reading import EIGHTHS, TOLD_LAYER, noted_at
 from training.samples import Sample, collate, collate_tokens
 from training.scene import Item, Scene, Text
 from training.stage import Run
@@ -110,6 +112,20 @@ def test_the_copied_cell_is_the_one_that_lies_there(stage, size) -> None:
         assert ((high[axis] + 0.5) * 32 * cells // side).equal(low[axis].float())
 
 
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (1152, 768)])
+def test_a_cell_lies_at_an_eighth_of_the_previews(stage, size) -> None:
+    sample = stage.samples.image(np.random.default_rng([8, 2]), *size, True, 0.0)
+    cells = math.prod(sample.grid)
+    grid = size[0] // 32, size[1] // 32
+    assert (sample.within[:cells] == -1).all()
+    within = sample.within[cells:].unflatten(0, grid)
+    for i, many, few in ((0, grid[0], sample.grid[0]), (1, grid[1], sample.grid[1])):
+        share = (torch.arange(many, dtype=torch.float64) + 0.5) * few / many
+        eighths = ((share + 1e-9) % 1 * EIGHTHS).floor().long()
+        assert torch.equal(within.select(1 - i, 0)[:, i], eighths)
+        assert (within[..., i] == within.select(1 - i, 0)[:, i].unsqueeze(1 - i)).all()
+
+
 def test_a_note_is_the_one_on_what_stands_there(stage) -> None:
     heart = Item("heart", "red", "medium", "left", ((8.0, 4.0),))
     star = Item("star", "blue", "medium", None, ((8.0, 12.0),))
@@ -174,3 +190,22 @@ def test_notes_look_at_what_speaks_of_them_or_at_no_phrase() -> None:
     assert loss(1, 3, 2) > 10
     for unseen in (0, 6):  # padding, and the note behind: the first note looks at all five it sees
         assert loss(unseen, 3, 4) == pytest.approx(np.log(5 / 2) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("large", [0, 3])
+def test_cells_look_at_the_shapes_before_them_or_in_front_of_all(large) -> None:
+    """Of a prompt's two tokens and a preview of four cells, whose second and third show shapes."""
+    codes = torch.tensor([[0, INSIDE, EDGE, 1]])
+    count = 5 + large  # the last code is no token
+    keys, mask = torch.eye(count)[None], torch.ones(1, count, dtype=torch.int64)
+
+    def loss(*looked_at: int) -> float:
+        queries = torch.zeros(1, count, count)
+        for token, at in enumerate(looked_at, start=1):
+            queries[0, token, at] = 30
+        return float(overlooked(queries, keys, mask, codes, 4 + large)) / STRAYED_WEIGHT
+
+    assert loss(1, 1, 3, 3) < 1e-3
+    assert loss(1, 1, 3, 4) < 1e-3
+    for wrong in ((0, 1, 3, 3), (1, 2, 3, 3), (1, 1, 2, 3), (1, 1, 1, 3), (1, 1, 3, 1)):
+        assert loss(*wrong) > 7

@@ -47,6 +47,14 @@ def test_a_window_is_a_part_of_the_picture() -> None:
         assert np.array_equal(part, render(scene)[64:192, 96:288])
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(1.0, 40, 40), (0.0, 0, 9)])
+def test_places_are_left_open_as_often_as_asked(share, least, most) -> None:
+    rng = np.random.default_rng(2)
+    drawn = [draw_scene(rng, 512, 512, all_anywhere=share) for _ in range(40)]
+    single = [[item for item in scene.items if len(item.centres) == 1] for scene in drawn]
+    assert least <= sum(not any(item.place for item in items) for items in single) <= most
+
+
 def test_a_prompt_names_all_that_is_drawn() -> None:
     for rng, scene in scenes(60):
         prompt = prompt_of(rng, scene)

@@ -16,6 +16,7 @@ from training.reading import (
     ABOUT,
     ASKED,
     BELOW,
+    EIGHTHS,
     LAYOUT_LAYER,
     LONGEST_SIDE,
     MOST_TO_COME,
@@ -36,7 +37,7 @@ from training.reading import (
     to_come,
     wished_by,
 )
-from training.samples import collate, collate_phrases
+from training.samples import ALL_ANYWHERE, collate, collate_phrases
 from training.scene import SIZES, Item, Scene, Text, draw_scene
 from training.stage import Run
 from training.tokenizer import IMAGE_START, NOTES
@@ -67,7 +68,7 @@ def test_a_phrase_ends_with_a_token_of_the_batch(stage) -> None:
     ids = collate(batch)[0]
     ends, asked = collate_phrases(batch)
     assert asked.shape == (len(ends), len(ASKED))
-    scenes = [draw_scene(np.random.default_rng([3, i]), 512, 512) for i in range(12)]
+    scenes = [stage.samples.scene(np.random.default_rng([3, i]), 512, 512)[0] for i in range(12)]
     things = [(i, thing) for i, s in enumerate(scenes) for thing in (*s.items, None, *s.texts)]
     for (sample, token), (i, thing), wanted in zip(ends.tolist(), things, asked, strict=True):
         assert sample == i
@@ -84,7 +85,7 @@ def test_what_speaks_of_a_note_is_its_phrase(stage) -> None:
     for i in range(60):
         scene, sample = stage.samples.scene(np.random.default_rng([10, i]), 512, 512)
         rng = np.random.default_rng([10, i])
-        draw_scene(rng, 512, 512)
+        draw_scene(rng, 512, 512, all_anywhere=ALL_ANYWHERE)
         prompt, phrases = phrased(rng, scene)
         words = {thing: prompt[start:end].lower() for thing, start, end in phrases}
         told = dict.fromkeys(NOTES)
@@ -243,6 +244,43 @@ def test_every_shape_is_to_come_at_every_size(size) -> None:
             counted[item.colour] += len(item.centres)
         expected = sum(min(MOST_TO_COME, count) for count in counted.values())
         assert to_come(scene, codes)[0].sum() == expected
+
+
+@pytest.mark.parametrize("large", [0, 40])
+def test_cells_must_say_which_shapes_began_before_them(large) -> None:
+    """Of a preview, whether or not a large grid's states follow; of colours it shows alone."""
+    ground, red, blue = NAMES.index("white"), NAMES.index("red"), NAMES.index("blue")
+    codes = torch.tensor([[ground, INSIDE + red, ground, INSIDE + blue, ground, INSIDE + red]])
+    begun = {red: [0, 0, 1, 1, 1, 1], blue: [0, 0, 0, 0, 1, 1]}
+    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.seen.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.seen.bias)
+
+    def loss(shift: int) -> float:
+        states = torch.zeros(1, 5 + 6 + large, HIDDEN)
+        for colour, seen in begun.items():
+            states[0, 5:11, colour] = 2.0 * torch.tensor(seen).roll(shift) - 1
+        layers[WHERE_LAYER](states)
+        return float(reading.begun(codes, 6 + large))
+
+    assert loss(0) < 1e-3 < loss(-1)
+
+
+def test_cells_must_say_where_in_the_previews_cell_they_lie() -> None:
+    asked = torch.tensor([[[-1, -1], [0, 3], [7, 2]]])
+    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    reading = Reading(layers, HIDDEN)
+    torch.nn.init.eye_(reading.within.weight).data.mul_(20)
+    torch.nn.init.zeros_(reading.within.bias)
+
+    def loss(shift: int) -> float:
+        states = torch.zeros(1, 8, HIDDEN)
+        states[0, [6, 6, 7, 7], [0, EIGHTHS + 3, 7, EIGHTHS + 2]] = 1
+        layers[WHERE_LAYER](states.roll(shift, 1))
+        return float(reading.phases(asked))
+
+    assert loss(0) < 1e-3 < loss(1)
 
 
 def wishes(edit: Edit) -> dict:
