@@ -111,7 +111,7 @@ class AutoregressiveStage(Stage):
         losses = {}
         if count := targets.shape[1]:
             losses |= self._written(batch, states[:, -count:], targets, weights)
-            losses |= self._looked(batch, positions, mask, generator)
+            losses |= self._looked(batch, positions, mask, targets, generator)
         if batch[0].wished is None:
             return losses | self._understood(batch, ids, positions, mask)
         return losses | self._heeded(batch, ids, targets)
@@ -141,7 +141,12 @@ class AutoregressiveStage(Stage):
         return losses
 
     def _looked(
-        self, batch: list[Sample], positions: Tensor, mask: Tensor, generator: torch.Generator
+        self,
+        batch: list[Sample],
+        positions: Tensor,
+        mask: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Losses of where the heads look that copy, and that read the notes or the wish."""
         copies = FROM_PREVIEW if batch[0].wished is None else FROM_REFERENCE
@@ -156,15 +161,12 @@ class AutoregressiveStage(Stage):
         if copies == FROM_REFERENCE:
             losses["turned"] = self._turned(wanted["copied"], positions, mask, generator)
         else:
-            losses["overlooked"] = self._overlooked(batch, positions, mask)
+            preview = targets[:, : math.prod(batch[0].grid)]
+            queries, keys = self._queries_and_keys(WHERE_LAYER, positions)
+            losses["overlooked"] = overlooked(
+                queries[:, FROM_SHAPES], keys, mask, preview, targets.shape[1]
+            )
         return losses
-
-    def _overlooked(self, batch: list[Sample], positions: Tensor, mask: Tensor) -> Tensor:
-        """Loss of where a head of the preview's cells looks: at the shapes that have begun."""
-        queries, keys = self._queries_and_keys(WHERE_LAYER, positions)
-        codes = torch.stack([sample.codes for sample in batch]).to(self.run.device)
-        preview = codes[:, : math.prod(batch[0].grid)]
-        return overlooked(queries[:, FROM_SHAPES], keys, mask, preview, codes.shape[1])
 
     def _turned(
         self, reference: Tensor, positions: Tensor, mask: Tensor, generator: torch.Generator

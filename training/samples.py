@@ -24,8 +24,9 @@ from .wording import Thing, phrased
 
 NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
 NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
-# Which of the items stand already is the last thing to be learnt, and such scenes alone teach it.
-ALL_ANYWHERE = 0.3
+# The share of scenes with all places open, more than `draw_scene`'s: which of the items stand
+# already is the last thing to be learnt, and such scenes alone teach it.
+OPEN_SCENES = 0.3
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Samples:
         copied, within = torch.full_like(codes, -1), torch.full((len(codes), 2), -1)
         if whole:
             large = slice(math.prod(scene.preview), None)
-            copied[large] = first + _same(scene.grid, scene.preview)
-            within[large] = _within(scene.grid, scene.preview)
+            same, within[large] = _same(scene.grid, scene.preview)
+            copied[large] = first + same
         return replace(
             sample, codes=codes, positions=torch.cat(positions, 1), weights=torch.cat(weights),
             copied=copied, within=within, noted=torch.cat(noted),
@@ -109,7 +110,7 @@ class Samples:
 
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
         """A scene and its prompt, which no codes follow."""
-        scene = draw_scene(rng, height, width, all_anywhere=ALL_ANYWHERE)
+        scene = draw_scene(rng, height, width, all_anywhere=OPEN_SCENES)
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
@@ -166,17 +167,20 @@ def _is_open(thing: Thing) -> bool:
     return isinstance(thing, Item) and thing.place is None
 
 
-def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
-    """int64 [H * W]: the index, in the smaller grid, of the cell that each cell's centre is in."""
-    indices = torch.arange(math.prod(smaller), dtype=torch.float32).view(1, 1, *smaller)
-    return F.interpolate(indices, grid, mode="nearest-exact").flatten().long()
+def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The cell of the smaller grid that each cell's centre is in, and where in it that lies.
 
-
-def _within(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
-    """int64 [H * W, 2]: where in that cell the centre lies, in eighths down and to the right."""
-    centres = zip(map(torch.arange, grid), grid, smaller, strict=True)
-    eighths = [(2 * at + 1) * few * EIGHTHS // (2 * many) % EIGHTHS for at, many, few in centres]
-    return torch.cartesian_prod(*eighths)
+    Returns:
+        Indices, int64 [H * W], and eighths of the cell down and to the right, int64 [H * W, 2].
+    """
+    eighths = torch.cartesian_prod(
+        *(
+            (2 * torch.arange(many) + 1) * few * EIGHTHS // (2 * many)
+            for many, few in zip(grid, smaller, strict=True)
+        )
+    )
+    rows, columns = (eighths // EIGHTHS).unbind(-1)
+    return rows * smaller[1] + columns, eighths % EIGHTHS
 
 
 def _weights(codes: np.ndarray, stress: float) -> Tensor:

@@ -37,7 +37,7 @@ from training.reading import (
     to_come,
     wished_by,
 )
-from training.samples import ALL_ANYWHERE, collate, collate_phrases
+from training.samples import OPEN_SCENES, collate, collate_phrases
 from training.scene import SIZES, Item, Scene, Text, draw_scene
 from training.stage import Run
 from training.tokenizer import IMAGE_START, NOTES
@@ -85,7 +85,7 @@ def test_what_speaks_of_a_note_is_its_phrase(stage) -> None:
     for i in range(60):
         scene, sample = stage.samples.scene(np.random.default_rng([10, i]), 512, 512)
         rng = np.random.default_rng([10, i])
-        draw_scene(rng, 512, 512, all_anywhere=ALL_ANYWHERE)
+        draw_scene(rng, 512, 512, all_anywhere=OPEN_SCENES)
         prompt, phrases = phrased(rng, scene)
         words = {thing: prompt[start:end].lower() for thing, start, end in phrases}
         told = dict.fromkeys(NOTES)
