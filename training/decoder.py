@@ -26,7 +26,7 @@ from .edits import draw_edit
 from .glyphs import CHARACTERS, WIDTH, byte_slots, draw_kind
 from .hints import CHARACTER_BLOCK, Hints, look_around, look_up
 from .render import render
-from .scene import SIZES, Scene, Text, draw_content, draw_scene
+from .scene import SIZES, Item, Scene, Text, draw_content, draw_scene
 from .stage import Run, Stage
 from .vae import busy_window
 
@@ -35,6 +35,9 @@ MARGIN = 16  # pixels around a window that the VAE sees and the decoder does not
 # The first batch has this share of almost pure noise, where codes and glyphs alone say what to
 # draw; the last has none.
 NOISY = 0.7
+# What the codes tell least of: of a small star they give two by two cells at 512x512, which differ
+# from a diamond's by half. This share of scenes has one, and this share of images is that small.
+SMALL_STARS, SMALLEST = 0.5, 0.3
 SCHEDULE = ScheduleConfig(1000, base_shift=0.25, max_shift=0.75, base_image_seq_len=256)
 
 
@@ -111,7 +114,8 @@ class DecoderStage(Stage):
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
         """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
-        height, width = SIZES[rng.integers(len(SIZES))]
+        others = (1 - SMALLEST) / (len(SIZES) - 1)
+        height, width = rng.choice(SIZES, p=[SMALLEST, *[others] * (len(SIZES) - 1)]).tolist()
         side = (128, 256, 512)[
             rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.5 else (0.45, 0.35, 0.2))
         ]
@@ -198,7 +202,7 @@ class DecoderStage(Stage):
             Text(draw_content(rng, *kind), text.place)
             for kind, text in zip(kinds, scene.texts, strict=True)
         )
-        return replace(scene, texts=texts)
+        return replace(scene, items=_with_small_star(rng, scene.items), texts=texts)
 
     def _edited(
         self, rng: np.random.Generator, window: tuple[int, int], height: int, width: int
@@ -246,6 +250,15 @@ class DecoderStage(Stage):
             timestep=timestep, target_size=size.float(), crop_coords=torch.zeros_like(size).float(),
             kv_caches=cache,
         ).sample  # fmt: skip
+
+
+def _with_small_star(rng: np.random.Generator, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """The items, one of which is now and then a small star in its place."""
+    if not items or rng.random() >= SMALL_STARS:
+        return items
+    index = rng.integers(len(items))
+    star = replace(items[index], shape="star", size="small")
+    return (*items[:index], star, *items[index + 1 :])
 
 
 def _place(

@@ -21,7 +21,7 @@ from training.autoregressive import AutoregressiveStage
 from training.codes import INSIDE, cells
 from training.decoder import DecoderStage
 from training.samples import _weights, collate
-from training.scene import Scene, Text, place_item
+from training.scene import Scene, Text, draw_scene, place_item
 from training.stage import Run, curves
 from training.tokenizer import IMAGE_PLACEHOLDER, make_processor
 
@@ -183,3 +183,15 @@ def test_edits_are_trained_on_their_references(folder, window) -> None:
         other = stage.loss(batch, generators[1])["velocity"]
     assert with_reference.isfinite()
     assert with_reference != other
+
+
+def test_half_of_the_decoders_scenes_have_a_small_star_where_another_shape_was(folder) -> None:
+    stage = DecoderStage(Run(folder / "run", batch=16))
+    stars = 0
+    for i in range(200):
+        before = draw_scene(np.random.default_rng([6, i]), 512, 512, texts=0)
+        scene = stage._scene(np.random.default_rng([6, i]), 512, 512, [])
+        for old, new in zip(before.items, scene.items, strict=True):
+            assert new in (old, replace(old, shape="star", size="small"))
+        stars += any((item.shape, item.size) == ("star", "small") for item in scene.items)
+    assert 90 <= stars <= 130
