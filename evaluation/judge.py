@@ -23,6 +23,7 @@ SMALLEST = 1 / 700  # share of the picture; the smallest shape, a small star, co
 SAME_KIND = 0.75  # the overlap (intersection over union) of a shape with its ideal outline
 FIRST_HALF, LAST_HALF, MIDDLE = 0.45, 0.55, (0.25, 0.75)
 CHANGED = 24  # levels of 255
+SMOOTHING = 5  # pixels a side that a pixel is the median of
 TEXT_MARGIN = 24  # pixels around a text that are read with it; no shape comes nearer than 32
 LETTER_GAP, READING_BORDER = 6, 8  # pixels; letters a slot apart are read as capitals or not at all
 
@@ -43,9 +44,7 @@ def find_shapes(image: np.ndarray, text_boxes: Collection[Box] = ()) -> list[Fou
     background = _background(names)
     for top, left, height, width in text_boxes:
         names[max(0, top - 8) : top + height + 8, max(0, left - 8) : left + width + 8] = background
-    mask = cv2.morphologyEx(
-        (names != background).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)
-    )
+    mask = _opened((names != background).astype(np.uint8))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     return [
         _measure(names, labels == label, stats[label])
@@ -134,7 +133,9 @@ def changed_outside(a: np.ndarray, b: np.ndarray, box: Box) -> float:
 
 def _nearest_colours(image: np.ndarray) -> np.ndarray:
     """For every pixel the index of the nearest of COLOURS: int64 [H, W]."""
-    red, green, blue = np.moveaxis(cv2.medianBlur(np.ascontiguousarray(image), 5) >> 3, -1, 0)
+    red, green, blue = np.moveaxis(
+        cv2.medianBlur(np.ascontiguousarray(image), SMOOTHING) >> 3, -1, 0
+    )
     return _colour_table()[red, green, blue]
 
 
@@ -160,26 +161,37 @@ def _measure(names: np.ndarray, mask: np.ndarray, stats: np.ndarray) -> Found:
 
 def _kind(mask: np.ndarray) -> str | None:
     """The shape whose outline, brought to the same bounding box, covers the mask best."""
-    stretched = cv2.resize(mask.astype(np.float32), (64, 64), interpolation=cv2.INTER_AREA) > 0.5
+    stretched = _stretched(mask)
     overlaps = {
         shape: (stretched & outline).sum() / (stretched | outline).sum()
-        for shape, outline in _outlines().items()
+        for shape, outline in _outlines(max(mask.shape)).items()
     }
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= SAME_KIND else None
 
 
 @lru_cache
-def _outlines() -> dict[str, np.ndarray]:
-    """Each shape's inside, stretched to fill bool [64, 64]."""
-    steps = np.linspace(-1.1, 1.1, 256)
+def _outlines(size: int) -> dict[str, np.ndarray]:
+    """Each shape's inside as `find_shapes` would find it, stretched to fill bool [64, 64].
+
+    A small shape is `size` pixels high or wide, and loses its thin points to the smoothing.
+    """
+    steps = np.linspace(-1.25, 1.25, round(1.25 * size))
     outlines = {}
     for shape in SHAPES:
-        inside = (signed_distance(shape, steps[:, None], steps[None, :]) < 0).astype(np.float32)
-        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-        tight = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        outlines[shape] = cv2.resize(tight, (64, 64), interpolation=cv2.INTER_AREA) > 0.5
+        inside = (signed_distance(shape, steps[:, None], steps[None, :]) < 0).astype(np.uint8)
+        found = _opened(cv2.medianBlur(inside, SMOOTHING)) > 0
+        rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
+        outlines[shape] = _stretched(found[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     return outlines
+
+
+def _opened(mask: np.ndarray) -> np.ndarray:
+    return cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+
+
+def _stretched(mask: np.ndarray) -> np.ndarray:
+    return cv2.resize(mask.astype(np.float32), (64, 64), interpolation=cv2.INTER_AREA) > 0.5
 
 
 def _matches(

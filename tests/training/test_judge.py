@@ -1,7 +1,9 @@
 """The judge of trained models sees in a drawn picture what was drawn, and not what was not."""
 
 from dataclasses import replace
+from itertools import permutations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -17,7 +19,16 @@ from evaluation.judge import (
     text_box,
 )
 from training.render import render
-from training.scene import COLOURS, SHAPES, Item, Scene, Text, draw_content, draw_scene
+from training.scene import (
+    COLOURS,
+    SHAPES,
+    Item,
+    Scene,
+    Text,
+    draw_content,
+    draw_scene,
+    place_item,
+)
 
 MIRRORED = {
     "left": "right", "right": "left", "top": "bottom", "bottom": "top", "top left": "bottom right",
@@ -52,11 +63,19 @@ def test_a_drawn_scene_is_what_it_is(pictures) -> None:
         assert all(shows_item(shapes_of(picture, scene), scene, item) for item in scene.items)
 
 
-def test_noise_and_soft_edges_change_nothing(pictures) -> None:
+def test_noise_changes_nothing(pictures) -> None:
     noise = np.random.default_rng(0).normal(0, 12, (768, 768, 3))
     for scene, picture in zip(SCENES, pictures, strict=True):
         loud = picture + noise[: scene.height, : scene.width]
         assert matches_kinds(np.clip(loud, 0, 255).astype(np.uint8), scene), scene
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_smallest_shapes_are_of_their_kind_with_soft_edges_too(shape) -> None:
+    for colour, background in permutations(COLOURS, 2):
+        empty = Scene(512, 512, background, (), ())
+        scene = replace(empty, items=(place_item(empty, shape, colour, "small", "left"),))
+        assert matches_kinds(cv2.GaussianBlur(render(scene), (0, 0), 2), scene), scene
 
 
 def test_another_colour_place_background_kind_or_number_is_seen(pictures) -> None:
