@@ -26,7 +26,7 @@ IN_A_ROW = 3
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
     "text_to_image_ksampler": ["中间一个红色心形，白色背景，底部写着“福喜”"],
-    "layout_contact_sheet": ["three green circles at the top, a red square, white background"],
+    "layout_contact_sheet": ["a red square and a blue star, yellow background"],
     "lock_layout_change_prompt": [
         "a red circle on the left, a green square on the right, white background, "
         "the text 'BOOK' at the bottom",
