@@ -27,7 +27,7 @@ from .copying import (
 )
 from .reading import TOLD_LAYER, WHERE_LAYER, Reading
 from .samples import Sample, Samples, collate, collate_phrases, collate_tokens
-from .scene import SIZES
+from .scene import draw_size
 from .stage import Run, Stage
 from .tokenizer import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, VISUAL, make_processor
 
@@ -86,9 +86,8 @@ class AutoregressiveStage(Stage):
         stress = FIRST_CELLS * (1 - progress)
         early = progress < 0.25 and self.run.start is None
         kind = rng.choice(3, p=(0.75, 0.25, 0) if early else (0.3, 0.45, 0.25))
-        squares = 0.1 if kind == 1 else 0.28  # of 512 x 512, where a large grid is its preview
-        others = (1 - squares) / (len(SIZES) - 1)
-        height, width = SIZES[rng.choice(len(SIZES), p=(squares, *(others,) * (len(SIZES) - 1)))]
+        # At 512 x 512 a large grid is its preview.
+        height, width = draw_size(rng, 0.1 if kind == 1 else 0.28)
         prompts, wishes = (0.2, 0) if early else (0.1, 0.05)
         alone = rng.random()
         if alone < prompts:

@@ -26,7 +26,7 @@ from .edits import draw_edit
 from .glyphs import CHARACTERS, WIDTH, byte_slots, draw_kind
 from .hints import CHARACTER_BLOCK, Hints, look_around, look_up
 from .render import render
-from .scene import SIZES, Item, Scene, Text, draw_content, draw_scene
+from .scene import Item, Scene, Text, draw_content, draw_scene, draw_size
 from .stage import Run, Stage
 from .vae import busy_window
 
@@ -114,8 +114,7 @@ class DecoderStage(Stage):
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
         """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
-        others = (1 - SMALLEST) / (len(SIZES) - 1)
-        height, width = rng.choice(SIZES, p=[SMALLEST, *[others] * (len(SIZES) - 1)]).tolist()
+        height, width = draw_size(rng, SMALLEST)
         side = (128, 256, 512)[
             rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.5 else (0.45, 0.35, 0.2))
         ]

@@ -103,6 +103,13 @@ class Scene:
         return top, (columns - 2 * len(text.content)) // 2
 
 
+def draw_size(rng: np.random.Generator, smallest: float) -> tuple[int, int]:
+    """Height and width: the first of SIZES as often as `smallest` says, else any other."""
+    others = len(SIZES) - 1
+    index = rng.choice(len(SIZES), p=(smallest, *((1 - smallest) / others,) * others))
+    return SIZES[index]
+
+
 def draw_scene(
     rng: np.random.Generator,
     height: int,

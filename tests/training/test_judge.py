@@ -19,16 +19,7 @@ from evaluation.judge import (
     text_box,
 )
 from training.render import render
-from training.scene import (
-    COLOURS,
-    SHAPES,
-    Item,
-    Scene,
-    Text,
-    draw_content,
-    draw_scene,
-    place_item,
-)
+from training.scene import COLOURS, SHAPES, Item, Scene, Text, draw_content, draw_scene, place_item
 
 MIRRORED = {
     "left": "right", "right": "left", "top": "bottom", "bottom": "top", "top left": "bottom right",
