@@ -35,6 +35,7 @@ HIDDEN, LAYERS = 192, 6
 # The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
 # tell neighbouring columns by three thousandths of a radian.
 ROPE_THETA = 4.0
+LOCKED = 0.4  # the share of batches of whole images whose preview is given
 FIRST_CELLS = 4.0  # how much more the first cell of a thing counts when training begins
 
 
@@ -98,6 +99,8 @@ class AutoregressiveStage(Stage):
         count = max(1, self.batch_size * 300 // tokens)
         if kind == 2:
             return [self.samples.edit(rng, height, width, stress) for _ in range(count)]
+        if kind == 1 and rng.random() < LOCKED:
+            return [self.samples.locked(rng, height, width, stress) for _ in range(count)]
         return [self.samples.image(rng, height, width, kind == 1, stress) for _ in range(count)]
 
     def loss(self, batch: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
@@ -134,6 +137,7 @@ class AutoregressiveStage(Stage):
             coming = torch.stack([sample.coming for sample in batch]).to(self.run.device)
             losses["coming"] = reading.coming(states[:, :first], coming)
             losses["begun"] = reading.begun(targets[:, :first], targets.shape[1])
+        if batch[0].wished is None:
             within = torch.stack([sample.within for sample in batch]).to(self.run.device)
             if (within >= 0).any():
                 losses["within"] = reading.phases(within)
@@ -159,7 +163,7 @@ class AutoregressiveStage(Stage):
         }
         if copies == FROM_REFERENCE:
             losses["turned"] = self._turned(wanted["copied"], positions, mask, generator)
-        else:
+        elif batch[0].coming is not None:
             preview = targets[:, : math.prod(batch[0].grid)]
             queries, keys = self._queries_and_keys(WHERE_LAYER, positions)
             losses["overlooked"] = overlooked(

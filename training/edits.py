@@ -24,9 +24,9 @@ class Edit:
     to: str | None
 
 
-def draw_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
-    """A scene without texts, and one change of it."""
-    while not (scene := draw_scene(rng, height, width, texts=0)).items:
+def draw_edit(rng: np.random.Generator, height: int, width: int, texts: int | None = 0) -> Edit:
+    """A scene with `texts` texts (0 to 2; None: any), and one change of it."""
+    while not (scene := draw_scene(rng, height, width, texts)).items:
         continue
     kind = str(rng.choice(list(EDITS)))
     return EDITS[kind](rng, scene)

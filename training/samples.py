@@ -1,7 +1,6 @@
 """What the AR model is trained on: prompts with the codes that follow them, and what they know."""
 
 import json
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,13 @@ from .wording import Thing, phrased
 
 NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
 NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
+NOWHERE = torch.zeros(0, 2, dtype=torch.int64)
 # The share of scenes with all places open, more than `draw_scene`'s: which of the items stand
 # already is the last thing to be learnt, and such scenes alone teach it.
 OPEN_SCENES = 0.3
+# The share of a large grid's cells that are read as other cells than they should be, in half of the
+# pictures: whatever went wrong before a cell, it is to be the preview's.
+MISREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Sample:
     """A prompt, and the codes that should follow it with their positions; none, if not given.
 
     codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
+    read: what the model reads where it is to have written each code, int64 [N].
     copied: which token of prompt and codes lies where each code lies, in the preview or in the
         reference; int64 [N], -1 where none does.
     within: where in the preview's cell that is copied the centre of each cell lies, eighths down
@@ -59,10 +63,11 @@ class Sample:
     spoken: Tensor = NO_CODES
     wished: Tensor | None = None
     codes: Tensor = NO_CODES
+    read: Tensor = NO_CODES
     positions: Tensor = NO_POSITIONS
     weights: Tensor = NO_WEIGHTS
     copied: Tensor = NO_CODES
-    within: Tensor = NO_CODES
+    within: Tensor = NOWHERE
     noted: Tensor = NO_CODES
     subject: Tensor = NO_CODES
 
@@ -83,26 +88,29 @@ class Samples:
     ) -> Sample:
         """A prompt and its preview, and if `whole` the large grid after it."""
         scene, sample = self.scene(rng, height, width)
-        grids = [scene.preview, scene.grid] if whole else [scene.preview]
-        base, codes, positions, weights, noted = sample.prompt.end, [], [], [], []
-        for grid in grids:
-            written = cells(scene, grid)
-            codes.append(torch.from_numpy(written).flatten())
-            positions.append(grid_positions(grid, base))
-            weights.append(_weights(written, stress))
-            noted.append(self._noted(sample.prompt, scene, grid))
-            base += max(grid)
-        codes, first = torch.cat(codes), len(sample.prompt)
-        copied, within = torch.full_like(codes, -1), torch.full((len(codes), 2), -1)
-        if whole:
-            large = slice(math.prod(scene.preview), None)
-            same, within[large] = _same(scene.grid, scene.preview)
-            copied[large] = first + same
-        return replace(
-            sample, codes=codes, positions=torch.cat(positions, 1), weights=torch.cat(weights),
-            copied=copied, within=within, noted=torch.cat(noted),
-            coming=to_come(scene, codes[: math.prod(scene.preview)].view(scene.preview)),
+        preview = torch.from_numpy(cells(scene, scene.preview))
+        codes = preview.flatten()
+        sample = replace(
+            sample, codes=codes, read=codes, weights=_weights(preview, stress),
+            positions=grid_positions(scene.preview, sample.prompt.end),
+            copied=torch.full_like(codes, -1), within=torch.full((len(codes), 2), -1),
+            noted=self._noted(sample.prompt, scene, scene.preview), coming=to_come(scene, preview),
         )  # fmt: skip
+        return self._enlarged(rng, sample, scene, scene, stress) if whole else sample
+
+    def locked(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
+        """A prompt, as given a preview that shows one thing otherwise, and that one's large grid.
+
+        Such is a locked layout, and a preview that failed: the large grid is not to mend it.
+        """
+        edit = draw_edit(rng, height, width, texts=None)
+        told, shown = (edit.before, edit.after)[:: rng.choice((1, -1))]
+        sample = self._told(rng, told)
+        sample = self._enlarged(rng, sample, shown, told, stress)
+        prompt, preview = sample.prompt, torch.from_numpy(cells(shown, shown.preview)).flatten()
+        where = grid_positions(shown.preview, prompt.end)
+        given = Prompt(torch.cat([prompt.ids, preview]), torch.cat([prompt.positions, where], 1))
+        return replace(sample, prompt=given, grid=shown.grid)
 
     def prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
         """A prompt alone."""
@@ -111,6 +119,10 @@ class Samples:
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
         """A scene and its prompt, which no codes follow."""
         scene = draw_scene(rng, height, width, all_anywhere=OPEN_SCENES)
+        return scene, self._told(rng, scene)
+
+    def _told(self, rng: np.random.Generator, scene: Scene) -> Sample:
+        """A scene's prompt, which no codes follow."""
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
@@ -123,8 +135,38 @@ class Samples:
         spoken = torch.full((len(NOTES), 2), -1)
         for thing, note in reversed(notes_of(scene)):  # a row may be at the place of another
             spoken[NOTES.index(note)] = torch.tensor(tokens[thing])
-        return scene, Sample(
-            prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken
+        return Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken)
+
+    def _enlarged(
+        self,
+        rng: np.random.Generator,
+        sample: Sample,
+        scene: Scene,
+        told: Scene,
+        stress: float,
+    ) -> Sample:
+        """The sample with a scene's large grid behind its preview; the prompt says `told`."""
+        written, grid = cells(scene), scene.grid
+        codes = torch.from_numpy(written).flatten()
+        same, within = _same(grid, scene.preview)
+        noted = self._noted(sample.prompt, told, grid)
+        as_told = codes == torch.from_numpy(cells(told)).flatten()
+        parts = {
+            "codes": codes,
+            "read": _misread(rng, codes),
+            "positions": grid_positions(grid, sample.prompt.end + max(scene.preview)),
+            "weights": _weights(written, stress),
+            "copied": len(sample.prompt) + same,
+            "within": within,
+            "noted": torch.where(as_told, noted, -1),
+        }
+        # a cell is along the last axis of positions, and the first of all others
+        return replace(
+            sample,
+            **{
+                name: torch.cat([getattr(sample, name), part], int(name == "positions"))
+                for name, part in parts.items()
+            },
         )
 
     def edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
@@ -143,8 +185,8 @@ class Samples:
         subject = torch.from_numpy(cells(about)).flatten() >= INSIDE
         return Sample(
             prompt, grid, wished=wished_by(edit),
-            codes=codes, positions=positions, weights=weights, copied=copied, noted=noted,
-            subject=torch.where(before < INSIDE, -1, subject.long()),
+            codes=codes, read=codes, positions=positions, weights=weights,
+            copied=copied, noted=noted, subject=torch.where(before < INSIDE, -1, subject.long()),
         )  # fmt: skip
 
     def wish(self, rng: np.random.Generator, height: int, width: int) -> Sample:
@@ -183,6 +225,13 @@ def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> tuple[Tensor, Tens
     return rows * smaller[1] + columns, eighths % EIGHTHS
 
 
+def _misread(rng: np.random.Generator, codes: Tensor) -> Tensor:
+    """The codes [N], of which in half of all cases MISREAD are others of them."""
+    wrong = torch.from_numpy(rng.random(len(codes)) < MISREAD * rng.integers(2))
+    others = codes.unique()
+    return torch.where(wrong, others[rng.integers(len(others), size=len(codes))], codes)
+
+
 def _weights(codes: np.ndarray, stress: float) -> Tensor:
     """float [H * W]: 1, and `stress` more for cells that no shape or text is left of or above."""
     shown = np.pad(codes >= INSIDE, ((1, 0), (1, 1)))
@@ -200,7 +249,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
     ids, positions, mask = [], [], []
     for sample in samples:
         pad = longest - len(sample.prompt)
-        ids.append(F.pad(torch.cat([sample.prompt.ids, sample.codes[:-1]]), (pad, 0)))
+        ids.append(F.pad(torch.cat([sample.prompt.ids, sample.read[:-1]]), (pad, 0)))
         where = torch.cat([sample.prompt.positions, sample.positions[:, :-1]], 1)
         positions.append(F.pad(where, (pad, 0)))
         mask.append(F.pad(torch.ones(len(where[0]), dtype=torch.int64), (pad, 0)))

@@ -151,7 +151,8 @@ def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
     )
     assert torch.equal(positions[:, :, :prompt], expected)
     assert targets.shape == (1, 13 * 19 + 16 * 24)
-    assert torch.equal(ids[0, prompt:], targets[0, :-1])
+    assert torch.equal(ids[0, prompt:], sample.read[:-1])
+    assert torch.equal(sample.read[: 13 * 19], targets[0, : 13 * 19])
 
 
 def test_the_first_cell_of_each_thing_counts_more() -> None:
