@@ -138,9 +138,22 @@ class AutoregressiveStage(Stage):
             losses["coming"] = reading.coming(states[:, :first], coming)
             losses["begun"] = reading.begun(targets[:, :first], targets.shape[1])
         if batch[0].wished is None:
-            within = torch.stack([sample.within for sample in batch]).to(self.run.device)
-            if (within >= 0).any():
-                losses["within"] = reading.phases(within)
+            losses |= self._enlarged(batch)
+        return losses
+
+    def _enlarged(self, batch: list[Sample]) -> dict[str, Tensor]:
+        """Losses of which part of what the preview shows the large grid's cells are to show."""
+        reading = self.module["reading"]
+        copied = collate_tokens(batch, "copied").to(self.run.device)
+        within, square = (
+            torch.stack([getattr(sample, name) for sample in batch]).to(self.run.device)
+            for name in ("within", "square")
+        )
+        losses = {}
+        if (within >= 0).any():
+            losses["within"] = reading.phases(within)
+        if (square >= 0).any():
+            losses["square"] = reading.squares(copied, square)
         return losses
 
     def _looked(

@@ -18,10 +18,9 @@ from transformers.models.glm_image.modeling_glm_image import apply_rotary_pos_em
 
 from glm_core.grids import PREVIEW_SIDE
 
-from .reading import NOTHING, WHERE_LAYER, shown_by
+from .reading import COPY_LAYER, NOTHING, shown_by
 from .tokenizer import REFERENCE_TO_PICTURE
 
-COPY_LAYER = WHERE_LAYER + 1
 FROM_PREVIEW, FROM_REFERENCE, FROM_NOTES = range(3)  # heads
 FROM_WISH = 0  # head of `reading.TOLD_LAYER`
 FROM_SHAPES = 1  # head of WHERE_LAYER

@@ -32,14 +32,15 @@ from .scene import (
 from .tokenizer import ANYWHERE, NOTES, SHAPE_AT, TEXT_AT
 
 # After which layer phrases and wishes must be understood; a reference's cells know the wish, and
-# whether it is about them; and the layout, and where a cell lies, are clear.
-PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER = 1, 2, 3, 3, 3
+# whether it is about them; the layout, and where a cell lies, are clear; and a cell is copied.
+PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER, COPY_LAYER = 1, 2, 3, 3, 3, 4
 PHRASE_WEIGHT, LAYOUT_WEIGHT, WHERE_WEIGHT, BELOW_WEIGHT = 0.1, 1.0, 0.1, 0.1
 WISH_WEIGHT, TOLD_WEIGHT, SUBJECT_WEIGHT, BECOME_WEIGHT = 0.1, 2.0, 0.5, 0.3
-SEEN_WEIGHT, COME_WEIGHT, WITHIN_WEIGHT = 0.5, 0.5, 0.1
+SEEN_WEIGHT, COME_WEIGHT, WITHIN_WEIGHT, SQUARE_WEIGHT = 0.5, 0.5, 0.1, 0.3
 BELOW = (2, 4)  # rows
 MOST_TO_COME = 4
 EIGHTHS = 8  # of a preview's cell
+WIDEST_SQUARE = 2 * max(RADII.values())  # around a shape, in cells of the preview
 LONGEST_SIDE = max(map(max, SIZES)) // 32  # of a grid, in cells
 NOTHING, WRITING = len(NAMES), len(NAMES) + 1  # beside the colours of shapes, what a cell shows
 OF_PAIRS = torch.tensor([[NAMES.index(name) for name in pair] for pair in PAIRS]).T
@@ -162,13 +163,34 @@ def to_come(scene: Scene, codes: Tensor) -> Tensor:
     return counts.clamp(max=MOST_TO_COME)
 
 
+def squares_at(scene: Scene, grid: tuple[int, int]) -> Tensor:
+    """int64 [H, W, 2]: the row and the column, in the square around a shape, of each cell's centre.
+
+    They are the preview's; -1 for cells in no such square.
+    """
+    squares = torch.full((*grid, 2), -1)
+    for item in scene.items:
+        for centre in item.centres:
+            down, right = (
+                (item.radius + away).floor().long() for away in _away(scene, grid, centre)
+            )
+            inside = _square(scene, grid, centre, item.radius)
+            squares[inside] = torch.cartesian_prod(down, right).unflatten(0, grid)[inside]
+    return squares
+
+
 def _square(scene: Scene, grid: tuple[int, int], centre: tuple, radius: float) -> Tensor:
     """bool [H, W]: the cells of a grid whose centres lie in the square around a shape."""
-    down, right = (
-        (((torch.arange(many) + 0.5) / many) * few - at).abs() < radius
-        for many, few, at in zip(grid, scene.preview, centre, strict=True)
-    )
+    down, right = (away.abs() < radius for away in _away(scene, grid, centre))
     return down[:, None] & right
+
+
+def _away(scene: Scene, grid: tuple[int, int], point: tuple) -> list[Tensor]:
+    """How far a grid's rows and columns are below and right of a point: preview cells, [H], [W]."""
+    return [
+        ((torch.arange(many) + 0.5) / many) * few - at
+        for many, few, at in zip(grid, scene.preview, point, strict=True)
+    ]
 
 
 def _answers(thing: Item | Text) -> dict:
@@ -228,7 +250,8 @@ class Reading(nn.Module):
     def __init__(self, layers: Sequence[nn.Module], width: int) -> None:
         super().__init__()
         self.states = {}  # [B, S, width] after each of these layers, of the model's last pass
-        for layer in {PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER}:
+        asked = {PHRASE_LAYER, TOLD_LAYER, SUBJECT_LAYER, LAYOUT_LAYER, WHERE_LAYER, COPY_LAYER}
+        for layer in asked:
             layers[layer].register_forward_hook(partial(self._keep, layer))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.phrase = nn.Linear(width, sum(map(len, ASKED.values())))
@@ -242,6 +265,8 @@ class Reading(nn.Module):
         self.come = nn.Linear(width, len(NAMES) * (MOST_TO_COME + 1))
         self.subject = nn.Linear(width, 2)
         self.told = nn.Linear(width, sum(map(len, WISHED.values())))
+        self.square = nn.Linear(width, 2 * WIDEST_SQUARE)
+        self.copied_square = nn.Linear(width, 2 * WIDEST_SQUARE)
 
     def phrases(self, ends: Tensor, asked: Tensor) -> Tensor:
         """Weighted loss of phrases that end at (sample, token) ends [K, 2]; asked: [K, ASKED]."""
@@ -315,6 +340,21 @@ class Reading(nn.Module):
         """
         states = self.norm(self.states[WHERE_LAYER][:, -asked.shape[1] :])
         return WITHIN_WEIGHT * _mean_loss(self.within(states).split(EIGHTHS, -1), asked)
+
+    def squares(self, copied: Tensor, asked: Tensor) -> Tensor:
+        """Weighted loss of where in a shape the cells of the large grid lie.
+
+        The preview's cells that they copy must say it, and they themselves when they have.
+
+        Args:
+            copied: int64 [B, N], tokens, for each of the last states; -1 where none is.
+            asked: int64 [B, N, 2], `squares_at`; -1 for what lies in none.
+        """
+        states = self._at(WHERE_LAYER, copied.clamp(min=0))
+        there = self.norm(self.states[COPY_LAYER][:, -asked.shape[1] :])
+        said = (self.square(states), self.copied_square(there))
+        losses = [_mean_loss(one.split(WIDEST_SQUARE, -1), asked) for one in said]
+        return SQUARE_WEIGHT * torch.stack(losses).mean()
 
     def begun(self, codes: Tensor, written: int) -> Tensor:
         """Weighted loss of which of a preview's shapes have begun before each cell, by colour.

@@ -16,7 +16,16 @@ from glm_core.prompt import Prompt, PromptTokenizer
 
 from .codes import CODEBOOK, INSIDE, cells
 from .edits import draw_edit
-from .reading import EIGHTHS, asked_by, layout_of, noted_at, notes_of, to_come, wished_by
+from .reading import (
+    EIGHTHS,
+    asked_by,
+    layout_of,
+    noted_at,
+    notes_of,
+    squares_at,
+    to_come,
+    wished_by,
+)
 from .scene import Item, Scene, draw_scene
 from .tokenizer import IMAGE_START, NOTES
 from .wording import Thing, phrased
@@ -42,6 +51,8 @@ class Sample:
         reference; int64 [N], -1 where none does.
     within: where in the preview's cell that is copied the centre of each cell lies, eighths down
         and to the right, int64 [N, 2]; -1 where none is.
+    square: in which of the preview's rows and columns of the square around a shape each cell of a
+        large grid lies, int64 [N, 2]; -1 where in none.
     noted: which token of the prompt is a note on what each code is a part of, or, in an edit, on
         what is wished, if that changes the cell; likewise.
     grid: rows and columns of the grid that the codes begin with.
@@ -68,6 +79,7 @@ class Sample:
     weights: Tensor = NO_WEIGHTS
     copied: Tensor = NO_CODES
     within: Tensor = NOWHERE
+    square: Tensor = NOWHERE
     noted: Tensor = NO_CODES
     subject: Tensor = NO_CODES
 
@@ -88,13 +100,14 @@ class Samples:
     ) -> Sample:
         """A prompt and its preview, and if `whole` the large grid after it."""
         scene, sample = self.scene(rng, height, width)
-        preview = torch.from_numpy(cells(scene, scene.preview))
-        codes = preview.flatten()
+        written, grid = cells(scene, scene.preview), scene.preview
+        codes = torch.from_numpy(written).flatten()
+        nowhere = torch.full((len(codes), 2), -1)
         sample = replace(
-            sample, codes=codes, read=codes, weights=_weights(preview, stress),
-            positions=grid_positions(scene.preview, sample.prompt.end),
-            copied=torch.full_like(codes, -1), within=torch.full((len(codes), 2), -1),
-            noted=self._noted(sample.prompt, scene, scene.preview), coming=to_come(scene, preview),
+            sample, codes=codes, read=codes, weights=_weights(written, stress),
+            positions=grid_positions(grid, sample.prompt.end),
+            copied=torch.full_like(codes, -1), within=nowhere, square=nowhere,
+            noted=self._noted(sample.prompt, scene, grid), coming=to_come(scene, codes.view(grid)),
         )  # fmt: skip
         return self._enlarged(rng, sample, scene, scene, stress) if whole else sample
 
@@ -117,12 +130,12 @@ class Samples:
         return self.scene(rng, height, width)[1]
 
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
-        """A scene and its prompt, which no codes follow."""
+        """A scene, and its prompt alone."""
         scene = draw_scene(rng, height, width, all_anywhere=OPEN_SCENES)
         return scene, self._told(rng, scene)
 
     def _told(self, rng: np.random.Generator, scene: Scene) -> Sample:
-        """A scene's prompt, which no codes follow."""
+        """A scene's prompt alone."""
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
@@ -138,12 +151,7 @@ class Samples:
         return Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken)
 
     def _enlarged(
-        self,
-        rng: np.random.Generator,
-        sample: Sample,
-        scene: Scene,
-        told: Scene,
-        stress: float,
+        self, rng: np.random.Generator, sample: Sample, scene: Scene, told: Scene, stress: float
     ) -> Sample:
         """The sample with a scene's large grid behind its preview; the prompt says `told`."""
         written, grid = cells(scene), scene.grid
@@ -158,6 +166,7 @@ class Samples:
             "weights": _weights(written, stress),
             "copied": len(sample.prompt) + same,
             "within": within,
+            "square": squares_at(scene, grid).flatten(0, 1),
             "noted": torch.where(as_told, noted, -1),
         }
         # a cell is along the last axis of positions, and the first of all others
