@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from glm_core.grids import grid_positions
-from training.autoregressive import HIDDEN, AutoregressiveStage
+from training.autoregressive import HIDDEN, LAYERS, AutoregressiveStage
 from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, cells
 from training.edits import EDITS, Edit, draw_edit
 from training.reading import (
     ABOUT,
     ASKED,
     BELOW,
+    COPY_LAYER,
     EIGHTHS,
     LAYOUT_LAYER,
     LONGEST_SIDE,
@@ -26,6 +27,7 @@ from training.reading import (
     SUBJECT_LAYER,
     TOLD_LAYER,
     WHERE_LAYER,
+    WIDEST_SQUARE,
     WISHED,
     WRITING,
     Reading,
@@ -34,11 +36,12 @@ from training.reading import (
     layout_of,
     notes_of,
     shown_by,
+    squares_at,
     to_come,
     wished_by,
 )
 from training.samples import OPEN_SCENES, collate, collate_phrases
-from training.scene import SIZES, Item, Scene, Text, draw_scene
+from training.scene import SIZES, Item, Scene, Text, draw_scene, place_item
 from training.stage import Run
 from training.tokenizer import IMAGE_START, NOTES
 from training.wording import phrased
@@ -198,7 +201,7 @@ def test_the_rows_asked_for_are_those_below() -> None:
     scene = draw_scene(np.random.default_rng(6), 512, 512, texts=1)
     codes = torch.from_numpy(cells(scene))[None]
     shown = shown_by(codes)
-    reading = Reading([torch.nn.Identity()] * (WHERE_LAYER + 1), HIDDEN)
+    reading = Reading([torch.nn.Identity()] * LAYERS, HIDDEN)
     said = torch.zeros(*codes.shape, HIDDEN)
     for i, rows in enumerate(BELOW):
         one_hot = torch.nn.functional.one_hot(shown[:, rows:], WRITING + 1).float()
@@ -252,7 +255,7 @@ def test_cells_must_say_which_shapes_began_before_them(large) -> None:
     ground, red, blue = NAMES.index("white"), NAMES.index("red"), NAMES.index("blue")
     codes = torch.tensor([[ground, INSIDE + red, ground, INSIDE + blue, ground, INSIDE + red]])
     begun = {red: [0, 0, 1, 1, 1, 1], blue: [0, 0, 0, 0, 1, 1]}
-    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.seen.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.seen.bias)
@@ -269,7 +272,7 @@ def test_cells_must_say_which_shapes_began_before_them(large) -> None:
 
 def test_cells_must_say_where_in_the_previews_cell_they_lie() -> None:
     asked = torch.tensor([[[-1, -1], [0, 3], [7, 2]]])
-    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.within.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.within.bias)
@@ -281,6 +284,51 @@ def test_cells_must_say_where_in_the_previews_cell_they_lie() -> None:
         return float(reading.phases(asked))
 
     assert loss(0) < 1e-3 < loss(1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_square_holds_its_shape_at_every_size(size) -> None:
+    """Its rows and columns count from the first that the shape is in, a preview cell each."""
+    scene = Scene(*size, "white", (), ())
+    left = place_item(scene, "square", "red", "big", "left")
+    scene = replace(scene, items=(left,))
+    right = place_item(scene, "circle", "blue", "small", "right")
+    scene = replace(scene, items=(left, right))
+    for grid in (scene.preview, scene.grid):
+        squares, shown = squares_at(scene, grid), torch.from_numpy(cells(scene, grid)) >= INSIDE
+        assert (squares[shown] >= 0).all(1).float().mean() > 0.85  # but for softened edges
+        assert torch.equal(squares[..., 0] < 0, squares[..., 1] < 0)
+        columns = torch.arange(grid[1])
+        for half, item in ((columns < grid[1] // 2, left), (columns >= grid[1] // 2, right)):
+            for axis, (many, few) in enumerate(zip(grid, scene.preview, strict=True)):
+                inside = (squares[..., axis] >= 0) & half
+                first = int(inside.any(1 - axis).nonzero()[0, 0])
+                steps = squares[..., axis].where(half, -1).amax(1 - axis)
+                steps = steps[steps >= 0]
+                assert steps.unique().tolist() == list(range(2 * int(item.radius)))
+                assert (steps.diff() >= 0).all()
+                top = item.centres[0][axis] - item.radius
+                assert (first - 0.5) * few / many <= top <= (first + 0.5) * few / many
+
+
+def test_cells_and_their_copies_must_say_where_in_a_shape_they_lie() -> None:
+    layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
+    reading = Reading(layers, HIDDEN)
+    for head in (reading.square, reading.copied_square):
+        torch.nn.init.zeros_(head.bias)
+        head.weight.data = 20 * torch.eye(HIDDEN)[: 2 * WIDEST_SQUARE]
+    copied = torch.tensor([[-1, 2, 3]])  # the last three of eight tokens
+    asked = torch.tensor([[[-1, -1], [0, 4], [5, 1]]])
+
+    def loss(preview: int = 0, large: int = 0) -> float:
+        for layer, tokens, shift in ((WHERE_LAYER, (2, 3), preview), (COPY_LAYER, (6, 7), large)):
+            states = torch.zeros(1, 8, HIDDEN)
+            for token, (row, column) in zip(tokens, asked[0, 1:].tolist(), strict=True):
+                states[0, token, [row, WIDEST_SQUARE + column]] = 1
+            layers[layer](states.roll(shift, 1))
+        return float(reading.squares(copied, asked).detach())
+
+    assert loss() < 1e-3 < min(loss(preview=1), loss(large=1))
 
 
 def wishes(edit: Edit) -> dict:
@@ -343,7 +391,7 @@ def test_a_wish_is_about_the_cells_of_its_subject(stage) -> None:
 
 def test_every_cell_of_a_reference_must_repeat_the_wish() -> None:
     asked = wished_by(draw_edit(np.random.default_rng([6, 1]), 512, 768))
-    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.told.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.told.bias)
@@ -360,7 +408,7 @@ def test_every_cell_of_a_reference_must_repeat_the_wish() -> None:
 
 
 def test_cells_must_say_whether_the_wish_is_about_them() -> None:
-    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.subject.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.subject.bias)
@@ -378,7 +426,7 @@ def test_a_reference_must_say_what_it_becomes() -> None:
     before, after = (
         torch.from_numpy(cells(scene)).flatten()[None] for scene in (edit.before, edit.after)
     )
-    count, layers = before.shape[1], [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    count, layers = before.shape[1], [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.become.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.become.bias)
@@ -395,7 +443,7 @@ def test_a_reference_must_say_what_it_becomes() -> None:
 
 def test_the_start_of_the_reference_must_say_what_is_wished() -> None:
     edit = draw_edit(np.random.default_rng([6, 1]), 512, 768)
-    layers = [torch.nn.Identity() for _ in range(LAYOUT_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, HIDDEN)
     torch.nn.init.eye_(reading.wish.weight).data.mul_(20)
     torch.nn.init.zeros_(reading.wish.bias)
@@ -416,7 +464,7 @@ def test_every_state_must_say_where_the_cell_lies_that_it_is_to_name(stage) -> N
     rows, columns = scene.preview
     positions = grid_positions(scene.preview, sample.prompt.end).unsqueeze(1)
     width = 2 * LONGEST_SIDE
-    layers = [torch.nn.Identity() for _ in range(WHERE_LAYER + 1)]
+    layers = [torch.nn.Identity() for _ in range(LAYERS)]
     reading = Reading(layers, width)
     torch.nn.init.eye_(reading.where.weight)
     reading.where.weight.data.mul_(20)
