@@ -109,7 +109,10 @@ class Samples:
             copied=torch.full_like(codes, -1), within=nowhere, square=nowhere,
             noted=self._noted(sample.prompt, scene, grid), coming=to_come(scene, codes.view(grid)),
         )  # fmt: skip
-        return self._enlarged(rng, sample, scene, scene, stress) if whole else sample
+        if not whole:
+            return sample
+        noted = self._noted(sample.prompt, scene, scene.grid)
+        return self._enlarged(rng, sample, scene, noted, stress)
 
     def locked(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
         """A prompt, as given a preview that shows one thing otherwise, and that one's large grid.
@@ -119,7 +122,9 @@ class Samples:
         edit = draw_edit(rng, height, width, texts=None)
         told, shown = (edit.before, edit.after)[:: rng.choice((1, -1))]
         sample = self._told(rng, told)
-        sample = self._enlarged(rng, sample, shown, told, stress)
+        as_told = torch.from_numpy(cells(told) == cells(shown)).flatten()
+        noted = torch.where(as_told, self._noted(sample.prompt, told, told.grid), -1)
+        sample = self._enlarged(rng, sample, shown, noted, stress)
         prompt, preview = sample.prompt, torch.from_numpy(cells(shown, shown.preview)).flatten()
         where = grid_positions(shown.preview, prompt.end)
         given = Prompt(torch.cat([prompt.ids, preview]), torch.cat([prompt.positions, where], 1))
@@ -151,14 +156,12 @@ class Samples:
         return Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken)
 
     def _enlarged(
-        self, rng: np.random.Generator, sample: Sample, scene: Scene, told: Scene, stress: float
+        self, rng: np.random.Generator, sample: Sample, scene: Scene, noted: Tensor, stress: float
     ) -> Sample:
-        """The sample with a scene's large grid behind its preview; the prompt says `told`."""
+        """The sample with a scene's large grid, `noted` in its cells, behind its preview."""
         written, grid = cells(scene), scene.grid
         codes = torch.from_numpy(written).flatten()
         same, within = _same(grid, scene.preview)
-        noted = self._noted(sample.prompt, told, grid)
-        as_told = codes == torch.from_numpy(cells(told)).flatten()
         parts = {
             "codes": codes,
             "read": _misread(rng, codes),
@@ -167,7 +170,7 @@ class Samples:
             "copied": len(sample.prompt) + same,
             "within": within,
             "square": squares_at(scene, grid).flatten(0, 1),
-            "noted": torch.where(as_told, noted, -1),
+            "noted": noted,
         }
         # a cell is along the last axis of positions, and the first of all others
         return replace(

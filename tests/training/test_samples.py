@@ -8,7 +8,7 @@ import torch
 
 from glm_core.grids import grid_positions, preview_grid
 from training.autoregressive import AutoregressiveStage
-from training.codes import CODEBOOK
+from training.codes import CODEBOOK, INSIDE
 from training.samples import MISREAD, Sample, collate
 from training.scene import SIZES
 from training.stage import Run
@@ -43,7 +43,7 @@ def test_a_locked_preview_is_not_what_the_prompt_says(stage) -> None:
         sample = locked(stage, i)
         other = stage.samples.image(np.random.default_rng([11, i]), 512, 512, True, 0.0)
         assert len(other.codes) == 2 * len(sample.codes)
-        shapes = (sample.codes >= 8) & (sample.noted < 0)
+        shapes = (sample.codes >= INSIDE) & (sample.noted < 0)
         unasked.append(bool(shapes.any()))
     assert sum(unasked) > 5
 
