@@ -153,7 +153,7 @@ class ARBench:
         buffers = runner.buffers(model, shape)
         positions = text_positions(shape.length).to(self.bench.device)
         buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
-        buffers.aim(at - PROMPT_LENGTH + 1, 0, at)
+        buffers.aim(at - PROMPT_LENGTH + 1, 0, at, 1)
         span = span_of(at + 1)
 
         def step() -> None:

@@ -100,7 +100,7 @@ class ARConfig:
 
 
 def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosines and signed sines of positions [3, L], for `apply_rope`: [2, L, head_dim] in `dtype`.
+    """Cosines and signed sines of positions [3, L]: [2, L, head_dim] in `dtype`.
 
     The frequencies are cut into `mrope_section` pieces, which take their position from the axes
     (t, h, w) in turn. Computed in float32 and then cast, as the reference does. The first half's
@@ -118,9 +118,18 @@ def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tenso
     return torch.stack([cos, sin]).to(dtype)
 
 
-def apply_rope(x: Tensor, rope: Tensor, rotary_dim: int) -> Tensor:
-    """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2) by its part of `rope_table`."""
+Angles = tuple[Tensor, Tensor]
+"""A `rope_table` as layers take it: cosines and signed sines, each [L, 1, head_dim]."""
+
+
+def _angles(rope: Tensor) -> Angles:
     cos, sin = rope.unsqueeze(2)
+    return cos, sin
+
+
+def apply_rope(x: Tensor, angles: Angles, rotary_dim: int) -> Tensor:
+    """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2)."""
+    cos, sin = angles
     first, second, passed = x.split(
         (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
     )
@@ -210,11 +219,12 @@ class TextModel(nn.Module):
     def forward(self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype) -> Tensor:
         """ids [B, L] to hidden states [B, L, hidden_size]"""
         x = self.embed_tokens(ids).to(dtype)
+        angles = _angles(rope)
         for layer in self.layers:
-            x = layer(x, rope, reading)
+            x = layer(x, angles, reading)
         home = x.device
         for part in self.ranges:
-            x, there = hop(x, part.home), hop(rope, part.home)
+            x, there = hop(x, part.home), _angles(hop(rope, part.home))
             reading_there = reading.at(part.home)
             for layer in part.layers:
                 x = layer(x, there, reading_there)
@@ -255,8 +265,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, operations=operations, **layer)
         self.post_mlp_layernorm = norm()
 
-    def forward(self, x: Tensor, rope: Tensor, reading: Pass) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, reading)
+    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), angles, reading)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
 
@@ -278,13 +288,13 @@ class Attention(nn.Module):
         self.v_proj = operations.Linear(config.hidden_size, kv_width, **layer)
         self.o_proj = operations.Linear(width, config.hidden_size, **layer | {"bias": False})
 
-    def forward(self, x: Tensor, rope: Tensor, reading: Pass) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
         # Views instead of einops, here where a step's time is Python's: [B, L, heads, D]
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = apply_rope(torch.cat([q, k], dim=2), rope, self.rotary_dim)
+        rotated = apply_rope(torch.cat([q, k], dim=2), angles, self.rotary_dim)
         q, k = rotated.split((q.shape[2], k.shape[2]), dim=2)
         return self.o_proj(reading.attend(self.index, q, k, v))
 

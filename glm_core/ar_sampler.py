@@ -18,8 +18,8 @@ from .ar_step import EagerRunner, Runner, StepShape
 from .errors import GLMImageError
 from .grids import Grid, grid_positions, preview_grid
 from .kv_cache import BlockPass, span_of
-from .logits import SamplingOptions, draw_token
-from .lookahead import accepted, guess_row
+from .logits import SamplingOptions
+from .lookahead import guess_row
 from .philox import gumbel, sample_keys
 from .prompt import Prompt
 from .tokens import UNKNOWN
@@ -157,14 +157,13 @@ def _write(model: ARModel, prompt: Prompt, plan: list[_Plan], run: Run) -> list[
         int64 [B, rows, columns] for each grid.
     """
     sequence = _Sequence(model, prompt, plan, run)
-    write = sequence.write if run.lookahead == 1 else sequence.write_ahead
     report = _Report(sequence, plan, run)
     for p in plan:
         for row, free in enumerate(p.free()):
             if free.any():
-                sequence.begin_row(p, row)
+                sequence.begin_row(p, row, free)
             for columns in _runs(free.tolist()):
-                for cell, cells in write(columns):
+                for cell, cells in sequence.write(columns):
                     report.wrote(cell, cells)
     return _grids(sequence.tokens.clone(), plan)
 
@@ -203,31 +202,31 @@ class _Sequence:
             run.batch_size,
             cells.shape[1],
             max(p.grid[1] for p in plan),
-            span_of(positions.shape[1]),
+            span_of(positions.shape[1] + run.lookahead - 1),
             run.options,
             run.device,
             run.dtype,
+            run.lookahead,
         )
         self._buffers = run.runner.buffers(model, shape)
-        self._buffers.tokens.copy_(cells)
+        self.tokens.copy_(cells)
         self._rope = rope_table(model.config, positions, run.dtype)
         self._buffers.rope[:, : positions.shape[1]] = self._rope
         self._filled = 0  # positions read so far
         self._row_start = 0  # the first cell of the row being written
-        self._guesses: Tensor | None = None  # of the row being written: int64 [B, columns]
 
     @property
     def tokens(self) -> Tensor:
-        """int64 [B, cells of all grids], the cells not written yet 0."""
-        return self._buffers.tokens
+        """int64 [B, cells of all grids]; cells not written yet are guesses or 0."""
+        return self._buffers.tokens[:, : self._buffers.shape.cells]
 
-    def begin_row(self, plan: "_Plan", row: int) -> None:
+    def begin_row(self, plan: "_Plan", row: int, free: Tensor) -> None:
         """Turn to a row: its noise, a sample at a time, which is all the memory it needs, and
-        where the run looks ahead, its guesses."""
+        where the run looks ahead, guesses in its free cells (bool [columns])."""
         first = sum(p.cells for p in self._plan[: self._plan.index(plan)])
         self._row_start = first + row * plan.grid[1]
         if self._run.lookahead > 1:
-            self._guesses = self._guess(plan, row)
+            self._guess(plan, row, free.to(self._run.device))
         if self._buffers.noise is None:
             return
         columns = torch.arange(plan.grid[1], device=self._run.device)
@@ -235,80 +234,58 @@ class _Sequence:
         for noise, key in zip(self._buffers.noise, self._keys, strict=True):
             noise[: len(columns)] = gumbel(key[None], plan.number, row, columns, codebook)[0]
 
-    def _guess(self, plan: "_Plan", row: int) -> Tensor:
+    def _guess(self, plan: "_Plan", row: int, free: Tensor) -> None:
         start, width = self._row_start, plan.grid[1]
         above = self.tokens[:, start - width : start] if row else None
         preview = None
         if plan.number == _LARGE and len(self._plan) > 1:
             preview = _grids(self.tokens, self._plan)[0]
         guesses = guess_row(above, preview, plan.grid, row)
-        if guesses is None:
-            return self.tokens.new_zeros(self.tokens.shape[0], width)
-        return guesses.clone()
+        if guesses is not None:
+            cells = self.tokens[:, start : start + width]
+            cells.copy_(torch.where(free, guesses, cells))
 
     def write(self, columns: range) -> Iterator[tuple[int, int]]:
-        """Draw free cells of the row, which follow each other, one a pass.
+        """Draw free cells of the row, which follow each other, up to `lookahead` a pass.
 
         Yields:
-            the last cell that was drawn, and how many were
+            the last cell that is final, and how many became so
         """
-        for column in columns:
+        start = columns.start
+        while start < columns.stop:
             self._run.check_interrupt()
-            self._write_one(self._row_start + column, column)
-            yield self._row_start + column, 1
-
-    def write_ahead(self, columns: range) -> Iterator[tuple[int, int]]:
-        """As `write`, with up to `lookahead` cells a pass: the next, and those guessed right."""
-        start, stop = columns.start, columns.stop
-        while start < stop:
-            self._run.check_interrupt()
-            draws = self._draw_ahead(start, min(start + self._run.lookahead, stop))
-            end = start + draws.shape[1]
-            final = accepted(draws, self._guesses[:, start : end - 1])
             cell = self._row_start + start
-            self.tokens[:, cell : cell + final] = draws[:, :final]
-            self._guesses[:, start:end] = draws
-            self._filled = self._prompt.shape[1] + cell + final - 1
+            final = self._write_from(cell, start, columns.stop - start)
             start += final
             yield cell + final - 1, final
 
-    def _draw_ahead(self, start: int, stop: int) -> Tensor:
-        """Draws [B, W] for columns from `start` on, each after the guesses before it."""
-        cell = self._row_start + start
-        if self._filled == 0:
-            logits = self._read_prompt()
-        if cell:
-            guesses = self._guesses[:, start : stop - 1]
-            self.tokens[:, cell : cell + guesses.shape[1]] = guesses
-            logits = self._read_up_to(cell + guesses.shape[1], tail=stop - start)
-        noise = self._buffers.noise
-        noise = None if noise is None else noise[:, start : start + logits.shape[1]]
-        return draw_token(logits, noise, self._run.options)
-
-    def _write_one(self, cell: int, column: int) -> None:
+    def _write_from(self, cell: int, column: int, left: int) -> int:
+        """Draw a cell, and after it as many of those left in its run as were guessed right."""
         before = self._prompt.shape[1] + cell - 1  # the position of the id before the cell
-        self._buffers.aim(cell, column, before)
+        self._buffers.aim(cell, column, before, left)
         if self._filled == 0:
             logits = self._read_prompt()
             if cell == 0:
                 self._buffers.draw(logits)
-                return
-        if self._filled == before:
-            span = span_of(before + 1)
-            self._run.runner.run(lambda: self._buffers.step(self._model, span), span)
-            self._filled += 1
-        else:
+                return 1
+        if self._filled < before:
             self._buffers.draw(self._read_up_to(cell))
+            return 1
+        span = span_of(before + self._run.lookahead)
+        self._run.runner.run(lambda: self._buffers.step(self._model, span), span)
+        final = int(self._buffers.final) if self._run.lookahead > 1 else 1  # waits for the device
+        self._filled += final
+        return final
 
-    def _read_up_to(self, cell: int, tail: int = 1) -> Tensor:
-        """Logits [B, tail, codebook] of a cell and those before it; what is before the cell and
-        has not been read yet goes in one pass."""
+    def _read_up_to(self, cell: int) -> Tensor:
+        """Logits [B, 1, codebook] of a cell; what is before it and has not been read yet goes in
+        one pass."""
         start, length = self._filled, self._prompt.shape[1]
         self._filled = length + cell
         block = self.tokens[:, start - length : cell]
         rope = self._rope[:, start : self._filled]
         reading = BlockPass(self._buffers.cache, start)
-        return self._model(block, rope, reading, self._run.dtype, tail)
+        return self._model(block, rope, reading, self._run.dtype)
 
     def _read_prompt(self) -> Tensor:
         """Read the prompt once for the whole batch, then give each sample its copy."""

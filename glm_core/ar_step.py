@@ -1,7 +1,7 @@
-"""One token for every sample, as a step whose shapes and addresses never change.
+"""The next cells of every sample, as a step whose shapes and addresses never change.
 
-What moves from step to step (which cell, at which position, with which noise) is in buffers on the
-device, so the same step can be recorded once, as a CUDA graph, and replayed for a whole image.
+What moves from step to step (which cells, at which positions, with which noise) is in buffers on
+the device, so the same step can be recorded once, as a CUDA graph, and replayed for a whole image.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from .ar_model import ARModel
 from .kv_cache import StepPass, step_mask
 from .logits import SamplingOptions, draw_token
+from .lookahead import accepted
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class StepShape:
     Args:
         cells: of all grids together.
         columns: of the widest grid.
-        length: positions that the cache has room for, a multiple of `kv_cache.SPAN`.
+        length: positions that the cache has room for, a multiple of `kv_cache.SPAN`; the step that
+            writes the last cell reaches `width - 1` beyond it.
         dtype: what to compute in.
+        width: cells that a step draws, all but the first after guesses, see `lookahead.py`.
     """
 
     batch: int
@@ -34,57 +37,88 @@ class StepShape:
     options: SamplingOptions
     device: torch.device
     dtype: torch.dtype
+    width: int = 1
 
 
 class StepBuffers:
     """A run's state on the device.
 
-    tokens: int64 [B, cells], in the order in which they are written.
+    What a step of several cells reaches beyond the last cell or column is there and never read.
+
+    tokens: int64 [B, cells + width - 1], in the order in which they are written; cells of the row
+        being written that are not final hold guesses.
     rope: [2, length, head_dim], see `ar_model.rope_table`.
-    noise: float32 [B, columns, codebook] of the row being written; None where greedy.
+    noise: float32 [B, columns + width - 1, codebook] of the row being written; None where greedy.
+    final: int64 [], of the cells that the last step drew, how many are final in every sample.
     """
 
     def __init__(self, model: ARModel, shape: StepShape) -> None:
-        config = model.config
+        config, beyond = model.config, shape.width - 1
         place = {"device": shape.device, "dtype": shape.dtype}
+        whole = {"device": shape.device, "dtype": torch.int64}
         self.shape = shape
         self.cache = model.new_cache(shape.batch, shape.length, **place)
-        self.tokens = torch.zeros(shape.batch, shape.cells, dtype=torch.int64, device=shape.device)
+        self.tokens = torch.zeros(shape.batch, shape.cells + beyond, **whole)
         self.rope = torch.zeros(2, shape.length, config.head_dim, **place)
         self.noise = (
-            torch.zeros(shape.batch, shape.columns, config.codebook, device=shape.device)
+            torch.zeros(shape.batch, shape.columns + beyond, config.codebook, device=shape.device)
             if shape.options.temperature
             else None
         )
-        # The cell to write, its column, and the position of the id before it: int64 [1] each.
-        self.cell, self.column, self.position = torch.zeros(
-            3, 1, dtype=torch.int64, device=shape.device
-        )
+        # The cells to draw, their columns, and the positions of the ids before them.
+        self.cell, self.column, self.position = torch.zeros(3, shape.width, **whole)
+        self.left = torch.zeros((), **whole)  # cells from the first on that may be written
+        self.final = torch.ones((), **whole)
+        self._ahead = torch.arange(shape.width, **whole)
 
-    def aim(self, cell: int, column: int, position: int) -> None:
-        """Set what the next `step` writes; three fills, which wait for nothing."""
-        self.cell.fill_(cell)
-        self.column.fill_(column)
-        self.position.fill_(position)
+    def aim(self, cell: int, column: int, position: int, left: int) -> None:
+        """Set what the next `step` draws; wait for nothing.
+
+        Args:
+            cell, column, position: of the first cell; `position` is that of the id before it.
+            left: cells from there on that are to be written; those after them keep their tokens.
+        """
+        torch.add(self._ahead, cell, out=self.cell)
+        torch.add(self._ahead, column, out=self.column)
+        torch.add(self._ahead, position, out=self.position)
+        if self.shape.width > 1:
+            self.left.fill_(left)
 
     def step(self, model: ARModel, span: int) -> None:
-        """Read the id at `position`, and draw the token of `cell`.
+        """Read the ids at `position`, and draw the tokens of `cell`.
 
         It reads and writes buffers alone, so it may be run again, and asks the device nothing.
 
         Args:
-            span: how many positions of the cache to attend to; more than `position`.
+            span: how many positions of the cache to attend to; more than the last `position`.
         """
         ids = self.tokens.index_select(1, self.cell - 1)
         rope = self.rope.index_select(1, self.position)
-        mask = step_mask(self.position, span, self.shape.dtype)
+        sharing = model.config.heads // model.config.kv_heads
+        mask = step_mask(self.position, sharing, span, self.shape.dtype)
         reading = StepPass(self.cache, self.position, mask)
-        self.draw(model(ids, rope, reading, self.shape.dtype))
+        logits = model(ids, rope, reading, self.shape.dtype, self.shape.width)
+        if self.shape.width == 1:
+            self.draw(logits)
+        else:
+            self._draw_ahead(logits)
 
     def draw(self, logits: Tensor) -> None:
-        """Draw the token of `cell` from its logits [B, 1, codebook]."""
-        noise = None if self.noise is None else self.noise.index_select(1, self.column)
-        self.tokens.index_copy_(1, self.cell, draw_token(logits, noise, self.shape.options))
+        """Draw the token of the first cell from its logits [B, 1, codebook]."""
+        drawn = self._drawn(logits, self.column[:1])
+        self.tokens.index_copy_(1, self.cell[:1], drawn)
+
+    def _draw_ahead(self, logits: Tensor) -> None:
+        """Draw all cells, each given the guesses before it: what is not final is the next guess."""
+        drawn = self._drawn(logits, self.column)
+        guesses = self.tokens.index_select(1, self.cell)
+        self.final.copy_(torch.minimum(accepted(drawn, guesses), self.left))
+        kept = torch.where(self._ahead < self.left, drawn, guesses)
+        self.tokens.index_copy_(1, self.cell, kept)
+
+    def _drawn(self, logits: Tensor, columns: Tensor) -> Tensor:
+        noise = None if self.noise is None else self.noise.index_select(1, columns)
+        return draw_token(logits, noise, self.shape.options)
 
 
 class Runner(Protocol):

@@ -1,4 +1,4 @@
-"""The AR model's KV cache, and the two ways a pass meets it: a block of ids, or one static step.
+"""The AR model's KV cache, and the two ways a pass meets it: a block of ids, or a static step.
 
 A pass writes its keys and values and attends to all that has been written so far.
 """
@@ -101,11 +101,11 @@ class BlockPass:
 
 @dataclass(frozen=True)
 class StepPass:
-    """One id for every sample at a position that only the device knows: nothing here depends on it.
+    """Some ids for every sample at positions that only the device knows: nothing depends on them.
 
     Args:
-        position: int64 [1].
-        mask: 0 or -inf in the model's dtype [1, 1, 1, span], see `step_mask`.
+        position: int64 [L], of ids that follow each other.
+        mask: 0 or -inf in the model's dtype [L * heads / kv_heads, span], see `step_mask`.
     """
 
     cache: KVCache
@@ -113,30 +113,35 @@ class StepPass:
     mask: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, _, kv_heads, head_dim = k.shape
+        batch, length, kv_heads, head_dim = k.shape
         keys, values = self.cache.layers[layer]
         keys.index_copy_(2, self.position, k.transpose(1, 2))
         values.index_copy_(2, self.position, v.transpose(1, 2))
         span = self.mask.shape[-1]
         # The heads that share keys stand as queries of one head: their keys are read once.
+        q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            q.view(batch, kv_heads, -1, head_dim),
+            q.reshape(batch, kv_heads, -1, head_dim),
             keys[:, :, :span],
             values[:, :, :span],
             attn_mask=self.mask,
         )
-        return out.reshape(batch, 1, -1)
+        return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
 
     def at(self, device: torch.device) -> "StepPass":
         return StepPass(self.cache, hop(self.position, device), hop(self.mask, device))
 
 
-def step_mask(position: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """What a step at `position` (int64 [1]) sees of the first `span` positions: [1, 1, 1, span]."""
-    unseen = torch.arange(span, device=position.device) > position
-    return torch.zeros(span, dtype=dtype, device=position.device).masked_fill_(unseen, -torch.inf)[
-        None, None, None
-    ]
+def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:
+    """What ids at `position` (int64 [L]) see of the first `span` positions: [L * sharing, span].
+
+    Args:
+        sharing: heads that share keys, which stand as so many queries of each id.
+    """
+    unseen = torch.arange(span, device=position.device) > position[:, None]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=position.device)
+    mask.masked_fill_(unseen, -torch.inf)
+    return mask.unsqueeze(1).expand(-1, sharing, -1).flatten(0, 1)
 
 
 def span_of(positions: int) -> int:

@@ -6,7 +6,6 @@ so a guess that equals its own draw is the token that cell by cell would have be
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .grids import Grid
@@ -39,9 +38,9 @@ def _under(preview: Tensor, grid: Grid, row: int) -> Tensor:
     return preview[:, row * rows // grid[0], cells]
 
 
-def accepted(draws: Tensor, guesses: Tensor) -> int:
-    """How many of the draws [B, W] are final in every sample, given the guesses [B, W - 1] of all
-    but the last: those up to the first that was guessed wrong, and that one. Waits for the device.
+def accepted(draws: Tensor, guesses: Tensor) -> Tensor:
+    """How many of the draws [B, W] are final in every sample, given the guesses [B, W] that they
+    were drawn after: those up to the first that was guessed wrong, and that one. int64 [].
     """
-    right = rearrange(draws[:, :-1] == guesses, "b w -> w b").all(dim=1)
-    return 1 + int(right.long().cumprod(dim=0).sum())
+    right = (draws == guesses).all(dim=0)[:-1]  # whatever the last guess was, nothing followed it
+    return right.long().cumprod(dim=0).sum() + 1

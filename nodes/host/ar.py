@@ -208,7 +208,8 @@ class HostAR:
         grid = token_grid(*size)
         length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
         kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
-        needed = self.memory_required(samples, length, max(len(prompt), samples * kept))
+        block = max(len(prompt), samples * max(kept, lookahead))
+        needed = self.memory_required(samples, length, block)
         progress = TokenProgress(self.palette)
         with memory_for("The AR model", self.patcher.load_device, needed, SMALLER_RUN):
             comfy.model_management.load_models_gpu(
@@ -281,7 +282,8 @@ class HostAR:
         """Bytes beside the weights: the KV cache, and the widest activations of a pass.
 
         Args:
-            block: the most ids that one pass may read: a prompt, or forced cells of all samples.
+            block: the most ids that one pass may read: a prompt, or forced or guessed cells of
+                all samples.
         """
         cache = self.config.layers * working_memory.kv_cache(self.config, batch, length, self.dtype)
         return cache + working_memory.ar(self.config, block, self.dtype)

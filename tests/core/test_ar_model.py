@@ -49,7 +49,9 @@ def all_logits(model, ids, positions, blocks):
         reading = BlockPass(cache, start)
         if length == 1:
             position = torch.tensor([start])
-            reading = StepPass(cache, position, step_mask(position, cache.length, torch.float32))
+            sharing = model.config.heads // model.config.kv_heads
+            mask = step_mask(position, sharing, cache.length, torch.float32)
+            reading = StepPass(cache, position, mask)
         out.append(model(ids[:, part], rope[:, part], reading, torch.float32, tail=length))
         start += length
     return torch.cat(out, dim=1)

@@ -24,27 +24,37 @@ def forced_half(grid, codebook):
     return Forced(values, torch.rand(grid, generator=generator) < 0.5)
 
 
+def buffers_of(model, batch=1, cells=9, columns=3, length=256, width=1, top_p=0.75):
+    options = SamplingOptions(top_p=top_p)
+    shape = StepShape(batch, cells, columns, length, options, **PLACE, width=width)
+    return StepBuffers(model, shape)
+
+
 @pytest.mark.parametrize("shape", reference.SHAPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_replayed_steps_write_the_same_tokens(shape, options):
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_replayed_steps_write_the_same_tokens(shape, options, lookahead):
     both, grid, recorder = pair(shape), (6, 9), Recorder()
+    how = {"batch": 2, "options": options}
     runner = ReplayRunner(recorder)
     for prompt, seed in ((PROMPT, 3), ("the heat", 8)):
-        replayed = both.tokens(prompt, grid, seed=seed, batch=2, options=options, runner=runner)
-        eager = both.tokens(prompt, grid, seed=seed, batch=2, options=options)
+        replayed = both.tokens(prompt, grid, seed=seed, runner=runner, lookahead=lookahead, **how)
+        eager = both.tokens(prompt, grid, seed=seed, **how)
         for ours, expected in zip(replayed, eager, strict=True):
             assert torch.equal(ours, expected)
     assert len(recorder.tapes) == 2  # one for each span of 256 positions, for both prompts
     assert recorder.tapes[0].calls
 
 
-def test_forced_cells_between_replayed_steps():
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_forced_cells_between_replayed_steps(lookahead):
     both, grid = pair("small"), (5, 8)
     forced = {
         "preview": forced_half(preview_grid(grid), both.model.config.codebook),
         "large": forced_half(grid, both.model.config.codebook),
     }
-    replayed = both.tokens(PROMPT, grid, seed=2, runner=ReplayRunner(Recorder()), **forced)
+    how = {"runner": ReplayRunner(Recorder()), "lookahead": lookahead}
+    replayed = both.tokens(PROMPT, grid, seed=2, **how, **forced)
     for ours, expected in zip(replayed, both.tokens(PROMPT, grid, seed=2, **forced), strict=True):
         assert torch.equal(ours, expected)
 
@@ -57,6 +67,7 @@ def test_another_size_batch_or_option_is_recorded_anew():
         {"batch": 3},
         {"grid": (9, 4)},
         {"options": SamplingOptions(top_k=3)},
+        {"lookahead": 3},
         {"options": SamplingOptions(temperature=0)},
     ]
     for count, change in enumerate(changes, 1):
@@ -96,15 +107,15 @@ def test_what_is_dropped_is_freed():
     assert not runner._recorded
 
 
-def test_a_step_that_reads_the_device_is_caught():
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_step_that_reads_the_device_is_caught(width):
     """The guard itself: a step that asks the device for its position fails on the tape."""
     model = pair("small").model
-    options = SamplingOptions()
-    buffers = StepBuffers(model, StepShape(1, 9, 3, 256, options, PLACE["device"], PLACE["dtype"]))
+    buffers = buffers_of(model, width=width)
 
     with pytest.raises(DeviceReadError), Tape():
-        int(buffers.position)
-    buffers.aim(4, 1, 20)
+        int(buffers.position[0])
+    buffers.aim(4, 1, 20, left=1)
     with Tape():
         buffers.step(model, 256)
 
@@ -112,11 +123,9 @@ def test_a_step_that_reads_the_device_is_caught():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_run_again_of_a_step_changes_nothing(batch):
     model = pair("wide").model
-    buffers = StepBuffers(
-        model, StepShape(batch, 9, 3, 256, SamplingOptions(), PLACE["device"], PLACE["dtype"])
-    )
+    buffers = buffers_of(model, batch)
     buffers.noise.uniform_()
-    buffers.aim(4, 1, 20)
+    buffers.aim(4, 1, 20, left=1)
     buffers.step(model, 256)
     tokens, cache = buffers.tokens.clone(), torch.stack(buffers.cache.layers)
     buffers.step(model, 256)
@@ -124,14 +133,27 @@ def test_a_run_again_of_a_step_changes_nothing(batch):
     assert torch.equal(cache, torch.stack(buffers.cache.layers))
 
 
-def test_no_shape_depends_on_the_position():
+def test_a_step_writes_no_cell_that_is_not_left():
+    """What lies there is forced, of the next row, or beyond the grid."""
+    model = pair("wide").model
+    buffers = buffers_of(model, width=5, top_p=1.0)
+    buffers.tokens.fill_(1)
+    buffers.noise[..., 2] = 1e4  # every draw is 2
+    buffers.aim(3, 0, 20, left=2)
+    buffers.step(model, 256)
+    assert buffers.tokens.tolist() == [[1, 1, 1, 2, 2, *[1] * 8]]
+    assert int(buffers.final) == 1
+    buffers.step(model, 256)
+    assert int(buffers.final) == 2  # the second was guessed right now, and the third is not left
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_no_shape_depends_on_the_position(width):
     model = pair("small").model
-    buffers = StepBuffers(
-        model, StepShape(1, 300, 16, 512, SamplingOptions(), PLACE["device"], PLACE["dtype"])
-    )
+    buffers = buffers_of(model, cells=300, columns=16, length=512, width=width)
     shapes = []
-    for position in (257, 400, 511):
-        buffers.aim(position - 230, 2, position)
+    for position, left in ((257, 9), (400, 2), (508, 1)):
+        buffers.aim(position - 230, 2, position, left)
         tape = Tape()
         with tape:
             buffers.step(model, 512)

@@ -210,7 +210,8 @@ def test_no_hop_of_the_ar_model_is_missing(monkeypatch, cuts: tuple[int, ...], s
     ]
     if step:
         position = torch.tensor([5])
-        reading = StepPass(cache, position, step_mask(position, SPAN, torch.float32))
+        sharing = split.config.heads // split.config.kv_heads
+        reading = StepPass(cache, position, step_mask(position, sharing, SPAN, torch.float32))
     else:
         reading = BlockPass(cache, 5)
 

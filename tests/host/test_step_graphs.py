@@ -29,9 +29,10 @@ def load(nodes):
     return nodes["GLMImageLoadAR"].execute("small", "default").result[0]
 
 
-def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1):
+def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1, lookahead: int = 1):
     sampling = (width, 64, seed, 0.9, 0.75, 0, batch)
-    return nodes["GLMImageSampleTokens"].execute(ar, PROMPT, *sampling).result[0].tokens
+    node = nodes["GLMImageSampleTokens"]
+    return node.execute(ar, PROMPT, *sampling, lookahead=lookahead).result[0].tokens
 
 
 def test_replayed_tokens_are_the_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:
@@ -56,6 +57,7 @@ def test_replayed_tokens_are_the_eager_ones_also_after_a_change(nodes, loras, re
         (ar, eager, {"seed": 2}),
         (ar, eager, {"seed": 2, "width": 160}),
         (adapted, adapted_eager, {"seed": 3, "batch": 2}),
+        (ar, eager, {"seed": 2, "lookahead": 4}),
         (ar, eager, {"seed": 1}),
     ):
         assert same(sample(nodes, ours, **how), sample(nodes, expected, **how))
