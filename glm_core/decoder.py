@@ -243,7 +243,7 @@ class Decoder(nn.Module):
                     "pe": pe,
                     "transformer_options": transformer_options,
                 }
-                run = block.from_args
+                run = partial(from_args, block)
                 if references is not None:
                     run = partial(run, references=references[i])
                 if ("double_block", i) in replace:
@@ -335,13 +335,17 @@ class Block(nn.Module):
         )
         return img, txt
 
-    def from_args(
-        self, args: dict[str, Any], references: Sequence[KeysValues] = ()
-    ) -> dict[str, Tensor]:
-        """`forward` in the form of ComfyUI's `patches_replace`."""
-        names = ("img", "txt", "vec", "pe", "transformer_options")
-        img, txt = self(*(args[name] for name in names), references)
-        return {"img": img, "txt": txt}
+
+def from_args(
+    block: nn.Module, args: dict[str, Any], references: Sequence[KeysValues] = ()
+) -> dict[str, Tensor]:
+    """A block's pass in the form of ComfyUI's `patches_replace`.
+
+    It is called as a module, because a host may have put its compiled form in its place.
+    """
+    names = ("img", "txt", "vec", "pe", "transformer_options")
+    img, txt = block(*(args[name] for name in names), references)
+    return {"img": img, "txt": txt}
 
 
 class Attention(nn.Module):

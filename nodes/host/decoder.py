@@ -117,6 +117,9 @@ class StepReuse:
     They are found again by value: the conditioning's states and the (cropped) token ids, which
     are small beside one step. Weights do not change within a run, unless hooks change them; then
     nothing is kept. `clear` is called when sampling ends.
+
+    torch.compile leaves the search out: it branches on values and on how much is kept, which would
+    cut the step into pieces and compile some of them anew for every order of prompts.
     """
 
     def __init__(self) -> None:
@@ -126,6 +129,7 @@ class StepReuse:
     def clear(self) -> None:
         self._kept: list[tuple[Tensor, Tensor, torch.dtype, StepInvariants]] = []
 
+    @torch.compiler.disable
     def get(self, decoder: Decoder, glyphs: Tensor, tokens: Tensor, x: Tensor) -> StepInvariants:
         if not self.enabled:
             return decoder.prepare(glyphs, tokens, x.dtype)
