@@ -330,9 +330,12 @@ def load_ar_patcher(
     there = place or default_place()
     kept = precision(component, weight_dtype, there.load, few_rows=True)
     require_layers(there, config.layers, component.title)
-    built = {"device": "meta", "dtype": kept.storage, "operations": kept.operations}
-    ranges = [layer_range(config, numbers, part.load, **built) for numbers, part in there.further]
-    network = HostARModel(config, ranges=ranges, **built)
+    built = {"device": "meta", "dtype": kept.storage}
+    ranges = [
+        layer_range(config, numbers, part.load, operations=kept.at(part.load).operations, **built)
+        for numbers, part in there.further
+    ]
+    network = HostARModel(config, ranges=ranges, operations=kept.operations, **built)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, ranges)
 
     patcher = make_patcher(network, there, disable_dynamic, ranges)

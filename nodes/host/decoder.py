@@ -321,7 +321,7 @@ def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[
             there.load,
             device="meta",
             dtype=kept.storage,
-            operations=kept.operations,
+            operations=kept.at(there.load).operations,
             attention=optimized_attention,
             prefix=ROOT,
         )

@@ -121,6 +121,17 @@ def fp8_operations(
                 super().__init__(*args, **kwargs)
                 self.factory_kwargs["device"] = None  # built on meta, but loaded where weights lie
 
+            def _load_from_state_dict(
+                self, state: dict[str, Tensor], prefix: str, *args: Any
+            ) -> None:
+                weight = state[f"{prefix}weight"]
+                super()._load_from_state_dict(state, prefix, *args)
+                if prefix.rstrip(".") not in formats and weight.dtype != self.weight.dtype:
+                    # The host copied it into what it computes in; as the file has it, it is cast
+                    # on use, and takes what was planned.
+                    self.weight = nn.Parameter(weight, requires_grad=False)
+                    self.comfy_cast_weights = True
+
     return Operations
 
 

@@ -46,6 +46,10 @@ class Precision(NamedTuple):
         """For a network with `root` before its layers' names."""
         return self._replace(quantised=frozenset(root + name for name in self.quantised))
 
+    def at(self, device: torch.device) -> "Precision":
+        """For layers that are used elsewhere, where products in fp8 may be possible or not."""
+        return self._replace(device=device)
+
 
 def open_model(component: str, model_name: str) -> Component:
     return open_component(find_model(component, model_name), component)
