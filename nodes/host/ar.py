@@ -36,7 +36,7 @@ from ...glm_core.tokens import Layout, SemanticTokens
 from .devices import Place, default_place
 from .memory import memory_for
 from .palette import CodePalette
-from .patchers import ListsRanges, make_patcher, require_layers, with_ranges
+from .patchers import ListsRanges, make_patcher, require_layers, stretches, with_ranges
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs
 from .vision import HostVision
@@ -209,11 +209,11 @@ class HostAR:
         length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
         kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
         block = max(len(prompt), samples * max(kept, lookahead))
-        needed = self.memory_required(samples, length, block)
+        needs = self.memory_required(samples, length, block)
         progress = TokenProgress(self.palette)
-        with memory_for("The AR model", self.patcher.load_device, needed, SMALLER_RUN):
+        with memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"):
             comfy.model_management.load_models_gpu(
-                with_ranges(self.patcher), memory_required=needed
+                with_ranges(self.patcher), memory_required=max(needs.values())
             )
             run = self._how(seed, samples, options, lookahead, progress)
             return sampler(self.patcher.model, prompt, grid, run, **forced)
@@ -278,15 +278,20 @@ class HostAR:
         locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if kept is None else kept.locked
         return Layout(_stored(preview), locked, self.config.codebook, height, width)
 
-    def memory_required(self, batch: int, length: int, block: int) -> int:
-        """Bytes beside the weights: the KV cache, and the widest activations of a pass.
+    def memory_required(self, batch: int, length: int, block: int) -> dict[torch.device, int]:
+        """Bytes beside the weights, of each device that the model's layers are on: the widest
+        activations of a pass, and the KV cache of the layers there.
 
         Args:
             block: the most ids that one pass may read: a prompt, or forced or guessed cells of
                 all samples.
         """
-        cache = self.config.layers * working_memory.kv_cache(self.config, batch, length, self.dtype)
-        return cache + working_memory.ar(self.config, block, self.dtype)
+        layer = working_memory.kv_cache(self.config, batch, length, self.dtype)
+        work = working_memory.ar(self.config, block, self.dtype)
+        needs: dict[torch.device, int] = {}
+        for numbers, device in stretches(self.patcher, self.config.layers):
+            needs[device] = needs.get(device, work) + len(numbers) * layer
+        return needs
 
 
 def _stored(tokens: Tensor) -> Tensor:

@@ -209,8 +209,9 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         the model sampling's own `timestep()` is the shifted one, in units that patches change."""
         patcher = self.current_patcher
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
-        needed = self.memory_required(list(x.shape))
-        with memory_for("The decoder", x.device, needed, SMALLER_RUN):
+        devices = (x.device, *(part.home for part in self.ranges))
+        needs = dict.fromkeys(devices, self.memory_required(list(x.shape)))
+        with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
 
     def process_timestep(

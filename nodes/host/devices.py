@@ -76,6 +76,11 @@ def _accelerators(current: torch.device) -> list[torch.device]:
     return [torch.device(current.type, i) for i in range(count)] if count > 1 else [current]
 
 
+def name_of(device: torch.device) -> str:
+    """What a graph calls a device of this machine."""
+    return next((name for name, known in machine().items() if known == device), str(device))
+
+
 def device_names() -> list[str]:
     """What a stage can be set to on this machine."""
     return [AUTO, CPU, *(name for name in machine() if name != CPU)]

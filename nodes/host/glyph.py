@@ -64,7 +64,7 @@ class GlyphModel(nn.Module):
         # Its scores are all that grows: heads * L^2 of the longest text, in float32 and as softmax.
         longest = max(map(len, glyph_ids(tokens[TOKENS])))
         needed = 8 * self.transformer.config.num_heads * longest**2
-        with memory_for("The glyph encoder", self.execution_device, needed, "use shorter texts"):
+        with memory_for("The glyph encoder", {self.execution_device: needed}, "use shorter texts"):
             states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
         return states, None, {EMPTY: empty}
 

@@ -224,8 +224,9 @@ def compute_cache(
 
     # All references go through a block together.
     working = sum(model.memory_required(list(image.latent.shape)) for image in set(images))
+    needs = dict.fromkeys((device for _, device in shares), working)
     helps = "use smaller or fewer references"
-    with memory_for("The reference cache", decoder.load_device, working, helps):
+    with memory_for("The reference cache", needs, helps, split="decoder_split"):
         comfy.model_management.load_models_gpu(with_ranges(decoder), memory_required=working)
         cache = make_cache(
             network,

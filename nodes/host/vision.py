@@ -40,7 +40,7 @@ class HostVision:
         device = self.patcher.load_device
         pixels = vision_pixels(images, self.image_config)
         needed = self.memory_required(pixels.shape)
-        with memory_for("The AR model's vision tower", device, needed, "use a smaller image"):
+        with memory_for("The AR model's vision tower", {device: needed}, "use a smaller image"):
             comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
             tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
         return torch.cat(tokens).to("cpu", torch.int32)

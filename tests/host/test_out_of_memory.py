@@ -2,12 +2,21 @@
 
 import gc
 import resource
+from dataclasses import replace
 
 import comfy.model_management
 import pytest
 import torch
+from glm_image.glm_core import working_memory
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.placement import GIB
+from glm_image.nodes.host import devices
+from glm_image.nodes.host.ar import load_ar
+from glm_image.nodes.host.decoder import load_decoder
+from glm_image.nodes.host.devices import Place
 from glm_image.nodes.host.encode import encode_references
+from glm_image.nodes.host.memory import memory_for
+from glm_image.nodes.host.patchers import with_ranges
 from helpers import same, stages
 
 PROMPT = "a door with 'PULL' on it"
@@ -42,7 +51,8 @@ def reference_cache(nodes, run):
     image = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
     references, _ = encode_references(run.ar, run.vae, image, None, False)
     cache = nodes["GLMImageReferenceCache"].execute(run.model, references, "cpu", "model")
-    return next(cache.result[0].reader.cache.parameters())
+    parts = [p for patcher in cache.result[0].patchers for p in patcher.model.parameters()]
+    return torch.cat([part.flatten() for part in parts])
 
 
 STAGES = {
@@ -85,13 +95,117 @@ def test_each_stage_says_so_and_works_again(nodes, run, stage) -> None:
     with Full(layer(run)), pytest.raises(GLMImageError) as said:
         work(nodes, run)
     sentence = str(said.value)
-    assert sentence.startswith(f"{stage} ran out of memory on cpu: it needs ")
+    assert sentence.startswith(f"{stage} ran out of memory on cpu, where it needs ")
     assert "GiB were free; use " in sentence
+    assert "fewer layers" not in sentence
     assert comfy.model_management.current_loaded_models == []
     assert same(work(nodes, run), expected)
 
 
-def test_ten_failures_leave_no_memory_behind(nodes, run) -> None:
+# ---- split models --------------------------------------------------------------------------------
+
+CPU, OTHER = torch.device("cpu"), torch.device("cpu", 0)
+"""One and the same to torch, and two to whoever compares them."""
+PLENTY = 64 * GIB
+
+
+@pytest.fixture
+def room(monkeypatch) -> dict[torch.device, int]:
+    """Free bytes by device, which the host is made to report, of a machine with two."""
+    free = {CPU: PLENTY, OTHER: PLENTY}
+
+    def get_free_memory(device=CPU, torch_free_too: bool = False):
+        return (free[device], free[device]) if torch_free_too else free[device]
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
+    monkeypatch.setattr(devices, "machine", lambda: {"gpu:0": CPU, "gpu:1": OTHER})
+    return free
+
+
+@pytest.fixture(scope="module")
+def split_run(run):
+    """The same run with a block of the AR model and of the decoder on each of two devices."""
+    place = Place(CPU, CPU, further=((range(1, 2), Place(OTHER, CPU)),))
+    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
+    return replace(run, ar=ar, model=model)
+
+
+def last_layer(stage: str, run) -> torch.nn.Module:
+    patcher = run.ar.patcher if stage == "The AR model" else run.model
+    return with_ranges(patcher)[1].model.layers[0]
+
+
+SPLIT = {"The AR model": "ar", "The decoder": "decoder", "The reference cache": "decoder"}
+
+
+@pytest.mark.parametrize("stage", SPLIT)
+@pytest.mark.parametrize(
+    ("full", "named"), [((CPU,), ["gpu:0"]), ((OTHER,), ["gpu:1"]), ((), ["gpu:0", "gpu:1"])]
+)
+def test_of_a_split_model_the_full_device_is_named(
+    nodes, run, split_run, room, stage, full, named
+) -> None:
+    """Wherever the error arises; both devices, if neither has less free than is needed."""
+    work, _ = STAGES[stage]
+    expected = work(nodes, run)
+
+    def run_out(*_) -> None:
+        room.update(dict.fromkeys(full, 0))
+        raise comfy.model_management.OOM_EXCEPTION("no room")
+
+    handle = last_layer(stage, split_run).register_forward_pre_hook(run_out)
+    with pytest.raises(GLMImageError) as said:
+        work(nodes, split_run)
+    handle.remove()
+    sentence = str(said.value)
+    assert [
+        name for name in ("gpu:0", "gpu:1") if f"on {name}, where it needs" in sentence
+    ] == named
+    assert sentence.startswith(f"{stage} ran out of memory on gpu:")
+    assert sentence.endswith(
+        f", or give {' or '.join(named)} fewer layers in {SPLIT[stage]}_split."
+    )
+    assert comfy.model_management.current_loaded_models == []
+    room.update(dict.fromkeys(full, PLENTY))
+    assert same(work(nodes, split_run), expected)
+
+
+def test_the_sentence_has_the_bytes_of_the_full_device(room) -> None:
+    needs = {CPU: 2 * GIB, OTHER: 5 * GIB}
+    sentences = []
+    for free in (4 * GIB, 6 * GIB):
+        room.update({CPU: 3 * GIB, OTHER: free})
+        with (
+            pytest.raises(GLMImageError) as said,
+            memory_for("The decoder", needs, "use a smaller size", split="decoder_split"),
+        ):
+            raise comfy.model_management.OOM_EXCEPTION
+        sentences.append(str(said.value))
+    assert sentences == [
+        "The decoder ran out of memory on gpu:1, where it needs 5.0 GiB beside its weights and "
+        "4.0 GiB were free; use a smaller size, or give gpu:1 fewer layers in decoder_split.",
+        "The decoder ran out of memory on gpu:0, where it needs 2.0 GiB beside its weights and "
+        "3.0 GiB were free, or on gpu:1, where it needs 5.0 GiB beside its weights and 6.0 GiB "
+        "were free; use a smaller size, or give gpu:0 or gpu:1 fewer layers in decoder_split.",
+    ]
+
+
+def test_each_device_needs_the_kv_cache_of_its_own_layers(run) -> None:
+    ar = load_ar("deep", place=Place(CPU, CPU, further=((range(1, 4), Place(OTHER, CPU)),)))
+    layer = working_memory.kv_cache(ar.config, 2, 100, ar.dtype)
+    work = working_memory.ar(ar.config, 50, ar.dtype)
+    assert ar.config.layers == 4
+    assert ar.memory_required(2, 100, 50) == {CPU: work + layer, OTHER: work + 3 * layer}
+    whole = load_ar("deep").memory_required(2, 100, 50)
+    assert whole == {CPU: work + 4 * layer}
+
+
+# ---- leaks, and other errors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["run", "split_run"])
+def test_ten_failures_leave_no_memory_behind(nodes, request, which) -> None:
+    run = request.getfixturevalue(which)
     work, layer = STAGES["The decoder"]
 
     def fail() -> None:
