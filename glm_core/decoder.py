@@ -243,7 +243,7 @@ class Decoder(nn.Module):
                     "pe": pe,
                     "transformer_options": transformer_options,
                 }
-                run = partial(from_args, block)
+                run = partial(run_block, block)
                 if references is not None:
                     run = partial(run, references=references[i])
                 if ("double_block", i) in replace:
@@ -336,7 +336,7 @@ class Block(nn.Module):
         return img, txt
 
 
-def from_args(
+def run_block(
     block: nn.Module, args: dict[str, Any], references: Sequence[KeysValues] = ()
 ) -> dict[str, Tensor]:
     """A block's pass in the form of ComfyUI's `patches_replace`.
