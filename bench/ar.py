@@ -40,6 +40,7 @@ def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
             for batch in preset.batches:
                 yield from ar.grid_rows(token_grid(*size), batch, preset.reference_cells)
     yield ar.batch_row(token_grid(*preset.sizes[0]))
+    yield ar.ahead_row(token_grid(*preset.sizes[0]))
     if preset.generate:
         yield from ar.lookahead_rows(token_grid(*preset.sizes[0]))
 
@@ -143,18 +144,20 @@ class ARBench:
                 f"AR step, {name} weights, beside bf16", packed, self.our_step(grid, 1)
             )
 
-    def our_step(self, grid: Grid, batch: int, model: ARModel | None = None) -> Callable[[], None]:
+    def our_step(
+        self, grid: Grid, batch: int, model: ARModel | None = None, width: int = 1
+    ) -> Callable[[], None]:
         model = self.ours if model is None else model
         runner, at = self.new_runner(), self.middle(grid)
         shape = StepShape(
             batch, 2 * at, max(grid[1], preview_grid(grid)[1]), span_of(2 * at),
-            SamplingOptions(), self.bench.device, self.dtype,
+            SamplingOptions(), self.bench.device, self.dtype, width,
         )  # fmt: skip
         buffers = runner.buffers(model, shape)
         positions = text_positions(shape.length).to(self.bench.device)
         buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
-        buffers.aim(at - PROMPT_LENGTH + 1, 0, at, 1)
-        span = span_of(at + 1)
+        buffers.aim(at - PROMPT_LENGTH + 1, 0, at, width)
+        span = span_of(at + width)
 
         def step() -> None:
             runner.run(lambda: buffers.step(model, span), span)
@@ -226,6 +229,16 @@ class ARBench:
             f"AR step of {LAYOUTS} samples, beside {LAYOUTS} steps of one",
             together,
             lambda: [alone() for _ in range(LAYOUTS)],
+            rounds=5,
+        )
+
+    def ahead_row(self, grid: Grid) -> Row:
+        """A step of eight guessed cells beside a step of one: times the tokens that such a step
+        writes, it is what looking ahead gains."""
+        return self.bench.row(
+            f"AR step of {LOOKAHEAD} cells, beside a step of one",
+            self.our_step(grid, 1, width=LOOKAHEAD),
+            self.our_step(grid, 1),
             rounds=5,
         )
 
