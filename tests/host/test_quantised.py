@@ -145,7 +145,7 @@ def test_a_file_is_mapped_and_not_copied(nodes, files, dtype) -> None:
         mapped = [line for line in maps if files["decoder", dtype] in line]
     ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in mapped]
     for key, weight in model.diffusion_model.state_dict().items():
-        if key.endswith(ADDED):
+        if key.endswith((ADDED, ".weight_scale")):  # of 4 bytes, which current hosts copy
             continue
         numbers = getattr(weight, "_qdata", weight)  # of a tensor that the host has wrapped
         assert any(start <= numbers.data_ptr() < end for start, end in ranges)
