@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import GLMImageError
 from .kv_cache import KVCache, Pass
+from .row_linear import RowOperations
 from .split import LayerRange, hop, own_layers
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
@@ -145,7 +146,7 @@ class ARModel(nn.Module):
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-        operations: Any = nn,
+        operations: Any = RowOperations,
         ranges: Sequence[LayerRange] = (),
     ) -> None:
         """
@@ -238,7 +239,7 @@ def layer_range(
     *,
     device: Any = None,
     dtype: torch.dtype | None = None,
-    operations: Any = nn,
+    operations: Any = RowOperations,
 ) -> LayerRange:
     """Some of a model's layers, to lie apart from it; `home` is where they compute."""
     kw = {"device": device, "dtype": dtype, "operations": operations}

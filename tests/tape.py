@@ -30,6 +30,11 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, tree_leaves(out)))
         return out
 
+    @property
+    def operations(self):
+        """Their names."""
+        return {func._schema.name for func, *_ in self.calls}
+
     def __call__(self):
         for func, args, kwargs, outputs in self.calls:
             for kept, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):

@@ -12,6 +12,7 @@ from ...glm_core.checkpoint import Component, layer_of, open_component
 from ...glm_core.errors import GLMImageError
 from ...glm_core.packed_linear import pack_layers
 from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
+from ...glm_core.row_linear import RowLinear
 from ...glm_core.split import LayerRange
 from ...glm_core.weight_dtypes import WEIGHT_DTYPES
 from .paths import find_model
@@ -27,6 +28,7 @@ class Precision(NamedTuple):
         quantisation: the format of quantised layers: of `quant.FORMATS`, or the host's scaled fp8.
         quantised: their names.
         device: where they are used.
+        few_rows: whether the passes are mostly of one token.
     """
 
     storage: torch.dtype
@@ -34,13 +36,15 @@ class Precision(NamedTuple):
     quantisation: str | None = None
     quantised: frozenset[str] = frozenset()
     device: torch.device | None = None
+    few_rows: bool = False
 
     @property
     def operations(self) -> Any:
         """ComfyUI's layers: plain where weights are used as they lie, casting otherwise."""
         if self.quantisation not in (None, *FORMATS):
             return fp8_operations(self.quantised, self.storage, self.compute, self.device)
-        return comfy.ops.pick_operations(self.storage, self.compute)
+        operations = comfy.ops.pick_operations(self.storage, self.compute)
+        return _row_operations(operations) if self.few_rows else operations
 
     def under(self, root: str) -> "Precision":
         """For a network with `root` before its layers' names."""
@@ -79,7 +83,18 @@ def precision(
     reads = few_rows and comfy.model_management.is_device_cpu(device)
     bf16 = reads or comfy.model_management.should_use_bf16(device)
     compute = torch.bfloat16 if bf16 and storage != torch.float32 else torch.float32
-    return Precision(storage, compute, *_quantisation(component, weight_dtype), device)
+    quantisation = _quantisation(component, weight_dtype)
+    return Precision(storage, compute, *quantisation, device, few_rows)
+
+
+def _row_operations(operations: Any) -> Any:
+    """A host's layers, whose linear ones are `RowLinear` where the host runs them as plain ones."""
+
+    class Operations(operations):
+        class Linear(operations.Linear, RowLinear):
+            """The host's `forward` comes first, and ends in ours where nothing is to be cast."""
+
+    return Operations
 
 
 def _quantisation(component: Component, weight_dtype: str) -> tuple[str | None, frozenset[str]]:

@@ -8,10 +8,12 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from glm_image.glm_core import row_linear
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.logits import SamplingOptions
 from helpers import relative_error, same, stages
 from safetensors.torch import save_file
+from tape import Tape
 
 from nodes import CLIPTextEncode
 
@@ -260,3 +262,19 @@ def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes, pipelines) -> None:
     sampled = nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 3, 0.9, 0.75, 0, 1)
     assert len(sampled.result[0].tokens.unique()) > 2
     assert load(nodes, "AR", "small", "default").dtype == torch.float32
+
+
+def test_a_step_multiplies_by_the_kernel_for_vectors_what_the_host_does_not_patch(
+    nodes, monkeypatch
+) -> None:
+    monkeypatch.setattr(row_linear, "_is_faster", lambda x: True)
+    layer = load(nodes, "AR", "small", "bf16").patcher.model.get_submodule(AR_LAYER)
+    row = torch.randn(1, 1, layer.in_features).bfloat16()
+    with Tape() as plain:
+        product = layer(row)
+    assert "aten::mv" in plain.operations
+    layer.weight_function = [lambda weight: 2 * weight]  # as the host patches what it streams
+    with Tape() as patched:
+        doubled = layer(row)
+    assert "aten::mv" not in patched.operations
+    assert relative_error(doubled, 2 * product) < 2**-7

@@ -1,0 +1,65 @@
+"""A lone row: multiplied by the kernel for vectors where that is faster, and the same to rounding."""
+
+import pytest
+import torch
+from glm_image.glm_core import row_linear
+from glm_image.glm_core.row_linear import RowLinear
+from tape import Tape
+from torch import Tensor, nn
+
+VECTOR = {"aten::mv", "aten::addmv"}
+WIDTH, OUT = 96, 160
+
+
+@pytest.fixture(params=[True, False], ids=["faster", "slower"])
+def faster(request, monkeypatch) -> bool:
+    """Whether the kernel for vectors is the faster one; both run on every CPU."""
+    monkeypatch.setattr(row_linear, "_is_faster", lambda x: request.param)
+    return request.param
+
+
+def pair(bias: bool, dtype: torch.dtype) -> tuple[RowLinear, nn.Linear]:
+    torch.manual_seed(0)
+    plain = nn.Linear(WIDTH, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+    ours = RowLinear(WIDTH, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+    ours.load_state_dict(plain.state_dict())
+    return ours, plain
+
+
+def multiplied(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """The product, and whether the kernel for vectors made it."""
+    with torch.inference_mode(), Tape() as tape:
+        out = layer(x)
+    return out, bool(tape.operations & VECTOR)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (1, 1, WIDTH)])
+def test_a_lone_row_in_bf16(faster, bias, shape):
+    ours, plain = pair(bias, torch.bfloat16)
+    x = torch.randn(shape).bfloat16()
+    out, by_vector = multiplied(ours, x)
+    assert by_vector == faster
+    assert out.shape == (*shape[:-1], OUT)
+    expected = plain.double()(x.double())
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.bfloat16, (1, 2, WIDTH)), (torch.float32, (1, 1, WIDTH))]
+)
+def test_everything_else_is_a_plain_product(faster, dtype, shape):
+    ours, plain = pair(bias=True, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    out, by_vector = multiplied(ours, x)
+    assert not by_vector
+    assert torch.equal(out, plain(x))
+
+
+def test_only_a_cpu_with_avx512_has_the_faster_one(monkeypatch):
+    for capability, expected in (("AVX512", True), ("AVX2", False)):
+        row_linear._cpu_has_avx512.cache_clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert row_linear._is_faster(torch.zeros(1)) == expected
+    assert not row_linear._is_faster(torch.zeros(1, device="meta"))
+    row_linear._cpu_has_avx512.cache_clear()
