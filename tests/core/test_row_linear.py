@@ -1,4 +1,4 @@
-"""A lone row: multiplied by the kernel for vectors where that is faster, and the same to rounding."""
+"""A lone row, by the kernel for vectors where that is faster, and the same up to rounding."""
 
 import pytest
 import torch
