@@ -81,8 +81,7 @@ class StepBuffers:
         torch.add(self._ahead, cell, out=self.cell)
         torch.add(self._ahead, column, out=self.column)
         torch.add(self._ahead, position, out=self.position)
-        if self.shape.width > 1:
-            self.left.fill_(left)
+        self.left.fill_(left)
 
     def step(self, model: ARModel, span: int) -> None:
         """Read the ids at `position`, and draw the tokens of `cell`.

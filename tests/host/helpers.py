@@ -68,6 +68,24 @@ def stages(
     )
 
 
+def planned(nodes: dict, shape: str = "small", **asked: Any) -> tuple:
+    """A device plan for a 96x64 picture, and its table."""
+    inputs = {
+        "model_name": shape,
+        "weight_dtype": "default",
+        "width": 96,
+        "height": 64,
+        "batch_size": 1,
+        "references": 0,
+        "strategy": "auto",
+        **dict.fromkeys(("ar", "decoder", "glyph", "vae"), "auto"),
+        "ar_split": "",
+        "decoder_split": "",
+        "reserve_gb": 1.0,
+    }
+    return nodes["GLMImageDevicePlan"].execute(**inputs | asked).result
+
+
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     return ((ours - reference).norm() / reference.norm()).item()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from helpers import Stages, same, stages
+from helpers import Stages, planned, same, stages
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -51,11 +51,8 @@ def model(nodes, request) -> Any:
     """A MODEL with PyTorch's attention, as on a GPU: that of the host on a CPU asks for the free
     memory in its midst, which no graph can hold."""
     torch._dynamo.reset()
-    plan = nodes["GLMImageDevicePlan"].execute(
-        *("small", "default", SIZE[1], SIZE[0], 1, 0, "auto", "auto", "auto", "auto", "auto"),
-        *("", CUTS[request.param], 1.0),
-    )
-    loaded = nodes["GLMImageLoadDecoder"].execute("small", "default", plan.result[0]).result[0]
+    plan, _ = planned(nodes, decoder_split=CUTS[request.param])
+    loaded = nodes["GLMImageLoadDecoder"].execute("small", "default", plan).result[0]
     model = loaded.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = (
         lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)

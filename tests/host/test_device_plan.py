@@ -18,7 +18,7 @@ from glm_image.nodes.host.encode import encode_references
 from glm_image.nodes.host.glyph import load_glyph_encoder
 from glm_image.nodes.host.patchers import LimitedPatcher, make_patcher, with_ranges
 from glm_image.nodes.host.vae import load_vae
-from helpers import same, stages
+from helpers import planned, same, stages
 from torch import Tensor
 
 PROMPT = "a gate with 'EXIT' on it"
@@ -30,24 +30,6 @@ SPLITS = {"ar_split": "cpu=0-0,cpu=1-1", "decoder_split": "cpu=0-0,cpu=1-1"}
 @pytest.fixture(scope="module")
 def whole(nodes):
     return stages(nodes, "small", PROMPT, SIZE)
-
-
-def planned(nodes, shape: str = "small", **asked):
-    """The plan and its table."""
-    inputs = {
-        "model_name": shape,
-        "weight_dtype": "default",
-        "width": SIZE[1],
-        "height": SIZE[0],
-        "batch_size": 1,
-        "references": 0,
-        "strategy": "auto",
-        **dict.fromkeys(("ar", "decoder", "glyph", "vae"), "auto"),
-        "ar_split": "",
-        "decoder_split": "",
-        "reserve_gb": 1.0,
-    }
-    return nodes["GLMImageDevicePlan"].execute(**inputs | asked).result
 
 
 def load(nodes, kind: str, *args):

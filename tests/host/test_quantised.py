@@ -26,7 +26,7 @@ from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Place
 from glm_image.nodes.host.patchers import with_ranges
-from helpers import relative_error, same, stages
+from helpers import planned, relative_error, same, stages
 from safetensors.torch import load_file, save_file
 from tape import Recorder
 from torch import Tensor
@@ -365,15 +365,16 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 STAGES = {"AR": "ar", "Decoder": "decoder"}
 
 
-def planned(nodes, name: str):
+SPLIT = "cpu=0-0,cpu=1-1"
+
+
+def split_plan(nodes, name: str):
     """Both models of two blocks, a block for each range."""
-    split = "cpu=0-0,cpu=1-1"
-    asked = (name, "default", SIZE[1], SIZE[0], 1, 0, *["auto"] * 5, split, split, 0.0)
-    return nodes["GLMImageDevicePlan"].execute(*asked).result[0]
+    return planned(nodes, name, ar_split=SPLIT, decoder_split=SPLIT, reserve_gb=0.0)[0]
 
 
 def load_split(nodes, kind: str, name: str):
-    return nodes[f"GLMImageLoad{kind}"].execute(name, "default", planned(nodes, name)).result[0]
+    return nodes[f"GLMImageLoad{kind}"].execute(name, "default", split_plan(nodes, name)).result[0]
 
 
 def patcher_of(model):
@@ -403,13 +404,13 @@ def test_a_split_file_is_the_whole_one(nodes, run, files, dtype, kind) -> None:
 @pytest.mark.parametrize("dtype", FILES)
 def test_a_plan_counts_each_ranges_bytes_in_the_file(nodes, files, dtype, kind) -> None:
     name = files[STAGES[kind], dtype]
-    parts = planned(nodes, name).plan.of_stage(STAGES[kind])
+    parts = split_plan(nodes, name).plan.of_stage(STAGES[kind])
     patchers = with_ranges(patcher_of(load_split(nodes, kind, name)))
     for part, patcher in zip(parts, patchers, strict=True):
         held = sum(weight.nbytes for weight in patcher.model.parameters())
         assert part.weights == pytest.approx(held, rel=1e-3 if dtype == "fp8" else 0)  # its scales
     narrow = [part.weights for part in parts]
-    plain = planned(nodes, "small").plan.of_stage(STAGES[kind])
+    plain = split_plan(nodes, "small").plan.of_stage(STAGES[kind])
     assert all(ours < 0.6 * part.weights for ours, part in zip(narrow, plain, strict=True))
 
 
