@@ -14,7 +14,8 @@ MODULES = {  # that need the tests' environment and no browser
 COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
 
 # A file's tests share a server or a trained run, so they stay in one process.
-PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
+LONGEST_FIRST = ("tests/server/test_meaning.py", "tests")
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -30,7 +31,7 @@ def main(command: str, arguments: list[str]) -> None:
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)
-    _become(python, "pytest", arguments or [*PARALLEL, "tests"])
+    _become(python, "pytest", arguments or [*PARALLEL, *LONGEST_FIRST])
 
 
 def _become(python: Path, module: str, arguments: list[str]) -> None:
