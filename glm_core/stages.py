@@ -35,6 +35,7 @@ class Request:
     height, width: in pixels.
     references: reference images of that size for each sample.
     dtype: what the stages compute in.
+    vae_dtype: what the VAE is kept and computed in.
     """
 
     height: int
@@ -42,6 +43,7 @@ class Request:
     batch_size: int = 1
     references: int = 0
     dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.bfloat16
 
     @property
     def cells(self) -> int:
@@ -116,10 +118,10 @@ def vae_stages(component: Component, weight_dtype: str, request: Request) -> lis
     config = VAEConfig.from_dict(component.config)
     weights = sum(info.shape.numel() for info in component.tensors.values())
     whole, tile = (
-        working_memory.vae_decode(config, latent, request.dtype)
+        working_memory.vae_decode(config, latent, request.vae_dtype)
         for latent in (request.latent, (TILE // VAE_SCALE, TILE // VAE_SCALE))
     )
-    rest = weights * request.dtype.itemsize
+    rest = weights * request.vae_dtype.itemsize
     return [Stage("vae", (), rest, work=whole, least_work=min(whole, tile))]
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import comfy.model_management
+
 from ...glm_core.checkpoint import COMPONENTS, Component, open_component
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement import GIB, parse_split, place
@@ -9,6 +11,7 @@ from ...glm_core.plan_table import plan_table
 from ...glm_core.stages import Request, stages
 from .devices import DevicePlan, default_place, machine, rooms
 from .paths import find_model, model_names
+from .vae import working_dtype
 from .weights import precision
 
 
@@ -37,7 +40,8 @@ def make_plan(
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
     compute = precision(main, weight_dtype, default_place().load).compute
-    request = Request(*size, batch_size, references, compute)
+    vae = working_dtype(comfy.model_management.vae_device())
+    request = Request(*size, batch_size, references, compute, vae)
     needs = stages(components, weight_dtype, request)
     layers = {stage.name: len(stage.layers) for stage in needs}
     plan = place(

@@ -60,7 +60,7 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
 
     management = comfy.model_management
     there = place or Place(management.vae_device(), management.vae_offload_device())
-    dtype = management.vae_dtype(there.load, WORKING_DTYPES)
+    dtype = working_dtype(there.load)
     operations = Precision(dtype, dtype).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
     load_weights(network, component).to(dtype)
@@ -68,6 +68,11 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
     patcher = make_patcher(network, there, disable_dynamic)
     patcher.cached_patcher_init = (load_vae_patcher, (model_name, place))
     return patcher
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The host's choice, which its --fp32-vae and --bf16-vae make for the user."""
+    return comfy.model_management.vae_dtype(device, WORKING_DTYPES)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """From a component on disk to a network in a ModelPatcher, each weight held once."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -62,11 +63,10 @@ def open_model(component: str, model_name: str) -> Component:
 def precision(
     component: Component, weight_dtype: str, device: torch.device, few_rows: bool = False
 ) -> Precision:
-    """bf16 where the device computes in it, else float32; never fp16, which overflows.
+    """bf16 where the device is fast in it, else float32; never fp16, which overflows.
 
     Args:
-        few_rows: whether the passes are mostly of one token. A CPU is slow in bf16's products of
-            matrices, but of one row it only has to read the weights, half as many bytes.
+        few_rows: whether the passes are mostly of one token.
 
     Raises:
         GLMImageError: the file is quantised, and another format is asked for.
@@ -80,11 +80,26 @@ def precision(
     storage = WEIGHT_DTYPES[weight_dtype]
     if storage is None or own is not None:
         storage = component.dtype
-    reads = few_rows and comfy.model_management.is_device_cpu(device)
-    bf16 = reads or comfy.model_management.should_use_bf16(device)
-    compute = torch.bfloat16 if bf16 and storage != torch.float32 else torch.float32
+    bf16 = storage != torch.float32 and _is_fast_in_bf16(device, few_rows)
+    compute = torch.bfloat16 if bf16 else torch.float32
     quantisation = _quantisation(component, weight_dtype)
     return Precision(storage, compute, *quantisation, device, few_rows)
+
+
+def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
+    """The host's choice, but for CPUs, of which it rules out all: of one row every CPU only has to
+    read the weights, half as many bytes."""
+    management = comfy.model_management
+    if not management.is_device_cpu(device):
+        return management.should_use_bf16(device)
+    return not management.FORCE_FP32 and (few_rows or cpu_multiplies_bf16())
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bf16's products of matrices; without, it converts."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def _row_operations(operations: Any) -> Any:

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core import row_linear
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.logits import SamplingOptions
+from glm_image.nodes.host import weights
 from helpers import relative_error, same, stages
 from safetensors.torch import save_file
 from tape import Tape
@@ -252,16 +253,47 @@ def test_model_names_are_folders_with_the_component_and_files(nodes, pipelines) 
     assert [name for name in names if "." not in name] == sorted(pipelines)
 
 
-def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes, pipelines) -> None:
-    """A step is one row; what is computed of many, the vision tower's, is in float32 there."""
+def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes) -> None:
     ar = load(nodes, "AR", "small", "bf16")
     assert ar.dtype == torch.bfloat16
-    assert ar.vision.dtype == torch.float32
     layer = ar.patcher.model.get_submodule(AR_LAYER)
     assert not layer.comfy_cast_weights
     sampled = nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 3, 0.9, 0.75, 0, 1)
     assert len(sampled.result[0].tokens.unique()) > 2
     assert load(nodes, "AR", "small", "default").dtype == torch.float32
+
+
+@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_cpu_multiplies_matrices_in_bf16_where_it_has_instructions(
+    nodes, monkeypatch, able: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda: able)
+    assert load(nodes, "AR", "small", "bf16").vision.dtype == dtype
+    decoder = load(nodes, "Decoder", "small", "bf16")
+    assert decoder.model.compute_dtype == dtype
+    layer = decoder.get_model_object(f"diffusion_model.{DECODER_LAYER}")
+    assert layer.comfy_cast_weights == (not able)
+    assert load(nodes, "Decoder", "small", "default").model.compute_dtype == torch.float32
+
+
+def test_a_picture_decoded_in_bf16_is_float32s_but_for_rounding(nodes, run, monkeypatch) -> None:
+    pictures = []
+    for able in (False, True):
+        monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda able=able: able)
+        model = load(nodes, "Decoder", "small", "bf16")
+        inputs = (model, run.positive, run.negative, run.empty, 7, 3, 1.5, 1.0)
+        pictures.append(nodes["GLMImageDecode"].execute(*inputs).result[0]["samples"])
+    exact, rounded = pictures
+    assert not torch.equal(rounded, exact)
+    assert relative_error(rounded, exact) < 0.03
+
+
+def test_the_hosts_force_fp32_holds_on_a_cpu(nodes, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(comfy.model_management, "FORCE_FP32", True)
+    assert load(nodes, "AR", "small", "bf16").dtype == torch.float32
+    decoder = load(nodes, "Decoder", "small", "bf16")
+    assert decoder.model.compute_dtype == torch.float32
 
 
 def test_a_step_multiplies_by_the_kernel_for_vectors_what_the_host_does_not_patch(

@@ -1,5 +1,6 @@
 """A plan on the graph, the loaders that follow it, and models split over devices."""
 
+import comfy.cli_args
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
@@ -68,6 +69,15 @@ def test_planned_bytes_are_those_of_the_loaded_models(nodes, weights: str) -> No
         weights_bytes = sum(weight.nbytes for weight in patcher.model.parameters())
         assert part.weights == pytest.approx(weights_bytes, rel=0.01), stage
         assert f"\n{stage}" in table
+
+
+def test_a_planned_vae_has_the_dtype_that_the_user_chose(nodes, monkeypatch) -> None:
+    monkeypatch.setattr(comfy.cli_args.args, "bf16_vae", True)
+    found, _ = planned(nodes)
+    network = load(nodes, "VAE", "small", found).patcher.model
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    (part,) = found.plan.of_stage("vae")
+    assert part.weights == sum(weight.nbytes for weight in network.parameters())
 
 
 def test_without_a_gpu_everything_is_on_the_cpu(nodes) -> None:
