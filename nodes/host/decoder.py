@@ -1,6 +1,7 @@
 """The diffusion decoder as a native MODEL: BaseModel, conditioning, memory, per-run reuse."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -9,6 +10,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sampler_helpers
 import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -166,6 +168,10 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
             )
         return super().state_dict_for_saving(*args, **kwargs)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.manual_cast_dtype or self.get_dtype()
+
     def shift(self, size: tuple[int, int]) -> float:
         """mu for an image of (height, width) pixels."""
         return self.schedule.shift(*size, self.diffusion_model.config.patch_size)
@@ -209,10 +215,16 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         the model sampling's own `timestep()` is the shifted one, in units that patches change."""
         patcher = self.current_patcher
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
-        devices = (x.device, *(part.home for part in self.ranges))
-        needs = dict.fromkeys(devices, self.memory_required(list(x.shape)))
-        with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
+        attended = [reader.tokens for reader in self.readers]
+        need = self.memory_required(list(x.shape), {"references": [(1, n) for n in attended]})
+        with self.memory_for(need, x.device):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
+
+    def memory_for(self, need: float, device: torch.device) -> AbstractContextManager:
+        """Around what may run out of memory: of `device`, and of the ranges' own ones."""
+        devices = (device, *(part.home for part in self.ranges))
+        needs = dict.fromkeys(devices, need)
+        return memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split")
 
     def process_timestep(
         self, timestep: Tensor, sigma: tuple[Tensor], size: tuple[int, int], **_: Any
@@ -222,11 +234,10 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
     def memory_required(self, input_shape: list[int], cond_shapes: dict | None = None) -> float:
         """Bytes that one step needs beside the weights."""
         batch, _, *latent = input_shape
-        dtype = self.manual_cast_dtype or self.get_dtype()
         references = (cond_shapes or {}).get("references", [])
         longest = max((length for _, length in references), default=0)
         config = self.diffusion_model.config
-        return working_memory.decoder(config, batch, tuple(latent), longest, dtype)
+        return working_memory.decoder(config, batch, tuple(latent), longest, self.compute_dtype)
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
@@ -309,8 +320,16 @@ def load_decoder(
     model.device = there.offload
     patcher = make_patcher(model, there, disable_dynamic, ranges)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
+    patcher.add_wrapper(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, _load_for_run)
     patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, place))
     return patcher
+
+
+def _load_for_run(executor: Any, model: Any, shape: Sequence[int], conds: dict, **how: Any) -> Any:
+    """The host's loading of the weights, before a run: there may be no room even for those."""
+    _, need = comfy.sampler_helpers.estimate_memory(model, shape, conds)
+    with model.model.memory_for(need, model.load_device):
+        return executor(model, shape, conds, **how)
 
 
 def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[LayerRange]:

@@ -212,7 +212,7 @@ def compute_cache(
             f"The references are of a codebook of {references.codebook} ids and the decoder knows "
             f"{codebook}; encode them with the AR model of the decoder's checkpoint."
         )
-    dtype = model.manual_cast_dtype or model.get_dtype()
+    dtype = model.compute_dtype
     fp8 = precision == "fp8"
     nbytes = cache_bytes(references, network.config, FP8 if fp8 else dtype)
     host = comfy.model_management.unet_offload_device()

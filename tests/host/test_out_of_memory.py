@@ -7,6 +7,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core import working_memory
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.placement import GIB
@@ -100,6 +101,22 @@ def test_each_stage_says_so_and_works_again(nodes, run, stage) -> None:
     assert "fewer layers" not in sentence
     assert comfy.model_management.current_loaded_models == []
     assert same(work(nodes, run), expected)
+
+
+def test_no_room_for_the_decoders_weights_is_said_too(nodes, run, monkeypatch) -> None:
+    """The host loads them before the first step, from the node that samples."""
+    expected = decode(nodes, run)
+    comfy.model_management.unload_all_models()
+
+    def full(*_, **__) -> None:
+        raise comfy.model_management.OOM_EXCEPTION("no room")
+
+    with monkeypatch.context() as patched, pytest.raises(GLMImageError) as said:
+        patched.setattr(ModelPatcher, "partially_load", full)
+        patched.setattr(ModelPatcher, "patch_model", full)
+        decode(nodes, run)
+    assert str(said.value).startswith("The decoder ran out of memory on cpu, where it needs ")
+    assert same(decode(nodes, run), expected)
 
 
 # ---- split models --------------------------------------------------------------------------------

@@ -89,6 +89,23 @@ def test_latents_equal_the_reference(nodes, pipelines, images, shape: str, count
     assert relative_error(ours, expected) < 1e-4
 
 
+def test_a_step_needs_room_for_the_references_too(nodes, run, images, monkeypatch) -> None:
+    """As the sentence says that comes where there is none."""
+    cache = cached(nodes, run, encode(run, images))
+    network, needs = run.model.model, []
+    said = network.memory_for
+    monkeypatch.setattr(
+        network, "memory_for", lambda need, device: needs.append(need) or said(need, device)
+    )
+    decode(nodes, run, cache, steps=1)
+    shape = list(run.latent["samples"].shape)
+    tokens = sum(image.shape[1] * image.shape[2] // 16**2 for image in images)
+    loading, *steps = needs
+    assert loading == network.memory_required(shape, {"references": [(1, tokens)]})
+    assert loading > network.memory_required(shape)
+    assert set(steps) <= {loading, 2 * loading}  # a guidance pass at a time, or both at once
+
+
 def test_references_change_the_picture_and_the_unconditional_pass_does_not_see_them(
     nodes, run, images
 ) -> None:
