@@ -1,9 +1,9 @@
 """Linear layers that are mostly given one row, as the AR model's are."""
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
+
+from .cpu import cpu_has
 
 
 class RowLinear(nn.Linear):
@@ -29,12 +29,7 @@ class RowOperations:
 
 
 def _is_faster(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _cpu_has_avx512()
-
-
-@cache
-def _cpu_has_avx512() -> bool:
-    """There torch's kernel for vectors reads the weight at the pace of memory. On CPUs with AMX
-    the one for matrices stays 20 % below that for one row, at some widths by half; with AVX-512
-    alone both are as fast, and with AVX2 the one for matrices is faster."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """On CPUs with AMX torch's kernel for vectors reads the weight at the pace of memory, and the
+    one for matrices is 20 % slower for one row, at some widths twice as slow. On others, with
+    AVX-512 as with AVX2, the one for vectors is the slower."""
+    return x.device.type == "cpu" and cpu_has("amx_bf16")

@@ -1,7 +1,6 @@
 """From a component on disk to a network in a ModelPatcher, each weight held once."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.checkpoint import Component, layer_of, open_component
+from ...glm_core.cpu import cpu_has
 from ...glm_core.errors import GLMImageError
 from ...glm_core.packed_linear import pack_layers
 from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
@@ -18,6 +18,9 @@ from ...glm_core.split import LayerRange
 from ...glm_core.weight_dtypes import WEIGHT_DTYPES
 from .paths import find_model
 from .quant import HostPackedLinear, fp8_operations, with_formats
+
+BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
+"""Instructions that multiply matrices in bf16; CPUs without any convert every number."""
 
 
 class Precision(NamedTuple):
@@ -87,19 +90,12 @@ def precision(
 
 
 def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
-    """The host's choice, but for CPUs, of which it rules out all: of one row every CPU only has to
-    read the weights, half as many bytes."""
+    """The host's choice, but for CPUs, of which it rules out all. Of one row every CPU only has to
+    read the weights, half as many bytes; for products of matrices it takes instructions."""
     management = comfy.model_management
     if not management.is_device_cpu(device):
         return management.should_use_bf16(device)
-    return not management.FORCE_FP32 and (few_rows or cpu_multiplies_bf16())
-
-
-@cache
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for bf16's products of matrices; without, it converts."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return not management.FORCE_FP32 and (few_rows or cpu_has(*BF16_PRODUCTS))
 
 
 def _row_operations(operations: Any) -> Any:

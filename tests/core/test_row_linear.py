@@ -3,6 +3,7 @@
 import pytest
 import torch
 from glm_image.glm_core import row_linear
+from glm_image.glm_core.cpu import cpu_has
 from glm_image.glm_core.row_linear import RowLinear
 from tape import Tape
 from torch import Tensor, nn
@@ -56,10 +57,17 @@ def test_everything_else_is_a_plain_product(faster, dtype, shape):
     assert torch.equal(out, plain(x))
 
 
-def test_only_a_cpu_with_avx512_has_the_faster_one(monkeypatch):
-    for capability, expected in (("AVX512", True), ("AVX2", False)):
-        row_linear._cpu_has_avx512.cache_clear()
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert row_linear._is_faster(torch.zeros(1)) == expected
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True, "amx_bf16": True}, True), ({"avx512_bf16": True}, False)],
+)
+def test_only_a_cpu_with_amx_has_the_faster_one(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(row_linear, "cpu_has", cpu_has.__wrapped__)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert row_linear._is_faster(torch.zeros(1)) == expected
     assert not row_linear._is_faster(torch.zeros(1, device="meta"))
-    row_linear._cpu_has_avx512.cache_clear()
+
+
+def test_older_torch_names_no_capabilities(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not cpu_has.__wrapped__("amx_bf16", "avx512_bf16")

@@ -263,11 +263,11 @@ def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes) -> None:
     assert load(nodes, "AR", "small", "default").dtype == torch.float32
 
 
-@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(("able", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_a_cpu_multiplies_matrices_in_bf16_where_it_has_instructions(
     nodes, monkeypatch, able: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda: able)
+    monkeypatch.setattr(weights, "cpu_has", lambda *_: able)
     assert load(nodes, "AR", "small", "bf16").vision.dtype == dtype
     decoder = load(nodes, "Decoder", "small", "bf16")
     assert decoder.model.compute_dtype == dtype
@@ -279,7 +279,7 @@ def test_a_cpu_multiplies_matrices_in_bf16_where_it_has_instructions(
 def test_a_picture_decoded_in_bf16_is_float32s_but_for_rounding(nodes, run, monkeypatch) -> None:
     pictures = []
     for able in (False, True):
-        monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda able=able: able)
+        monkeypatch.setattr(weights, "cpu_has", lambda *_, able=able: able)
         model = load(nodes, "Decoder", "small", "bf16")
         inputs = (model, run.positive, run.negative, run.empty, 7, 3, 1.5, 1.0)
         pictures.append(nodes["GLMImageDecode"].execute(*inputs).result[0]["samples"])
@@ -289,7 +289,7 @@ def test_a_picture_decoded_in_bf16_is_float32s_but_for_rounding(nodes, run, monk
 
 
 def test_the_hosts_force_fp32_holds_on_a_cpu(nodes, monkeypatch) -> None:
-    monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(weights, "cpu_has", lambda *_: True)
     monkeypatch.setattr(comfy.model_management, "FORCE_FP32", True)
     assert load(nodes, "AR", "small", "bf16").dtype == torch.float32
     decoder = load(nodes, "Decoder", "small", "bf16")
