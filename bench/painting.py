@@ -1,7 +1,8 @@
 """What paints: the glyph encoder, the decoder's step and its references, the VAE."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import torch
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
@@ -26,6 +27,8 @@ def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
         for batch in preset.batches:
             yield from DecoderBench(bench, ours, reference, size, batch, preset.dtype).rows()
     step = DecoderBench(bench, ours, reference, preset.sizes[0], 1, preset.dtype)
+    if bench.on_cpu:
+        yield step.bf16_row()
     for count in preset.references:
         yield from step.reference_rows(count)
     del ours, reference, step
@@ -68,11 +71,22 @@ class DecoderBench:
         tokens = torch.randint(codes, (batch, height // patch, width // patch), device=device)
         return latent.to(self.dtype), tokens
 
-    def rows(self) -> Iterator[Row]:
+    def our_prediction(self) -> Callable[[], Tensor]:
         invariants = self.ours.prepare(self.glyphs, self.tokens, self.dtype)
+        return lambda: self.ours.predict(self.x, self.timestep, self.size, invariants)
 
-        def ours() -> Tensor:
-            return self.ours.predict(self.x, self.timestep, self.size, invariants)
+    def bf16_row(self) -> Row:
+        """What the pack computes in on a CPU with instructions for it."""
+        half = deepcopy(self.ours).bfloat16()
+        rounded = DecoderBench(
+            self.bench, half, self.reference, self.size, self.batch, torch.bfloat16
+        )
+        return self.bench.row(
+            "decoder step, in bf16 beside float32", rounded.our_prediction(), self.our_prediction()
+        )
+
+    def rows(self) -> Iterator[Row]:
+        ours = self.our_prediction()
 
         def theirs() -> Tensor:
             return self.their_prediction(self.x, self.glyphs, self.tokens)
