@@ -26,6 +26,7 @@ PLAN = {
     "batch_size": 1, "references": 0, "strategy": "auto", "ar": "auto", "decoder": "auto",
     "glyph": "auto", "vae": "auto", "ar_split": "", "decoder_split": "", "reserve_gb": 1.0,
 }  # fmt: skip
+SPLITS = {"ar_split": "cpu=0-2,cpu=3-5", "decoder_split": "cpu=0-1,cpu=2-4"}
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def soak(output: str) -> None:
         "a region": workflow("redo_region", 128, 96),
         "two references": workflow("two_references", 128, 96),
         "a plan": planned(workflow("text_to_image", 128, 96), strategy="least memory"),
+        "split models": planned(workflow("text_to_image", 128, 96), **SPLITS),
     }
     expected = {}
     for name, prompt in kinds.items():
