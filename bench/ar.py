@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,9 @@ class ARBench:
         self.prompt = Prompt(ids, text_positions(PROMPT_LENGTH))
 
     def new_runner(self) -> Runner:
-        return EagerRunner() if self.bench.on_cpu else ReplayRunner(CudaGraphs())
+        if self.bench.on_cpu:
+            return EagerRunner()
+        return ReplayRunner(partial(CudaGraphs, self.bench.device))
 
     def run(self, batch: int = 1, **how) -> Run:
         options = how.pop("options", SamplingOptions())

@@ -72,8 +72,8 @@ class DecoderBench:
         return latent.to(self.dtype), tokens
 
     def our_prediction(self) -> Callable[[], Tensor]:
-        invariants = self.ours.prepare(self.glyphs, self.tokens, self.dtype)
-        return lambda: self.ours.predict(self.x, self.timestep, self.size, invariants)
+        invariants = self.ours.prepare(self.glyphs, self.tokens, self.size, self.dtype)
+        return lambda: self.ours.predict(self.x, self.timestep, invariants)
 
     def bf16_row(self) -> Row:
         """What the pack computes in on a CPU with instructions for it."""
@@ -98,7 +98,7 @@ class DecoderBench:
         yield self.bench.memory(name, ours, theirs)
 
         def prepare() -> None:
-            self.ours.prepare(self.glyphs, self.tokens, self.dtype)
+            self.ours.prepare(self.glyphs, self.tokens, self.size, self.dtype)
 
         yield self.bench.row(f"what a run of {STEPS} steps does once", prepare)
 
@@ -134,7 +134,7 @@ class DecoderBench:
     def reference_rows(self, count: int) -> Iterator[Row]:
         """A step that attends to references, and what is done for them once."""
         pictures = [self.picture(1) for _ in range(count)]
-        invariants = self.ours.prepare(self.glyphs, self.tokens, self.dtype)
+        invariants = self.ours.prepare(self.glyphs, self.tokens, self.size, self.dtype)
 
         def keys_values() -> list[list[KeysValues]]:
             runs = [list(self.ours.reference_keys_values(*p, self.size)) for p in pictures]
@@ -155,9 +155,7 @@ class DecoderBench:
         kept, theirs = keys_values(), their_cache()
 
         def step(references: list[list[KeysValues]]) -> Tensor:
-            return self.ours.predict(
-                self.x, self.timestep, self.size, invariants, references=references
-            )
+            return self.ours.predict(self.x, self.timestep, invariants, references=references)
 
         name = f"{count} reference{'s' * (count > 1)}"
         yield self.bench.row(f"cache of {name}", keys_values, their_cache)

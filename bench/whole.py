@@ -57,12 +57,12 @@ class Whole:
         ids = upsample_tokens(tokens)
         dropped = torch.full_like(ids, DROPPED)
         invariants = [
-            decoder.ours.prepare(glyphs, prior, decoder.dtype)
+            decoder.ours.prepare(glyphs, prior, size, decoder.dtype)
             for glyphs, prior in ((decoder.glyphs, ids), (decoder.glyphs[:, :1], dropped))
         ]
 
         def predict(x: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return decoder.ours.predict(x, timestep, size, invariants[not conditional])
+            return decoder.ours.predict(x, timestep, invariants[not conditional])
 
         return self.our_vae.decode(self.denoised(predict))
 

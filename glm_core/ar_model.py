@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import GLMImageError
 from .kv_cache import KVCache, Pass
 from .row_linear import RowOperations
-from .split import LayerRange, hop, own_layers
+from .split import LayerRange, hop, own_layers, visiting
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
 
@@ -227,8 +227,9 @@ class TextModel(nn.Module):
         for part in self.ranges:
             x, there = hop(x, part.home), _angles(hop(rope, part.home))
             reading_there = reading.at(part.home)
-            for layer in part.layers:
-                x = layer(x, there, reading_there)
+            with visiting(part.home, home):
+                for layer in part.layers:
+                    x = layer(x, there, reading_there)
         return self.norm(hop(x, home))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import sdpa
 from .errors import GLMImageError
-from .split import LayerRange, Stretch, hop, own_layers, stretches
+from .split import LayerRange, Stretch, hop, own_layers, stretches, visiting
 
 EPS = 1e-5
 DROPPED = -1
@@ -79,6 +79,7 @@ class StepInvariants(NamedTuple):
 
     text: Tensor  # [B, T, hidden]
     prior: Tensor  # [B, N, hidden]
+    size: Tensor  # [1, time_embed_dim]
     ropes: tuple[Rope, ...]  # for each stretch of blocks, cos, sin: [T + N, head_dim]
 
 
@@ -147,8 +148,8 @@ class Decoder(nn.Module):
         Returns:
             [B, C_out, H, W]
         """
-        invariants = self.prepare(glyphs, tokens, x.dtype)
-        return self.predict(x, timestep, size, invariants, transformer_options, references)
+        invariants = self.prepare(glyphs, tokens, size, x.dtype)
+        return self.predict(x, timestep, invariants, transformer_options, references)
 
     def reference_keys_values(
         self, latent: Tensor, tokens: Tensor, size: tuple[int, int]
@@ -167,17 +168,20 @@ class Decoder(nn.Module):
             key, value: [1, heads, N, head_dim], of each block in turn, where it computes.
         """
         no_text = latent.new_zeros(1, 0, self.config.text_embed_dim)
-        txt, prior, ropes = self.prepare(no_text, tokens, latent.dtype)
+        txt, prior, sized, ropes = self.prepare(no_text, tokens, size, latent.dtype)
         img = self._embed(latent) + prior
-        vec = self.time_condition_embed(latent.new_zeros(1), size, img.dtype)
+        vec = self.time_condition_embed(latent.new_zeros(1), sized)
         for (device, blocks), rope in zip(self._stretches(img.device), ropes, strict=True):
             img, txt, vec = (hop(x, device) for x in (img, txt, vec))
             for _, block in blocks:
                 kept: list[KeysValues] = []
-                img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
+                with visiting(device, latent.device):
+                    img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
                 yield kept.pop()
 
-    def prepare(self, glyphs: Tensor, tokens: Tensor, dtype: torch.dtype) -> StepInvariants:
+    def prepare(
+        self, glyphs: Tensor, tokens: Tensor, size: tuple[int, int], dtype: torch.dtype
+    ) -> StepInvariants:
         """The part of `forward` that is the same at every step."""
         text = self.glyph_projector(glyphs.to(dtype))
         ids = rearrange(tokens, "b h w -> b (h w)")
@@ -185,13 +189,13 @@ class Decoder(nn.Module):
         prior = self.prior_projector(embedded * (ids != DROPPED).unsqueeze(-1))
         rope = rotary(tokens.shape[1:], text.shape[1], self.config.attention_head_dim, text.device)
         ropes = (tuple(hop(x, device) for x in rope) for device, _ in self._stretches(text.device))
-        return StepInvariants(text, prior, tuple(ropes))
+        sized = self.time_condition_embed.of_size(size, text.device, dtype)
+        return StepInvariants(text, prior, sized, tuple(ropes))
 
     def predict(
         self,
         x: Tensor,
         timestep: Tensor,
-        size: tuple[int, int],
         invariants: StepInvariants,
         transformer_options: dict | None = None,
         references: ReferenceKeysValues | None = None,
@@ -201,10 +205,10 @@ class Decoder(nn.Module):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % p, 0, -height % p), mode="replicate")
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
-        txt, prior, ropes = invariants
+        txt, prior, sized, ropes = invariants
 
         img = self._embed(x) + prior
-        vec = self.time_condition_embed(timestep, size, img.dtype)
+        vec = self.time_condition_embed(timestep, sized)
         img = self._run_blocks(img, txt, vec, ropes, transformer_options or {}, references)
         out = self.proj_out(self.norm_out(img, vec))
         out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
@@ -234,26 +238,27 @@ class Decoder(nn.Module):
         home = img.device
         for (device, blocks), pe in zip(self._stretches(home), ropes, strict=True):
             img, txt, vec = (hop(x, device) for x in (img, txt, vec))
-            for i, block in blocks:
-                transformer_options["block_index"] = i
-                args = {
-                    "img": img,
-                    "txt": txt,
-                    "vec": vec,
-                    "pe": pe,
-                    "transformer_options": transformer_options,
-                }
-                run = partial(run_block, block)
-                if references is not None:
-                    run = partial(run, references=references[i])
-                if ("double_block", i) in replace:
-                    out = replace[("double_block", i)](args, {"original_block": run})
-                else:
-                    out = run(args)
-                img, txt = out["img"], out["txt"]
-                for patch in after_block:
-                    out = patch({**args, "img": img, "txt": txt, "block_index": i})
+            with visiting(device, home):
+                for i, block in blocks:
+                    transformer_options["block_index"] = i
+                    args = {
+                        "img": img,
+                        "txt": txt,
+                        "vec": vec,
+                        "pe": pe,
+                        "transformer_options": transformer_options,
+                    }
+                    run = partial(run_block, block)
+                    if references is not None:
+                        run = partial(run, references=references[i])
+                    if ("double_block", i) in replace:
+                        out = replace[("double_block", i)](args, {"original_block": run})
+                    else:
+                        out = run(args)
                     img, txt = out["img"], out["txt"]
+                    for patch in after_block:
+                        out = patch({**args, "img": img, "txt": txt, "block_index": i})
+                        img, txt = out["img"], out["txt"]
         return hop(img, home)
 
 
@@ -472,12 +477,16 @@ class TimeSizeEmbedding(nn.Module):
         self.timestep_embedder = EmbeddingMLP(self.time_dim, self.time_dim, **kw)
         self.condition_embedder = EmbeddingMLP(4 * self.condition_dim, self.time_dim, **kw)
 
-    def forward(self, timestep: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """timestep [B], size (height, width) -> [B, time_embed_dim]"""
-        condition = torch.tensor((0.0, 0.0, *size), device=timestep.device)
-        condition = rearrange(sinusoids(condition, self.condition_dim), "n d -> 1 (n d)")
-        time = self.timestep_embedder(sinusoids(timestep, self.time_dim).to(dtype))
-        return F.silu(time + self.condition_embedder(condition.to(dtype)))
+    def of_size(self, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The part of (height, width), uncropped: [1, time_embed_dim]"""
+        numbers = torch.tensor((0.0, 0.0, *size), device=device)
+        condition = rearrange(sinusoids(numbers, self.condition_dim), "n d -> 1 (n d)")
+        return self.condition_embedder(condition.to(dtype))
+
+    def forward(self, timestep: Tensor, sized: Tensor) -> Tensor:
+        """timestep [B], `of_size` [1, time_embed_dim] -> [B, time_embed_dim]"""
+        time = self.timestep_embedder(sinusoids(timestep, self.time_dim).to(sized.dtype))
+        return F.silu(time + sized)
 
 
 class EmbeddingMLP(nn.Module):

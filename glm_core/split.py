@@ -1,6 +1,7 @@
 """Layers that lie apart from their network: on a device of their own, under its keys."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +60,18 @@ def stretches(
 def hop(x: Tensor, device: torch.device) -> Tensor:
     """To where the next layers compute; nothing where that is here."""
     return x.to(device)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a device torch's current one, whose streams and kernels are meant where none is named:
+    by graphs, by hosts that fetch weights beside the work, and by kernels that are not torch's.
+
+    Kinds of which there is one at most have no such thing.
+    """
+    enter = getattr(getattr(torch, device.type, None), "device", None)
+    return nullcontext() if enter is None or device.index is None else enter(device)
+
+
+def visiting(device: torch.device, home: torch.device) -> AbstractContextManager:
+    """`current` for layers away from home, which is the current device already."""
+    return nullcontext() if device == home else current(device)

@@ -27,7 +27,7 @@ from ...glm_core.decoder import (
 )
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import ScheduleConfig
-from ...glm_core.split import LayerRange
+from ...glm_core.split import LayerRange, current
 from .conditioning import REFERENCES, conditions
 from .devices import Place, default_place
 from .memory import memory_for
@@ -98,8 +98,8 @@ class HostDecoder(Decoder):
             )
         p = self.config.patch_size
         tokens = tokens[:, 0, ::p, ::p]
-        invariants = self.reuse.get(self, context, tokens, x)
-        return self.predict(x, timesteps, size, invariants, transformer_options, references)
+        invariants = self.reuse.get(self, context, tokens, size, x.dtype)
+        return self.predict(x, timesteps, invariants, transformer_options, references)
 
 
 SMALLER_RUN = (
@@ -129,17 +129,29 @@ class StepReuse:
         self.clear()
 
     def clear(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor, torch.dtype, StepInvariants]] = []
+        self._kept: list[tuple[Tensor, Tensor, tuple, StepInvariants]] = []
 
     @torch.compiler.disable
-    def get(self, decoder: Decoder, glyphs: Tensor, tokens: Tensor, x: Tensor) -> StepInvariants:
+    def get(
+        self,
+        decoder: Decoder,
+        glyphs: Tensor,
+        tokens: Tensor,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> StepInvariants:
+        """As `Decoder.prepare`."""
         if not self.enabled:
-            return decoder.prepare(glyphs, tokens, x.dtype)
-        for kept_glyphs, kept_tokens, dtype, invariants in self._kept:
-            if dtype == x.dtype and _same(kept_glyphs, glyphs) and _same(kept_tokens, tokens):
+            return decoder.prepare(glyphs, tokens, size, dtype)
+        for kept_glyphs, kept_tokens, made_for, invariants in self._kept:
+            if (
+                made_for == (size, dtype)
+                and _same(kept_glyphs, glyphs)
+                and _same(kept_tokens, tokens)
+            ):
                 return invariants
-        invariants = decoder.prepare(glyphs, tokens, x.dtype)
-        self._kept.append((glyphs, tokens.clone(), x.dtype, invariants))
+        invariants = decoder.prepare(glyphs, tokens, size, dtype)
+        self._kept.append((glyphs, tokens.clone(), (size, dtype), invariants))
         del self._kept[:-MOST_KEPT]
         return invariants
 
@@ -217,7 +229,7 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
         attended = [reader.tokens for reader in self.readers]
         need = self.memory_required(list(x.shape), {"references": [(1, n) for n in attended]})
-        with self.memory_for(need, x.device):
+        with current(x.device), self.memory_for(need, x.device):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
 
     def memory_for(self, need: float, device: torch.device) -> AbstractContextManager:

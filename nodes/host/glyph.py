@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...glm_core.errors import GLMImageError
 from ...glm_core.glyph import encode_texts, glyph_ids, texts_to_render
 from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from ...glm_core.split import current
 from .devices import Place
 from .memory import memory_for
 from .weights import Precision, check_keys, load_weights, open_model, precision
@@ -64,7 +65,11 @@ class GlyphModel(nn.Module):
         # Its scores are all that grows: heads * L^2 of the longest text, in float32 and as softmax.
         longest = max(map(len, glyph_ids(tokens[TOKENS])))
         needed = 8 * self.transformer.config.num_heads * longest**2
-        with memory_for("The glyph encoder", {self.execution_device: needed}, "use shorter texts"):
+        device = self.execution_device
+        with (
+            current(device),
+            memory_for("The glyph encoder", {device: needed}, "use shorter texts"),
+        ):
             states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
         return states, None, {EMPTY: empty}
 

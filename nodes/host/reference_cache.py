@@ -7,13 +7,14 @@ from typing import Any
 import comfy.conds
 import comfy.model_management
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...glm_core.decoder import KeysValues
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement import gib
 from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
 from ...glm_core.references import References
+from ...glm_core.split import current
 from .devices import Place
 from .memory import memory_for
 from .patchers import all_patches, make_patcher, stretches, with_ranges
@@ -48,7 +49,7 @@ class CacheReader:
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            cache = self.cache if self.streamed else deepcopy(self.cache).to(device)
+            cache = self.cache if self.streamed else _copied_to(device, self.cache)
             self._elsewhere[device] = CacheReader(cache, device, self.streamed, self.sets)
         return self._elsewhere[device]
 
@@ -95,9 +96,15 @@ class CacheReader:
         return CacheReader(self.cache, self.device, self.streamed, sets)
 
     def end_run(self) -> None:
-        """Let go of what was fetched ahead."""
-        for reader in (self, *self._elsewhere.values()):
-            reader._ahead = None
+        """Let go of what was fetched ahead, and of the copies on other devices."""
+        self._ahead = None
+        self._elsewhere.clear()
+
+
+def _copied_to(device: torch.device, cache: ReferenceCache) -> ReferenceCache:
+    """Part by part, with no second copy where it lies."""
+    parts = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in cache.parameters()}
+    return deepcopy(cache, parts)
 
 
 class SplitReader:
@@ -226,7 +233,10 @@ def compute_cache(
     working = sum(model.memory_required(list(image.latent.shape)) for image in set(images))
     needs = dict.fromkeys((device for _, device in shares), working)
     helps = "use smaller or fewer references"
-    with memory_for("The reference cache", needs, helps, split="decoder_split"):
+    with (
+        current(decoder.load_device),
+        memory_for("The reference cache", needs, helps, split="decoder_split"),
+    ):
         comfy.model_management.load_models_gpu(with_ranges(decoder), memory_required=working)
         cache = make_cache(
             network,

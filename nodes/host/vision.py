@@ -10,6 +10,7 @@ from torch import Tensor
 from ...glm_core import working_memory
 from ...glm_core.checkpoint import Component
 from ...glm_core.reference_image import ImageConfig, vision_pixels
+from ...glm_core.split import current
 from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
 from .devices import Place, default_place
 from .memory import memory_for
@@ -40,7 +41,10 @@ class HostVision:
         device = self.patcher.load_device
         pixels = vision_pixels(images, self.image_config)
         needed = self.memory_required(pixels.shape)
-        with memory_for("The AR model's vision tower", {device: needed}, "use a smaller image"):
+        with (
+            current(device),
+            memory_for("The AR model's vision tower", {device: needed}, "use a smaller image"),
+        ):
             comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
             tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
         return torch.cat(tokens).to("cpu", torch.int32)

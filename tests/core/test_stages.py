@@ -131,12 +131,14 @@ def passes() -> dict:
     for block in vision.model["visual"].blocks:
         block.attn = nn.Identity()  # has no other attention, and the MLP is wider
     ids = torch.empty(1, 64, 64, dtype=torch.int64, device="meta")
-    invariants = decoder.prepare(torch.empty(1, 30, 1472, **half), ids, torch.bfloat16)
+    invariants = decoder.prepare(
+        torch.empty(1, 30, 1472, **half), ids, (1024, 1024), torch.bfloat16
+    )
     cached = [[(torch.empty(1, 32, 4096, 128, **half),) * 2]] * 30
     time = torch.empty(1, device="meta")
 
     def step(**references):
-        return lambda: decoder.predict(latent, time, (1024, 1024), invariants, **references)
+        return lambda: decoder.predict(latent, time, invariants, **references)
 
     planned = {name: full_size_stages()[name].work for name in ("decoder", "vae", "vision")}
     alone = working_memory.decoder(decoder.config, 1, (128, 128), 0, torch.bfloat16)

@@ -1,5 +1,7 @@
 """A plan on the graph, the loaders that follow it, and models split over devices."""
 
+from contextlib import contextmanager
+
 import comfy.cli_args
 import comfy.hooks
 import comfy.model_management
@@ -10,8 +12,9 @@ from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar_sampler import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.placement import GIB, Device
+from glm_image.glm_core.split import current
 from glm_image.glm_core.weight_dtypes import WEIGHT_DTYPES
-from glm_image.nodes.host import devices, plan
+from glm_image.nodes.host import decoder, devices, plan
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Place
@@ -372,3 +375,71 @@ def test_least_memory_gives_the_same_picture(nodes, whole, monkeypatch) -> None:
         (part,) = found.plan.of_stage(stage)
         assert 0 < part.offloaded < part.weights
         assert patcher.loaded_size() <= part.resident
+
+
+# ---- the current device --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entered(monkeypatch) -> list[torch.device]:
+    """The devices made current, the innermost last: torch's CPU is given the word for it that its
+    accelerators have, and `cpu:0` is a device with a number."""
+    stack: list[torch.device] = []
+
+    @contextmanager
+    def device(which: torch.device):
+        stack.append(which)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    monkeypatch.setattr(torch.cpu, "device", device, raising=False)
+    return stack
+
+
+def layers_of(ar, model, clip) -> dict[str, torch.nn.Module]:
+    return {
+        "ar": ar.patcher.model.lm_head,
+        "vision": next(m for m in ar.vision.patcher.model.modules() if not [*m.children()]),
+        "decoder": model.model.diffusion_model.proj_out,
+        "glyph": clip.cond_stage_model.transformer.shared,
+    }
+
+
+def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monkeypatch) -> None:
+    """For what works on the current device wherever its tensors lie: graphs, streams, Triton."""
+    there = torch.device("cpu", 0)
+    # A latent that has come to the CPU does not say its number, as one on an accelerator does.
+    monkeypatch.setattr(decoder, "current", lambda device: current(torch.device(device.type, 0)))
+    place = Place(there, CPU)
+    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
+    clip, seen = load_glyph_encoder("small", place=place), {}
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, n=name: seen.update({n: [*entered]}))
+        for name, layer in layers_of(ar, model, clip).items()
+    ]
+    image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
+    try:
+        nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
+        nodes["GLMImageEncodeTokens"].execute(ar, image, 96, 64)
+        nodes["GLMImageGlyphEncode"].execute(clip, PROMPT)
+        decode(nodes, whole, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == {stage: [there] for stage in ("ar", "vision", "glyph", "decoder")}
+    assert entered == []
+
+
+def test_a_ranges_device_is_the_current_one_while_its_layers_run(nodes, whole, entered) -> None:
+    there, seen = torch.device("cpu", 0), []
+    place = Place(CPU, CPU, further=((range(1, 2), Place(there, CPU)),))
+    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
+    layers = [with_ranges(patcher)[1].model.layers[0] for patcher in (ar.patcher, model)]
+    for layer in (*layers, ar.patcher.model.lm_head, model.model.diffusion_model.proj_out):
+        layer.register_forward_pre_hook(lambda *_, a=layer in layers: seen.append((a, [*entered])))
+    nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
+    decode(nodes, whole, model)
+    assert all(devices == ([there] if away else []) for away, devices in seen)
+    assert {away for away, _ in seen} == {True, False}

@@ -139,7 +139,12 @@ def test_tokens_are_cropped_with_the_area(nodes, run) -> None:
     assert same(tokens[0, 0, ::4, ::4].long(), run.tokens.tokens[0, 1:2, 1:3].long())
 
 
-INVARIANT = ("glyph_projector", "prior_token_embedding", "prior_projector")
+INVARIANT = (
+    "glyph_projector",
+    "prior_token_embedding",
+    "prior_projector",
+    "time_condition_embed.condition_embedder",
+)
 
 
 def test_what_does_not_change_between_steps_is_computed_once_and_then_freed(
@@ -155,7 +160,7 @@ def test_what_does_not_change_between_steps_is_computed_once_and_then_freed(
         return rotary(*args)
 
     monkeypatch.setattr(decoder, "rotary", counted_rotary)
-    handles = [getattr(network, n).register_forward_hook(counted(n)) for n in INVARIANT]
+    handles = [network.get_submodule(n).register_forward_hook(counted(n)) for n in INVARIANT]
     handles.append(network.transformer_blocks[0].register_forward_hook(counted("step")))
     try:
         decode(nodes, run, steps=5)
