@@ -6,7 +6,7 @@ Its weight has one of two layouts, told by its dimensions, which survive every m
     [1, bytes]    as the kernel of a device reads it, right for few rows
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ class PackedLinear(nn.Module):
 
     Args:
         form: the matrix and its format.
-        bias: the plain layer's, or None.
+        bias: whether it has one, which is loaded with the weight.
         few_rows: whether most passes are of a few rows, which is what kernels are made for.
     """
 
-    def __init__(self, form: Packing, bias: Tensor | None, few_rows: bool) -> None:
+    def __init__(self, form: Packing, bias: bool, few_rows: bool) -> None:
         super().__init__()
         self.form = form
         self.few_rows = few_rows
@@ -33,7 +33,8 @@ class PackedLinear(nn.Module):
         self.kernel_device: torch.device | None = None  # whose layout the weight has
         packed = torch.empty(form.nbytes, dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = bias
+        empty = torch.empty(form.rows, device="meta")
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -79,7 +80,7 @@ class PackedLinear(nn.Module):
 
 def pack_layers(
     network: nn.Module,
-    layers: Iterable[str],
+    layers: Mapping[str, bool],
     name: str,
     few_rows: bool,
     kind: type[PackedLinear] = PackedLinear,
@@ -87,16 +88,17 @@ def pack_layers(
     """Put packed layers in the place of linear ones, before weights are loaded.
 
     Args:
-        layers: the modules' names.
+        layers: the modules' names, and whether each has a bias; some hosts' plain layers have none
+            before they are loaded.
         name: a format of `quant.FORMATS`.
 
     Raises:
         GLMImageError: a layer is of a width that the format does not take.
     """
-    for layer in layers:
+    for layer, bias in layers.items():
         plain = network.get_submodule(layer)
         form = packing((plain.out_features, plain.in_features), name)
-        network.set_submodule(layer, kind(form, plain.bias, few_rows))
+        network.set_submodule(layer, kind(form, bias, few_rows))
 
 
 def lay_out(network: nn.Module, device: torch.device) -> None:

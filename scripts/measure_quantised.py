@@ -79,7 +79,7 @@ def quantised(model: ARModel, name: str, device: torch.device) -> ARModel:
     state |= {f"{layer}.weight": quantise(state[f"{layer}.weight"], name) for layer in layers}
     with torch.device("meta"):
         packed = ARModel(model.config, dtype=torch.bfloat16)
-    pack_layers(packed, layers, name, few_rows=True)
+    pack_layers(packed, {layer: f"{layer}.bias" in state for layer in layers}, name, few_rows=True)
     packed.load_state_dict(state, assign=True)
     lay_out(packed, device)
     return packed.requires_grad_(False).to(device)

@@ -14,7 +14,7 @@ from ...glm_core.schedule import VAE_SCALE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Place
 from .patchers import make_patcher
-from .weights import Precision, check_keys, load_weights, open_model
+from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -61,9 +61,10 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
     management = comfy.model_management
     there = place or Place(management.vae_device(), management.vae_offload_device())
     dtype = working_dtype(there.load)
-    operations = Precision(dtype, dtype).operations
+    operations = Precision(dtype, dtype, device=there.load).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
     load_weights(network, component).to(dtype)
+    remember_dtypes(network)
 
     patcher = make_patcher(network, there, disable_dynamic)
     patcher.cached_patcher_init = (load_vae_patcher, (model_name, place))

@@ -47,7 +47,7 @@ class Precision(NamedTuple):
         """ComfyUI's layers: plain where weights are used as they lie, casting otherwise."""
         if self.quantisation not in (None, *FORMATS):
             return fp8_operations(self.quantised, self.storage, self.compute, self.device)
-        operations = comfy.ops.pick_operations(self.storage, self.compute)
+        operations = comfy.ops.pick_operations(self.storage, self.compute, load_device=self.device)
         return _row_operations(operations) if self.few_rows else operations
 
     def under(self, root: str) -> "Precision":
@@ -177,12 +177,18 @@ def _give(
 ) -> nn.Module:
     """layers, packing: those that are packed, and how; see `pack_layers`."""
     if packing is not None:
-        pack_layers(network, layers, *packing, HostPackedLinear)
+        biased = {layer: f"{layer}.bias" in state for layer in layers}
+        pack_layers(network, biased, *packing, HostPackedLinear)
     network.load_state_dict(state, assign=True)
-    remember = getattr(comfy.model_management, "archive_model_dtypes", None)
-    if remember is not None:  # hosts since 0.4 cast to the dtypes that they saw at first
-        remember(network)
+    remember_dtypes(network)
     return network.eval().requires_grad_(False)
+
+
+def remember_dtypes(network: nn.Module) -> None:
+    """Hosts since 0.4 cast to the dtypes that they saw last when they were told to look."""
+    remember = getattr(comfy.model_management, "archive_model_dtypes", None)
+    if remember is not None:
+        remember(network)
 
 
 def _cast(key: str, value: Tensor, weight_dtype: str) -> Tensor:

@@ -119,12 +119,21 @@ def layer_of(shape: tuple[int, int], name: str, few_rows: bool) -> tuple[nn.Line
     plain = nn.Linear(shape[1], shape[0])
     plain.weight = nn.Parameter(random(*shape), requires_grad=False)
     network = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], device="meta")})
-    pack_layers(network, ["layer"], name, few_rows)
+    pack_layers(network, {"layer": True}, name, few_rows)
     packed = network["layer"]
     state = {"weight": quantise(plain.weight, name), "bias": plain.bias}
     packed.load_state_dict(state, assign=True)
     plain.weight.copy_(dequantise(packed.weight, packed.form, torch.float32))
     return plain, packed
+
+
+def test_a_bias_is_loaded_where_the_plain_layer_had_none_yet() -> None:
+    """As hosts' layers have neither weight nor bias before they are loaded."""
+    network = nn.ModuleDict({"layer": nn.Linear(64, 32, bias=False, device="meta")})
+    pack_layers(network, {"layer": True}, "int8", few_rows=False)
+    weight, bias = quantise(random(32, 64), "int8"), random(32)
+    network.load_state_dict({"layer.weight": weight, "layer.bias": bias}, assign=True)
+    assert torch.equal(network["layer"](torch.zeros(1, 64))[0], bias)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (72, 96), (128, 256)])

@@ -1,7 +1,9 @@
 """Quantised models under ComfyUI's patcher: loading, LoRAs, partial loading, memory, rebuilding."""
 
+import importlib
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import comfy.hooks
@@ -359,6 +361,27 @@ if hasattr(ModelPatcher, "deepclone_multigpu"):  # not in ComfyUI 0.3.75
         assert same(decode(nodes, run, clone), decode(nodes, run, model))
 
 
+if find_spec("comfy.memory_management"):  # not in ComfyUI 0.3.75
+
+    @pytest.mark.parametrize("kind", ["AR", "Decoder"])
+    @pytest.mark.parametrize("dtype", FILES)
+    def test_layers_that_the_host_makes_lazily_are_loaded_too(
+        nodes, files, monkeypatch, kind, dtype
+    ) -> None:
+        """As it does with dynamic VRAM, its default on many GPUs."""
+
+        def state() -> dict:
+            model = load(nodes, kind, files[STAGES[kind], dtype])
+            return getattr(model, "patcher", model).model.state_dict()
+
+        expected = state()
+        memory = importlib.import_module("comfy.memory_management")
+        monkeypatch.setattr(memory, "aimdo_enabled", True)
+        lazily = state()
+        assert lazily.keys() == expected.keys()
+        assert all(same(lazily[key], expected[key]) for key in expected)
+
+
 # ---- split over devices -------------------------------------------------------------------------
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -488,7 +511,7 @@ def test_each_range_multiplies_fp8_as_its_own_device_can(nodes, files, monkeypat
 def test_packed_steps_can_be_replayed(nodes, files, name, monkeypatch) -> None:
     """A tape of operations in the place of a CUDA graph."""
     recorder = Recorder()
-    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda: recorder)
+    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda device: recorder)
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
     replayed = load(nodes, "AR", files["ar", name])
     tokens = replayed.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())[0].tokens
