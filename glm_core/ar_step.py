@@ -71,6 +71,12 @@ class StepBuffers:
         self.final = torch.ones((), **whole)
         self._ahead = torch.arange(shape.width, **whole)
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is large: the cache and the noise."""
+        noise = 0 if self.noise is None else self.noise.nbytes
+        return self.cache.nbytes + noise
+
     def aim(self, cell: int, column: int, position: int, left: int) -> None:
         """Set what the next `step` draws; wait for nothing.
 
@@ -151,8 +157,9 @@ class ReplayRunner:
     any weight is another than when it was made.
     """
 
-    def __init__(self, record: Recorder) -> None:
-        self._record = record
+    def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
+        """new_recorder: called anew after each `drop`, before the first recording."""
+        self._new_recorder = new_recorder
         self.drop()
 
     def drop(self) -> None:
@@ -160,7 +167,13 @@ class ReplayRunner:
         self._made_for: tuple | None = None
         self._buffers: StepBuffers | None = None
         self._seen: set[int] = set()
+        self._record: Recorder | None = None
         self._recorded: dict[int, Callable[[], None]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers that are held."""
+        return 0 if self._buffers is None else self._buffers.nbytes
 
     def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
         made_for = shape, tuple(weight.data_ptr() for weight in model.parameters())
@@ -175,5 +188,6 @@ class ReplayRunner:
             step()
             return
         if span not in self._recorded:
+            self._record = self._record or self._new_recorder()
             self._recorded[span] = self._record(step)
         self._recorded[span]()

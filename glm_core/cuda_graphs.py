@@ -1,22 +1,27 @@
 """Recording a step as a CUDA graph, for ROCm's devices too, which torch reaches under one name."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 
 class CudaGraphs:
-    """Records steps as graphs that share one pool of memory."""
+    """Records a device's steps as graphs that share a stream and a pool of memory.
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    For graphs that are dropped together: a pool ends with the last of its graphs, and what cuBLAS
+    keeps for a stream with any graph recorded on it. The stream names the device, for torch's own
+    stream for recordings is one for all.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # thread_local: the server's other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             step()
         return graph.replay

@@ -43,6 +43,10 @@ class KVCache:
         ]
         self.layers = [layer for data in self._data for layer in data]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for data in self._data)
+
     def copy_prefix(self, other: "KVCache", length: int) -> None:
         """Begin with the first `length` positions of `other`, of this batch or of batch 1."""
         for mine, theirs in zip(self._data, other._data, strict=True):

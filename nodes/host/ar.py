@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -21,6 +22,7 @@ from ...glm_core.ar_sampler import (
 from ...glm_core.cuda_graphs import CudaGraphs
 from ...glm_core.errors import GLMImageError
 from ...glm_core.grids import preview_grid, token_grid
+from ...glm_core.kv_cache import span_of
 from ...glm_core.layout import (
     cells_outside,
     common_batch,
@@ -32,17 +34,21 @@ from ...glm_core.layout import (
 from ...glm_core.logits import SamplingOptions
 from ...glm_core.prompt import Prompt, PromptTokenizer
 from ...glm_core.references import References
+from ...glm_core.split import current
 from ...glm_core.tokens import Layout, SemanticTokens
 from .devices import Place, default_place
 from .memory import memory_for
 from .palette import CodePalette
-from .patchers import ListsRanges, make_patcher, require_layers, stretches, with_ranges
+from .patchers import ListsRanges, make_patcher, nbytes, require_layers, stretches, with_ranges
 from .progress import TokenProgress, check_interrupt
-from .step_graphs import StepGraphs
+from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
 from .weights import check_keys, load_weights, open_model, precision
 
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
+
+SHARE_OF_WEIGHTS = 0.8
+"""How much of a device's memory the AR's weights may take and leave room for what a run needs."""
 
 
 class HostARModel(ListsRanges, ARModel):
@@ -210,10 +216,14 @@ class HostAR:
         kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
         block = max(len(prompt), samples * max(kept, lookahead))
         needs = self.memory_required(samples, length, block)
+        held = self.graphs.held_for((sampler, samples, grid, span_of(length), options, lookahead))
         progress = TokenProgress(self.palette)
-        with memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"):
+        with (
+            current(self.patcher.load_device),
+            memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"),
+        ):
             comfy.model_management.load_models_gpu(
-                with_ranges(self.patcher), memory_required=max(needs.values())
+                with_ranges(self.patcher), memory_required=max(max(needs.values()) - held, 0)
             )
             run = self._how(seed, samples, options, lookahead, progress)
             return sampler(self.patcher.model, prompt, grid, run, **forced)
@@ -316,7 +326,7 @@ def load_ar(model_name: str, weight_dtype: str = "default", place: Place | None 
     whole = place and replace(place, limit=None, further=())
     vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
-    graphs = StepGraphs(CudaGraphs())
+    graphs = StepGraphs(partial(CudaGraphs, patcher.load_device))
     graphs.watch(patcher)
     return HostAR(patcher, tokenizer, dtype, vision, palette, graphs)
 
@@ -343,6 +353,16 @@ def load_ar_patcher(
     network = HostARModel(config, ranges=ranges, operations=kept.operations, **built)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, ranges)
 
-    patcher = make_patcher(network, there, disable_dynamic, ranges)
+    still = disable_dynamic or _may_run_graphs(network, there)
+    patcher = make_patcher(network, there, still, ranges)
     patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, place))
     return patcher
+
+
+def _may_run_graphs(network: HostARModel, place: Place) -> bool:
+    """Whether to have a patcher whose weights stay where they are, as graphs of steps ask: where
+    the device has the room. Dynamic ones fetch each weight anew, which costs more than it reads."""
+    if not runs_graphs(place.load):
+        return False
+    room = comfy.model_management.get_total_memory(place.load)
+    return nbytes(network) <= SHARE_OF_WEIGHTS * room

@@ -11,6 +11,7 @@ from ...glm_core.errors import GLMImageError
 from ...glm_core.split import LayerRange
 from .devices import Place
 from .quant import PackedPatcher, is_packed
+from .telling_patcher import TellingPatcher
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 RANGES = "glm_ranges"
@@ -47,8 +48,8 @@ def make_patcher(
 def _kind(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
     if is_packed(model):
         return PackedPatcher
-    dynamic = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    return ModelPatcher if disable_dynamic else dynamic
+    chosen = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return TellingPatcher if disable_dynamic or chosen is ModelPatcher else chosen
 
 
 def nbytes(module: nn.Module) -> int:

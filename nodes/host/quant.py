@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.hooks
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ...glm_core.checkpoint import QUANTISATION
 from ...glm_core.packed_linear import PackedLinear, lay_out
+from .telling_patcher import TellingPatcher
 
 # ---- packed int8 and int4 ----------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         return None
 
 
-class PackedPatcher(comfy.model_patcher.ModelPatcher):
+class PackedPatcher(TellingPatcher):
     """Lays out packed weights for the device before it loads any; hosts' dynamic patchers, which
     know no `set_weight`, do not serve them."""
 

@@ -1,5 +1,6 @@
 """The AR model's step as a graph, where the host has all of its weights on the GPU."""
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import comfy.model_management
@@ -7,17 +8,36 @@ import comfy.patcher_extension
 import torch
 
 from ...glm_core.ar_step import EagerRunner, Recorder, ReplayRunner, Runner
+from .telling_patcher import ON_PARTIAL_UNLOAD
 
 
 class StepGraphs:
-    """Chooses how a patcher's steps are run, and forgets its graphs when the model is unloaded."""
+    """Chooses how a patcher's steps are run, and forgets its graphs when weights move."""
 
-    def __init__(self, record: Recorder) -> None:
-        self._replay = ReplayRunner(record)
+    def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
+        self._replay = ReplayRunner(new_recorder)
+        self._made_for: Hashable = None
 
     def watch(self, patcher: Any) -> None:
-        """Called once; clones of the patcher inherit the callback."""
-        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, self._on_detach)
+        """Called once; clones of the patcher inherit the callbacks."""
+        calls = comfy.patcher_extension.CallbacksMP
+        patcher.add_callback(calls.ON_DETACH, self._on_detach)
+        # Graphs hold addresses, of scales too, that come anew when weights are put in place.
+        patcher.add_callback(calls.ON_LOAD, lambda *_: self._replay.drop())
+        patcher.add_callback(ON_PARTIAL_UNLOAD, lambda _: self._replay.drop())
+
+    def held_for(self, run: Hashable) -> int:
+        """Bytes of what a run will need that are held from one like it; what another left goes.
+
+        Called before weights are loaded, which need room beside the buffers.
+
+        Args:
+            run: what the shapes of its buffers depend on.
+        """
+        if run != self._made_for:
+            self._replay.drop()
+        self._made_for = run
+        return self._replay.nbytes
 
     def runner(self, patcher: Any) -> Runner:
         """For the run that begins now, after the patcher was loaded."""

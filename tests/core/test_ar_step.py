@@ -36,7 +36,7 @@ def buffers_of(model, batch=1, cells=9, columns=3, length=256, width=1, top_p=0.
 def test_replayed_steps_write_the_same_tokens(shape, options, lookahead):
     both, grid, recorder = pair(shape), (6, 9), Recorder()
     how = {"batch": 2, "options": options}
-    runner = ReplayRunner(recorder)
+    runner = ReplayRunner(lambda: recorder)
     for prompt, seed in ((PROMPT, 3), ("the heat", 8)):
         replayed = both.tokens(prompt, grid, seed=seed, runner=runner, lookahead=lookahead, **how)
         eager = both.tokens(prompt, grid, seed=seed, **how)
@@ -53,7 +53,7 @@ def test_forced_cells_between_replayed_steps(lookahead):
         "preview": forced_half(preview_grid(grid), both.model.config.codebook),
         "large": forced_half(grid, both.model.config.codebook),
     }
-    how = {"runner": ReplayRunner(Recorder()), "lookahead": lookahead}
+    how = {"runner": ReplayRunner(Recorder), "lookahead": lookahead}
     replayed = both.tokens(PROMPT, grid, seed=2, **how, **forced)
     for ours, expected in zip(replayed, both.tokens(PROMPT, grid, seed=2, **forced), strict=True):
         assert torch.equal(ours, expected)
@@ -61,7 +61,7 @@ def test_forced_cells_between_replayed_steps(lookahead):
 
 def test_another_size_batch_or_option_is_recorded_anew():
     both, recorder = pair("small"), Recorder()
-    runner = ReplayRunner(recorder)
+    runner = ReplayRunner(lambda: recorder)
     changes = [
         {},
         {"batch": 3},
@@ -84,7 +84,7 @@ def test_another_size_batch_or_option_is_recorded_anew():
 def test_weights_that_moved_are_recorded_anew():
     """As a LoRA or an unloading leaves them: at another address, with other values."""
     both, recorder = pair("small"), Recorder()
-    runner, how = ReplayRunner(recorder), {"seed": 4}
+    runner, how = ReplayRunner(lambda: recorder), {"seed": 4}
     both.layout(PROMPT, (4, 4), **how, runner=runner)
     layer = both.model.model["language_model"].layers[0].mlp.down_proj
     before = layer.weight
@@ -98,13 +98,28 @@ def test_weights_that_moved_are_recorded_anew():
 
 
 def test_what_is_dropped_is_freed():
-    runner = ReplayRunner(Recorder())
+    runner = ReplayRunner(Recorder)
     both = pair("small")
     both.layout(PROMPT, (4, 4), runner=runner)
-    assert runner._buffers is not None
+    assert runner.nbytes > runner._buffers.cache.nbytes > 0
     runner.drop()
     assert runner._buffers is None
+    assert runner.nbytes == 0
     assert not runner._recorded
+
+
+def test_what_is_recorded_after_a_drop_is_of_another_recorder():
+    """Whose graphs' memory ends with the last of them."""
+    recorders: list[Recorder] = []
+
+    def new_recorder() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    runner, both = ReplayRunner(new_recorder), pair("small")
+    for grid in ((4, 4), (4, 4), (4, 6)):
+        both.layout(PROMPT, grid, runner=runner)
+    assert [len(recorder.tapes) for recorder in recorders] == [2, 2]
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -162,7 +177,7 @@ def test_no_shape_depends_on_the_position(width):
 
 
 def test_what_an_earlier_run_left_in_the_buffers_does_not_show():
-    both, runner = pair("small"), ReplayRunner(Recorder())
+    both, runner = pair("small"), ReplayRunner(Recorder)
     first = both.tokens(PROMPT, (4, 4), seed=1, runner=runner)
     both.tokens("quite another prompt of another length", (4, 4), seed=2, runner=runner)
     again = both.tokens(PROMPT, (4, 4), seed=1, runner=runner)

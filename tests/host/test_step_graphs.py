@@ -4,9 +4,11 @@ There is no GPU: a tape of operations stands for the CUDA graph, in the place wh
 """
 
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from glm_image.glm_core.ar_step import EagerRunner, ReplayRunner
+from glm_image.nodes.host import ar as ar_module
 from glm_image.nodes.host import step_graphs
 from helpers import same
 from safetensors.torch import save_file
@@ -20,7 +22,7 @@ LAYER = "model.language_model.layers.0.mlp.down_proj"
 def recorder(monkeypatch) -> Recorder:
     """Every AR model loaded in the test records on tapes, as on a GPU it would record graphs."""
     recorder = Recorder()
-    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda: recorder)
+    monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda device: recorder)
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
     return recorder
 
@@ -37,7 +39,6 @@ def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1, lookahead: int
 
 def test_replayed_tokens_are_the_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:
     eager, ar = load(nodes), load(nodes)
-    eager.graphs._replay = EagerRunner()
     eager.graphs.runner = lambda patcher: EagerRunner()
     rows, columns = ar.patcher.model.get_submodule(LAYER).weight.shape
     down, up = torch.randn(2, columns), torch.randn(rows, 2)
@@ -80,6 +81,48 @@ def test_unloading_the_model_drops_recordings_and_buffers(nodes, recorder) -> No
     comfy.model_management.unload_all_models()
     assert ar.graphs._replay._buffers is None
     assert not ar.graphs._replay._recorded
+
+
+def test_weights_that_go_in_part_take_recordings_and_buffers_along(nodes, recorder) -> None:
+    """The buffers may be more than what the host asks for, which it cannot see."""
+    ar = load(nodes)
+    expected = sample(nodes, ar, 1)
+    assert ar.graphs._replay.nbytes
+    ar.patcher.partially_unload(ar.patcher.offload_device, 1)
+    assert ar.graphs._replay.nbytes == 0
+    assert same(sample(nodes, ar, 1), expected)
+
+
+def test_room_is_asked_for_what_is_not_held_yet(nodes, recorder, monkeypatch) -> None:
+    ar, asked = load(nodes), []
+    load_models = comfy.model_management.load_models_gpu
+
+    def spied(models, memory_required=0, **how):
+        asked.append((memory_required, ar.graphs._replay.nbytes))
+        return load_models(models, memory_required=memory_required, **how)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", spied)
+    for batch in (1, 1, 3):
+        sample(nodes, ar, 1, batch=batch)
+    (first, none), (again, held), (larger, gone) = asked
+    assert none == gone == 0
+    assert held > 0
+    assert again == max(first - held, 0)
+    assert larger > first
+
+
+def test_where_its_weights_fit_a_patcher_leaves_them_in_place(nodes, monkeypatch) -> None:
+    """On hosts that would stream them, for what is streamed cannot be recorded."""
+
+    class Dynamic(comfy.model_patcher.ModelPatcher):
+        pass
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic, raising=False)
+    assert isinstance(load(nodes).patcher, Dynamic)
+    monkeypatch.setattr(ar_module, "runs_graphs", lambda device: True)
+    assert not isinstance(load(nodes).patcher, Dynamic)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 2**10)
+    assert isinstance(load(nodes).patcher, Dynamic)
 
 
 def test_only_resident_weights_are_recorded(nodes, recorder) -> None:
