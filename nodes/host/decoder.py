@@ -338,7 +338,16 @@ def load_decoder(
 
 
 def _load_for_run(executor: Any, model: Any, shape: Sequence[int], conds: dict, **how: Any) -> Any:
-    """The host's loading of the weights, before a run: there may be no room even for those."""
+    """The host's loading of the weights, before a run: there may be no room even for those.
+
+    Raises:
+        GLMImageError: the latent is no image's, or memory did not suffice.
+    """
+    if len(shape) != 4:
+        raise GLMImageError(
+            f"The latent has {len(shape)} dimensions, as a video's, and GLM-Image paints images, "
+            "whose latents have 4; use the LATENT of GLM-Image Apply Tokens."
+        )
     _, need = comfy.sampler_helpers.estimate_memory(model, shape, conds)
     with model.model.memory_for(need, model.load_device):
         return executor(model, shape, conds, **how)

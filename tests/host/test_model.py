@@ -19,6 +19,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 from glm_image.glm_core import decoder
 from glm_image.glm_core.decoder import DROPPED, rotary
+from glm_image.glm_core.errors import GLMImageError
 from helpers import relative_error, same, stages
 from torch import Tensor
 
@@ -137,6 +138,12 @@ def test_tokens_are_cropped_with_the_area(nodes, run) -> None:
     assert tuple(shape[-2:]) == (4, 8)
     assert size == SIZE
     assert same(tokens[0, 0, ::4, ::4].long(), run.tokens.tokens[0, 1:2, 1:3].long())
+
+
+def test_a_videos_latent_is_refused(nodes, run) -> None:
+    video = {"samples": torch.zeros(1, 16, 1, 8, 12)}
+    with pytest.raises(GLMImageError, match=r"^The latent has 5 dimensions, as a video's, and"):
+        decode(nodes, run, latent=video)
 
 
 INVARIANT = (
