@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 def apply_lora(
     path: Path, decoder: Any | None, ar: Any | None, strength_decoder: float, strength_ar: float
 ) -> tuple[Any | None, Any | None]:
-    """Clones of the decoder's and the AR's patcher with the LoRA added.
+    """Clones of the decoder's and the AR's patcher with the LoRA added; at strength 0 the patchers
+    themselves, since any patch would quantise narrow weights anew and outdate a reference cache.
 
     Raises:
         GLMImageError: the file is broken, or no key of it belongs to either model.
@@ -42,6 +43,8 @@ def apply_lora(
 
 
 def _add(patcher: Any, lora: dict, key_map: dict[str, str], strength: float) -> Any:
+    if strength == 0:
+        return patcher
     patches = comfy.lora.load_lora(dict(lora), key_map, log_missing=False)
     clone = patcher.clone()
     clone.add_patches(patches, strength)

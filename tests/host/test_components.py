@@ -174,6 +174,17 @@ def test_lora_adds_its_product_to_the_decoder_and_the_ar(nodes, run, lora_file) 
         torch.testing.assert_close(patched_weight(original, key), plain)
 
 
+def test_lora_of_no_strength_leaves_the_models_as_they_are(nodes, run, lora_file) -> None:
+    """As they are for a reference cache too, which goes by the patches."""
+    load_lora = nodes["GLMImageLoadLora"].execute
+    model, ar = load_lora("both.safetensors", 0.0, 0.0, run.model, run.ar).result
+    assert model is run.model
+    assert ar.patcher is run.ar.patcher
+    model, ar = load_lora("both.safetensors", 0.0, 1.0, run.model, run.ar).result
+    assert model is run.model
+    assert ar.patcher.patches_uuid != run.ar.patcher.patches_uuid
+
+
 def test_native_loader_takes_diffusion_model_keys(nodes, run, lora_file, loras) -> None:
     native = {
         key.replace("transformer.", "diffusion_model.", 1): value
