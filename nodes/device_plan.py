@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..glm_core.errors import GLMImageError
 from ..glm_core.placement import AUTO, STRATEGIES, parse_split
 from ..glm_core.weight_dtypes import WEIGHT_DTYPES
+from .choices import check_choices, require_choices
 from .host.devices import check_device, device_names
 from .host.plan import make_plan, plannable_names
 from .semantic import size_inputs
@@ -100,6 +101,8 @@ class MakeDevicePlan(io.ComfyNode):
     def validate_inputs(
         cls,
         model_name: str | None = None,
+        weight_dtype: str | None = None,
+        strategy: str | None = None,
         ar: str | None = None,
         decoder: str | None = None,
         glyph: str | None = None,
@@ -113,6 +116,11 @@ class MakeDevicePlan(io.ComfyNode):
             found = check_device(stage, name)
             if found is not True:
                 return found
+        found = check_choices(
+            ("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("strategy", strategy, STRATEGIES)
+        )
+        if found is not True:
+            return found
         try:
             for stage, text in {"ar": ar_split, "decoder": decoder_split}.items():
                 parse_split(text or "", stage)
@@ -138,6 +146,9 @@ class MakeDevicePlan(io.ComfyNode):
         decoder_split: str,
         reserve_gb: float,
     ) -> io.NodeOutput:
+        require_choices(
+            ("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("strategy", strategy, STRATEGIES)
+        )
         plan, table = make_plan(
             model_name,
             weight_dtype,

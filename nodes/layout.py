@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..glm_core.layout import LOCKS, compose, to_tokens
 from ..glm_core.layout import lock as lock_cells
 from ..glm_core.tokens import Layout as LayoutData
+from .choices import check_choices, require_choices
 from .types import CATEGORY, Layout, Tokens
 
 SUBCATEGORY = f"{CATEGORY}/layout"
@@ -52,14 +53,13 @@ class LockLayout(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lock: str | None = None) -> bool | str:
-        if lock is None or lock in LOCKS:
-            return True
-        return f"lock is '{lock}'; choose one of {', '.join(LOCKS)}."
+        return check_choices(("lock", lock, LOCKS))
 
     @classmethod
     def execute(
         cls, layout: LayoutData, lock: str, batch_index: int, mask: torch.Tensor | None = None
     ) -> io.NodeOutput:
+        require_choices(("lock", lock, LOCKS))
         return io.NodeOutput(lock_cells(layout, lock, batch_index, mask))
 
 

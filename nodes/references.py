@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..glm_core.references import References as ReferenceData
+from .choices import check_choices, require_choices
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
@@ -53,6 +54,10 @@ class EncodeReference(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, batch: str | None = None) -> bool | str:
+        return check_choices(("batch", batch, BATCHES))
+
+    @classmethod
     def execute(
         cls,
         ar: HostAR,
@@ -61,6 +66,7 @@ class EncodeReference(io.ComfyNode):
         batch: str,
         references: ReferenceData | None = None,
     ) -> io.NodeOutput:
+        require_choices(("batch", batch, BATCHES))
         chain, (height, width) = encode_references(ar, vae, image, references, batch == BATCHES[1])
         was = f"{image.shape[2]} x {image.shape[1]}"
         now = f"{width} x {height}"
@@ -101,9 +107,14 @@ class MakeReferenceCache(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, store: str | None = None, precision: str | None = None) -> bool | str:
+        return check_choices(("store", store, STORES), ("precision", precision, PRECISIONS))
+
+    @classmethod
     def execute(
         cls, model: Any, references: ReferenceData, store: str, precision: str
     ) -> io.NodeOutput:
+        require_choices(("store", store, STORES), ("precision", precision, PRECISIONS))
         require_decoder(model)
         return io.NodeOutput(compute_cache(model, references, store, precision))
 

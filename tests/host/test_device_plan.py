@@ -134,6 +134,8 @@ def test_what_comfyui_can_evict_counts_as_free(monkeypatch, whole) -> None:
     ("inputs", "sentence"),
     [
         ({"model_name": "nowhere"}, "No model is called 'nowhere'"),
+        ({"weight_dtype": "fp16"}, "weight_dtype is 'fp16'; choose one of default, bf16, fp32"),
+        ({"strategy": "slowest"}, "strategy is 'slowest'; choose one of auto, fastest, least"),
         ({"ar": "cuda:0"}, "ar is set to 'cuda:0'; devices are called auto, cpu, gpu:0"),
         ({"decoder_split": "gpu:0"}, "decoder_split holds 'gpu:0', which is not of the form"),
         ({"ar_split": "gpu:0=1-2"}, "ar_split gives gpu:0 the layers from 1 on where 0 is next"),

@@ -92,6 +92,27 @@ def test_broken_model(refused, model, sentence):
     refused(prompt, "GLMImageLoadDecoder", sentence)
 
 
+@pytest.mark.parametrize("loader", ["GLMImageLoadAR", "GLMImageLoadDecoder"])
+def test_a_weight_dtype_that_is_not_offered(refused, loader):
+    prompt = fresh()
+    prompt[the(prompt, loader)]["inputs"]["weight_dtype"] = "fp16"
+    refused(prompt, loader, "weight_dtype is 'fp16'; choose one of default, bf16")
+
+
+@pytest.mark.parametrize(
+    ("node_type", "name", "sentence"),
+    [
+        ("GLMImageEncodeReference", "batch", "choose one of references, one per sample"),
+        ("GLMImageReferenceCache", "store", "choose one of auto, gpu, cpu"),
+        ("GLMImageReferenceCache", "precision", "choose one of model, fp8"),
+    ],
+)
+def test_a_choice_of_references_that_is_not_offered(refused, node_type, name, sentence):
+    prompt = fresh(name="style_transfer")
+    prompt[the(prompt, node_type)]["inputs"][name] = "other"
+    refused(prompt, node_type, f"{name} is 'other'; {sentence}")
+
+
 def test_foreign_clip(refused):
     prompt = fresh()
     glyphs = the(prompt, "GLMImageGlyphEncode")
