@@ -22,6 +22,7 @@ from .grids import preview_grid, token_grid
 FORMAT = "glm_image_tokens"
 VERSION = 1
 UNKNOWN = -1  # in grids that are still being written: a cell that has no token yet
+MAX_CODEBOOK = 2**16  # GLM-Image's is 2**14; colours and the like are made for every id
 MAX_FILE_BYTES = 64 * 2**20  # a 2048x2048 image takes 17 KiB
 
 
@@ -170,14 +171,19 @@ def _layout(tensors: dict[str, Tensor], size_and_codes: dict[str, int]) -> Layou
 def _check(
     name: str, ids: Tensor, grid: tuple[int, int], codebook: int, height: int, width: int
 ) -> None:
+    if not 1 <= codebook <= MAX_CODEBOOK:
+        raise GLMImageError(
+            f"The codebook is said to have {codebook} ids, but one has 1 to {MAX_CODEBOOK}: take "
+            "the tokens from a GLM-Image model, or from an undamaged file."
+        )
     if ids.dtype != torch.int32 or ids.ndim != 3 or tuple(ids.shape[1:]) != grid or not len(ids):
         raise GLMImageError(
-            f"The {name} are {ids.dtype} {list(ids.shape)}, but {width}x{height} pixels need "
+            f"The {name} tensor is {ids.dtype} {list(ids.shape)}, but {width}x{height} pixels need "
             f"torch.int32 [batch, {grid[0]}, {grid[1]}]."
         )
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= codebook:
         raise GLMImageError(
-            f"The {name} hold the id {low if low < 0 else high}, but the codebook has only the ids "
-            f"0 to {codebook - 1}."
+            f"The {name} tensor holds the id {low if low < 0 else high}, but the codebook has only "
+            f"the ids 0 to {codebook - 1}."
         )

@@ -89,13 +89,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch)
 
 BAD_TENSORS = {
     "another grid": ({"tokens": torch.zeros(2, 2, 3, dtype=torch.int32)}, r"need torch.int32"),
-    "another dtype": ({"tokens": torch.zeros(2, 3, 2)}, "torch.float32"),
+    "another dtype": ({"tokens": torch.zeros(2, 3, 2)}, "The tokens tensor is torch.float32"),
     "no sample": ({"tokens": torch.zeros(0, 3, 2, dtype=torch.int32)}, r"\[0, 3, 2\]"),
     "an id too high": ({"tokens": torch.full((1, 3, 2), 50, dtype=torch.int32)}, "the id 50"),
     "an id too low": ({"tokens": torch.full((1, 3, 2), -1, dtype=torch.int32)}, "the id -1"),
     "a preview too high": (
         {"preview": torch.full((1, 19, 13), 99, dtype=torch.int32)},
-        "preview hold the id 99",
+        "The preview tensor holds the id 99",
     ),
     "a preview of another size": (
         {"preview": torch.zeros(1, 16, 16, dtype=torch.int32)},
@@ -124,6 +124,10 @@ def test_tensors_that_do_not_fit(saved, case):
         ({"info": "[1]"}, "broken metadata"),
         ({"info": "[" * 100_000}, "broken metadata"),
         ({"width": "65"}, "width 65 is not"),
+        ({"codebook": "-5"}, "have -5 ids, but one has 1 to 65536"),
+        ({"codebook": "0"}, "have 0 ids"),
+        ({"codebook": str(10**8)}, "have 100000000 ids"),
+        ({"codebook": str(10**12)}, "have 1000000000000 ids"),
     ],
 )
 def test_metadata_that_does_not_fit(saved, metadata, said):
