@@ -158,7 +158,8 @@ class PromptTokenizer:
         return [self._control[piece]] if piece in self._control else self._text_ids(piece)
 
     def _text_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._text.encode(text).ids
+        """Half a surrogate pair, which the tokenizer refuses, becomes `?`, as for the glyphs."""
+        ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
         return ids
 
 

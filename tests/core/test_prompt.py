@@ -77,6 +77,12 @@ def test_a_control_token_that_is_a_plain_word_of_the_vocabulary_is_text(processo
     assert len(ids) > len("<|dit_token_5|>")
 
 
+def test_half_a_surrogate_pair_is_a_question_mark(processor, tmp_path):
+    tokenizer = ours(processor, tmp_path, processor.chat_template)
+    ids = tokenizer.text_to_image("a \ud83d cat", (3, 5)).ids
+    assert ids.tolist() == tokenizer.text_to_image("a ? cat", (3, 5)).ids.tolist()
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n\t"])
 def test_an_empty_prompt_is_an_error(processor, tmp_path, prompt):
     with pytest.raises(GLMImageError, match="prompt is empty"):
