@@ -13,6 +13,7 @@ from .errors import GLMImageError
 
 VAE_SCALE = 8
 """Pixels per latent cell, fixed by ComfyUI's LATENT and by GLM-Image's VAE alike."""
+MAX_TOTAL_STEPS = 2**40  # of a run with a tail: the tail of a longer one is at t = 1 throughout
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,24 @@ class ScheduleConfig:
         """Noise levels of an Euler run, largest first, ending in 0.
 
         t_i = int(linspace(N, 1, steps + 1)[i]), s = t / N, sigma = mu s / (1 + (mu - 1) s).
-        With `denoise` below 1 the run is the tail of one with steps / denoise steps.
+        With `denoise` below 1 the run is the tail of one with steps / denoise steps; only the
+        tail's part of the linspace is computed, in numpy's own arithmetic.
 
         Returns:
             float32 [steps + 1], or an empty tensor where `denoise` is 0.
         """
         if steps < 1:
             raise GLMImageError(f"steps is {steps}; use at least 1.")
+        if math.isnan(denoise):
+            raise GLMImageError("denoise is nan; use a value between 0 and 1.")
         if denoise <= 0.0:
             return torch.empty(0)
-        total = int(steps / min(denoise, 1.0))
-        t = np.linspace(self.num_train_timesteps, 1.0, total + 1)[:-1].astype(np.int64)
-        s = t.astype(np.float32) / self.num_train_timesteps
+        total = int(min(steps / min(denoise, 1.0), MAX_TOTAL_STEPS))
+        i = np.arange(total - steps, total, dtype=np.float64)
+        t = i * ((1.0 - self.num_train_timesteps) / total) + self.num_train_timesteps
+        s = t.astype(np.int64).astype(np.float32) / self.num_train_timesteps
         shifted = shift / (shift + (1 / s - 1))
-        return torch.cat([torch.from_numpy(shifted.astype(np.float32)), torch.zeros(1)])[
-            -steps - 1 :
-        ]
+        return torch.cat([torch.from_numpy(shifted.astype(np.float32)), torch.zeros(1)])
 
     def timestep(self, sigma: Tensor, shift: float) -> Tensor:
         """The *unshifted* timestep t - 1 that the network was trained on, for any noise level.

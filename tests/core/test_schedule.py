@@ -48,6 +48,29 @@ def test_denoise_is_the_tail_of_a_longer_run() -> None:
     assert schedule.sigmas(10, 3.25, denoise=0.0).numel() == 0
 
 
+def test_the_tail_is_that_of_the_whole_linspace_bit_for_bit() -> None:
+    schedule = ScheduleConfig.from_dict(CONFIG)
+    for steps in (1, 3, 20, 50):
+        for denoise in np.linspace(0.01, 1.0, 100):
+            total = int(steps / denoise)
+            t = np.linspace(1000, 1.0, total + 1)[:-1].astype(np.int64)[-steps:]
+            shifted = 3.25 / (3.25 + (1 / (t.astype(np.float32) / 1000) - 1))
+            expected = np.append(shifted, 0).astype(np.float32)
+            assert np.array_equal(schedule.sigmas(steps, 3.25, denoise).numpy(), expected)
+
+
+@pytest.mark.parametrize("denoise", [1e-9, 1e-30, 5e-324])
+def test_a_tiny_denoise_stays_at_the_last_noise_level(denoise: float) -> None:
+    schedule = ScheduleConfig.from_dict(CONFIG)
+    last = schedule.sigmas(1000, 3.25)[-2:]
+    assert torch.equal(schedule.sigmas(4, 3.25, denoise), last[[0, 0, 0, 0, 1]])
+
+
+def test_a_denoise_that_is_no_number_is_refused() -> None:
+    with pytest.raises(GLMImageError, match="denoise is nan; use a value between 0 and 1"):
+        ScheduleConfig.from_dict(CONFIG).sigmas(10, 3.25, float("nan"))
+
+
 def test_other_schedules_are_refused() -> None:
     with pytest.raises(GLMImageError, match="time_shift_type='exponential'"):
         ScheduleConfig.from_dict({**CONFIG, "time_shift_type": "exponential"})
