@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .errors import GLMImageError
 
+MIN_TEMPERATURE = 1e-30  # logits divided by less overflow float32
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -17,8 +19,10 @@ class SamplingOptions:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise GLMImageError(f"temperature is {self.temperature}: use 0 (greedy) or more.")
+        if not (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE):
+            raise GLMImageError(
+                f"temperature is {self.temperature}: use 0 (greedy), or {MIN_TEMPERATURE} or more."
+            )
         if not 0 <= self.top_p <= 1:
             raise GLMImageError(f"top_p is {self.top_p}: use a value between 0 and 1.")
         if self.top_k < 0:

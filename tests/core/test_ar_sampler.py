@@ -160,7 +160,8 @@ def test_exactly_as_many_tokens_as_cells_and_none_beyond_the_codebook():
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"temperature": -0.1}, "temperature is -0.1"), ({"top_p": 1.5}, "top_p is 1.5"),
-     ({"top_k": -1}, "top_k is -1")],
+     ({"temperature": 1e-45}, "temperature is 1e-45: use 0"), ({"top_k": -1}, "top_k is -1"),
+     ({"temperature": float("nan")}, "temperature is nan"), ({"top_p": float("nan")}, "is nan")],
 )  # fmt: skip
 def test_options_out_of_range(options, said):
     with pytest.raises(GLMImageError, match=said):
