@@ -17,7 +17,7 @@ GIB = 2**30
 IN_FLIGHT = 2  # layers whose streamed keys and values are on the device: one is read, one comes
 STRATEGIES = (AUTO, "fastest", "least memory")
 NAME = re.compile(r"cpu|gpu:\d+")
-PIECE = re.compile(r"(?P<device>[^=]*)=(?P<first>\d+)-(?P<last>\d+)")
+PIECE = re.compile(r"(?P<device>[^=]*)=(?P<first>\d{1,9})-(?P<last>\d{1,9})")
 
 Split = tuple[tuple[str, range], ...]
 """Devices by name and the layers that each runs, first to last."""

@@ -2,8 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError
-from ..glm_core.placement import AUTO, STRATEGIES, parse_split
+from ..glm_core.placement import AUTO, STRATEGIES
 from ..glm_core.weight_dtypes import WEIGHT_DTYPES
 from .choices import check_choices, require_choices
 from .host.devices import check_device, device_names
@@ -107,26 +106,17 @@ class MakeDevicePlan(io.ComfyNode):
         decoder: str | None = None,
         glyph: str | None = None,
         vae: str | None = None,
-        ar_split: str | None = None,
-        decoder_split: str | None = None,
     ) -> bool | str:
+        """Without the splits: the host would blame every input here, where `execute` names one."""
         if model_name is not None and model_name not in plannable_names():
             return f"No model is called '{model_name}'; choose one that the loaders list."
         for stage, name in {"ar": ar, "decoder": decoder, "glyph": glyph, "vae": vae}.items():
             found = check_device(stage, name)
             if found is not True:
                 return found
-        found = check_choices(
+        return check_choices(
             ("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("strategy", strategy, STRATEGIES)
         )
-        if found is not True:
-            return found
-        try:
-            for stage, text in {"ar": ar_split, "decoder": decoder_split}.items():
-                parse_split(text or "", stage)
-        except GLMImageError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(

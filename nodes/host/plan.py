@@ -1,5 +1,6 @@
 """A device plan for the checkpoint and the machine at hand."""
 
+import math
 from collections.abc import Mapping
 
 import comfy.model_management
@@ -35,8 +36,11 @@ def make_plan(
     """The plan, and its table.
 
     Raises:
-        GLMImageError: the model is missing or broken, or a split or a pin does not hold.
+        GLMImageError: the model is missing or broken, a split or a pin does not hold, or the
+            reserve is no number.
     """
+    if math.isnan(reserve_gb):
+        raise GLMImageError("reserve_gb is nan; use GiB from 0 on.")
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
     compute = precision(main, weight_dtype, default_place().load).compute
@@ -50,9 +54,7 @@ def make_plan(
         strategy=strategy,
         pins=pins,
         splits={
-            stage: parse_split(text, stage, layers[stage])
-            for stage, text in splits.items()
-            if stage in layers
+            stage: parse_split(text, stage, layers.get(stage)) for stage, text in splits.items()
         },
     )
     return DevicePlan(plan, machine()), plan_table(plan)

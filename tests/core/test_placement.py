@@ -205,6 +205,7 @@ def test_splits_are_parsed() -> None:
     [
         ("gpu:0", "ar_split holds 'gpu:0', which is not of the form device=first-last"),
         ("gpu:0=0", "ar_split holds 'gpu:0=0', which is not of the form"),
+        (f"gpu:0=0-{'9' * 5000}", "which is not of the form"),
         ("gpu:0=0-1,", "ar_split holds '', which is not of the form"),
         ("gpu:0=0-1;gpu:1=2-3", "is not of the form"),
         ("cuda:0=0-3", "names the device 'cuda:0'; devices are called cpu, gpu:0, gpu:1"),

@@ -137,17 +137,29 @@ def test_what_comfyui_can_evict_counts_as_free(monkeypatch, whole) -> None:
         ({"weight_dtype": "fp16"}, "weight_dtype is 'fp16'; choose one of default, bf16, fp32"),
         ({"strategy": "slowest"}, "strategy is 'slowest'; choose one of auto, fastest, least"),
         ({"ar": "cuda:0"}, "ar is set to 'cuda:0'; devices are called auto, cpu, gpu:0"),
-        ({"decoder_split": "gpu:0"}, "decoder_split holds 'gpu:0', which is not of the form"),
-        ({"ar_split": "gpu:0=1-2"}, "ar_split gives gpu:0 the layers from 1 on where 0 is next"),
     ],
 )
 def test_bad_inputs_are_one_sentence(nodes, inputs: dict, sentence: str) -> None:
     assert sentence in nodes["GLMImageDevicePlan"].validate_inputs(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"decoder_split": "gpu:0"}, "decoder_split holds 'gpu:0', which is not of the form"),
+        ({"ar_split": "gpu:0=1-2"}, "ar_split gives gpu:0 the layers from 1 on where 0 is next"),
+        ({"reserve_gb": float("nan")}, "reserve_gb is nan; use GiB from 0 on."),
+        ({"weight_dtype": "fp16"}, "weight_dtype is 'fp16'; choose one of"),
+        ({"strategy": "slowest"}, "strategy is 'slowest'; choose one of"),
+    ],
+)
+def test_a_run_refuses_bad_inputs_in_one_sentence(nodes, inputs: dict, sentence: str) -> None:
+    with pytest.raises(GLMImageError, match=sentence):
+        planned(nodes, **inputs)
+
+
 def test_another_machines_devices_pass_validation(nodes) -> None:
-    validate = nodes["GLMImageDevicePlan"].validate_inputs
-    assert validate(model_name="small", ar="gpu:7", ar_split="gpu:0=0-19,gpu:1=20-39") is True
+    assert nodes["GLMImageDevicePlan"].validate_inputs(model_name="small", ar="gpu:7") is True
 
 
 def test_a_split_of_other_layers_is_refused(nodes) -> None:
