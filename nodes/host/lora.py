@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.lora
 
+from ...glm_core.errors import GLMImageError
 from ...glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ def apply_lora(
     themselves, since any patch would quantise narrow weights anew and outdate a reference cache.
 
     Raises:
-        GLMImageError: the file is broken, or no key of it belongs to either model.
+        GLMImageError: the file is broken, or holds nothing that belongs to either model.
     """
     lora = read_lora(path)
     targets = [
@@ -35,17 +36,25 @@ def apply_lora(
     if unmatched:
         log.warning("%s: %d keys match no model: %s", path, len(unmatched), unmatched[:3])
 
-    patched = [_add(patcher, lora, key_map, strength) for patcher, key_map, strength in targets]
+    patches = [comfy.lora.load_lora(dict(lora), names, log_missing=False) for names in key_maps]
+    if not any(patches):
+        raise GLMImageError(
+            f"{path} names layers of the connected models and holds no whole pair of matrices for "
+            "any; save the LoRA again, or take another file."
+        )
+    patched = [
+        _add(patcher, found, strength)
+        for (patcher, _, strength), found in zip(targets, patches, strict=True)
+    ]
     return (
         patched.pop(0) if decoder is not None else None,
         patched.pop(0) if ar is not None else None,
     )
 
 
-def _add(patcher: Any, lora: dict, key_map: dict[str, str], strength: float) -> Any:
+def _add(patcher: Any, patches: dict, strength: float) -> Any:
     if strength == 0:
         return patcher
-    patches = comfy.lora.load_lora(dict(lora), key_map, log_missing=False)
     clone = patcher.clone()
     clone.add_patches(patches, strength)
     return clone

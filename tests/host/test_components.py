@@ -203,6 +203,13 @@ def test_lora_that_matches_nothing_is_refused(nodes, run, loras) -> None:
         nodes["GLMImageLoadLora"].execute("alien.safetensors", 1.0, 1.0, run.model, run.ar)
 
 
+def test_lora_of_half_pairs_is_refused(nodes, run, loras) -> None:
+    half = {f"transformer.{DECODER_LAYER}.lora_A.weight": torch.randn(2, 128)}
+    save_file(half, loras / "half.safetensors")
+    with pytest.raises(GLMImageError, match="holds no whole pair of matrices"):
+        nodes["GLMImageLoadLora"].execute("half.safetensors", 1.0, 1.0, run.model, run.ar)
+
+
 # ---- rebuilding ---------------------------------------------------------------------------------
 
 
