@@ -71,12 +71,6 @@ class StepBuffers:
         self.final = torch.ones((), **whole)
         self._ahead = torch.arange(shape.width, **whole)
 
-    @property
-    def nbytes(self) -> int:
-        """Of what is large: the cache and the noise."""
-        noise = 0 if self.noise is None else self.noise.nbytes
-        return self.cache.nbytes + noise
-
     def aim(self, cell: int, column: int, position: int, left: int) -> None:
         """Set what the next `step` draws; wait for nothing.
 
@@ -172,8 +166,8 @@ class ReplayRunner:
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers that are held."""
-        return 0 if self._buffers is None else self._buffers.nbytes
+        """Of the cache that is held, beside which the other buffers are small."""
+        return 0 if self._buffers is None else self._buffers.cache.nbytes
 
     def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
         made_for = shape, tuple(weight.data_ptr() for weight in model.parameters())
