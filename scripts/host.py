@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -43,10 +45,13 @@ def serve(
 ) -> Iterator[str]:
     """Runs a server on `base` and yields its address; its log is `base/server.log`.
 
+    It stops with the block, which SIGTERM ends too.
+
     Args:
         threads: CPU threads of its own; networks of a few kilobytes are fastest with one.
     """
     port = port or _free_port()
+    _require_free(port)
     log = base / "server.log"
     command = [str(host.python), "main.py", "--base-directory", str(base), "--port", str(port)]
     command += ["--database-url", f"sqlite:///{base}/comfyui.db", "--disable-auto-launch"]
@@ -55,22 +60,32 @@ def serve(
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     _copy_example_picture(host, base)
-    with log.open("w") as output:
+    with _exit_on_sigterm(), log.open("w") as output:
         server = subprocess.Popen(
             command, cwd=host.path, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
-    try:
-        address = f"127.0.0.1:{port}"
-        _wait_for(address, server, log)
-        _require_pack(log)
-        yield address
-    finally:
-        server.terminate()
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            address = f"127.0.0.1:{port}"
+            _wait_for(address, server, log)
+            _require_pack(log)
+            yield address
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that the block ends and its server is stopped."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _copy_example_picture(host: Host, base: Path) -> None:
@@ -80,14 +95,12 @@ def _copy_example_picture(host: Host, base: Path) -> None:
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(f"http://{address}/system_stats", timeout=5).close()
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            if server.poll() is not None:
-                break
-        time.sleep(0.2)
+            time.sleep(0.2)
     tail = "\n".join(log.read_text().splitlines()[-30:])
     raise RuntimeError(f"ComfyUI did not start; the end of its log {log}:\n{tail}")
 
@@ -105,6 +118,17 @@ def _device_flags() -> list[str]:
     if torch.accelerator.is_available():
         return []
     return ["--cpu", "--use-pytorch-cross-attention"]
+
+
+def _require_free(port: int) -> None:
+    """Before the start: whatever else listens there would answer in the server's place."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise SystemExit(
+            f"Port {port} is not free ({os.strerror(error.errno)}): stop what listens there, or "
+            "choose another one with PORT=."
+        ) from None
 
 
 def _free_port() -> int:
