@@ -93,7 +93,7 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
     }
     # Copies: a layout kept alone shares its preview with the tokens, which safetensors refuses.
     data = save({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short whatever the file's name is
     try:
         unfinished.write_bytes(data)
         os.replace(unfinished, path)

@@ -30,7 +30,8 @@ class SaveTokens(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="glm_image/tokens",
-                    tooltip="Start of the file's name; may have folders and %date% parts.",
+                    tooltip="Start of the file's name; may have folders, and %year%, %month%, "
+                    "%day%, %hour%, %minute%, %second%, %width% and %height% (pixels).",
                 ),
                 Layout.Input("layout", optional=True, tooltip="Saved with its locks."),
             ],
@@ -43,7 +44,7 @@ class SaveTokens(io.ComfyNode):
         cls, tokens: SemanticTokens, filename_prefix: str, layout: LayoutData | None = None
     ) -> io.NodeOutput:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
+            filename_prefix, folder_paths.get_output_directory(), tokens.width, tokens.height
         )
         file = f"{name}_{counter:05}_{SUFFIX}"
         save_tokens(Path(folder) / file, tokens, layout)

@@ -74,6 +74,13 @@ def test_a_preview_without_locks_is_unlocked(tmp_path, saved):
     assert not load_tokens(saved)[1].locked.any()
 
 
+def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path):
+    path = tmp_path / f"{'n' * 243}.safetensors"
+    save_tokens(path, example()[0])
+    assert torch.equal(load_tokens(path)[0].tokens, example()[0].tokens)
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
     before = saved.read_bytes()
 

@@ -1,6 +1,7 @@
 """Semantic tokens through files: saved in output, loaded from there and from input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_the_file_is_what_the_contract_says(saved):
     assert (metadata["width"], metadata["height"]) == ("96", "64")
     assert metadata["codebook"] == "64"
     json.loads(metadata["info"])
+
+
+def test_the_prefix_may_be_long_and_name_the_size_and_the_date(client):
+    prompt = fresh()
+    tokens = [the(prompt, "GLMImageSampleTokens"), 0]
+    prefix = f"tokens/%width%x%height%_%year%_{'n' * 210}"
+    saver = add(prompt, "GLMImageSaveTokens", tokens=tokens, filename_prefix=prefix)
+    (file,) = client.run(prompt).outputs[saver]["tokens"]
+    assert re.fullmatch(r"96x64_\d{4}_n{210}_00001_\.safetensors", file["filename"])
 
 
 def test_loaded_from_output_it_gives_the_same_picture_without_the_ar(client, base, picture, saved):
