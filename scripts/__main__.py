@@ -15,7 +15,6 @@ COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
 
 # A file's tests share a server or a trained run, so they stay in one process.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
-LONGEST_FIRST = ("tests/server/test_meaning.py", "tests")
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -31,7 +30,7 @@ def main(command: str, arguments: list[str]) -> None:
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)
-    _become(python, "pytest", arguments or [*PARALLEL, *LONGEST_FIRST])
+    _become(python, "pytest", arguments or [*PARALLEL, "tests"])
 
 
 def _become(python: Path, module: str, arguments: list[str]) -> None:

@@ -21,3 +21,8 @@ def _import_pack() -> None:
 _import_pack()
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # the nets are tiny: more threads would wait longer than they work
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The file that takes longest comes first, lest one process works at it alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_meaning.py")
