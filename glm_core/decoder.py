@@ -231,8 +231,6 @@ class Decoder(nn.Module):
         transformer_options: dict,
         references: ReferenceKeysValues | None,
     ) -> Tensor:
-        replace = transformer_options.get("patches_replace", {}).get("dit", {})
-        after_block = transformer_options.get("patches", {}).get("double_block", [])
         transformer_options["total_blocks"] = self.config.num_layers
         transformer_options["block_type"] = "double"
         home = img.device
@@ -240,26 +238,40 @@ class Decoder(nn.Module):
             img, txt, vec = (hop(x, device) for x in (img, txt, vec))
             with visiting(device, home):
                 for i, block in blocks:
-                    transformer_options["block_index"] = i
-                    args = {
-                        "img": img,
-                        "txt": txt,
-                        "vec": vec,
-                        "pe": pe,
-                        "transformer_options": transformer_options,
-                    }
                     run = partial(run_block, block)
                     if references is not None:
                         run = partial(run, references=references[i])
-                    if ("double_block", i) in replace:
-                        out = replace[("double_block", i)](args, {"original_block": run})
-                    else:
-                        out = run(args)
-                    img, txt = out["img"], out["txt"]
-                    for patch in after_block:
-                        out = patch({**args, "img": img, "txt": txt, "block_index": i})
-                        img, txt = out["img"], out["txt"]
+                    img, txt = _run_patched(run, i, img, txt, vec, pe, transformer_options)
         return hop(img, home)
+
+
+def _run_patched(
+    run: Callable[[dict], dict],
+    index: int,
+    img: Tensor,
+    txt: Tensor,
+    vec: Tensor,
+    pe: Rope,
+    transformer_options: dict,
+) -> tuple[Tensor, Tensor]:
+    """A block, or what other nodes have put in its place, and then what they have put after it."""
+    replace = transformer_options.get("patches_replace", {}).get("dit", {})
+    after_block = transformer_options.get("patches", {}).get("double_block", [])
+    transformer_options["block_index"] = index
+    args = {
+        "img": img,
+        "txt": txt,
+        "vec": vec,
+        "pe": pe,
+        "transformer_options": transformer_options,
+    }
+    if ("double_block", index) in replace:
+        out = replace[("double_block", index)](args, {"original_block": run})
+    else:
+        out = run(args)
+    for patch in after_block:
+        out = patch({**args, "img": out["img"], "txt": out["txt"], "block_index": index})
+    return out["img"], out["txt"]
 
 
 def block_range(
