@@ -4,6 +4,7 @@ What moves from step to step (which cells, at which positions, with which noise)
 the device, so the same step can be recorded once, as a CUDA graph, and replayed for a whole image.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,8 @@ from .ar_model import ARModel
 from .kv_cache import StepPass, step_mask
 from .logits import SamplingOptions, draw_token
 from .lookahead import accepted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,19 @@ class ReplayRunner:
             step()
             return
         if span not in self._recorded:
-            self._record = self._record or self._new_recorder()
-            self._recorded[span] = self._record(step)
+            self._recorded[span] = self._recording(step)
         self._recorded[span]()
+
+    def _recording(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What does the step again: the step itself where the device refuses to record it."""
+        try:
+            self._record = self._record or self._new_recorder()
+            return self._record(step)
+        except RuntimeError as error:
+            log.warning("The AR model's steps run without graphs, slower: %s", error)
+            self._record = _as_it_is  # until all is dropped: the next span would be refused too
+            return step
+
+
+def _as_it_is(step: Callable[[], None]) -> Callable[[], None]:
+    return step

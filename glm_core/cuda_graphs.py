@@ -18,10 +18,16 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """
+        Raises:
+            RuntimeError: the device refuses to record the step; it may still be run.
+        """
         graph = torch.cuda.CUDAGraph()
         # thread_local: the server's other threads may use the device meanwhile.
-        with torch.cuda.graph(
+        recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        )
+        here = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(here), recording:  # after a failure torch's own stays on its stream
             step()
         return graph.replay

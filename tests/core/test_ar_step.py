@@ -122,6 +122,23 @@ def test_what_is_recorded_after_a_drop_is_of_another_recorder():
     assert [len(recorder.tapes) for recorder in recorders] == [2, 2]
 
 
+def test_where_a_device_refuses_to_record_steps_run_as_they_come(caplog):
+    both, tried = pair("small"), []
+
+    def refusing(step):
+        tried.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runner = ReplayRunner(lambda: refusing)
+    for seed in (3, 5):
+        ours = both.layout(PROMPT, (4, 4), seed=seed, runner=runner)
+        assert torch.equal(ours, both.layout(PROMPT, (4, 4), seed=seed))
+    assert len(tried) == 1
+    (warning,) = caplog.messages
+    assert "without graphs" in warning
+    assert "not permitted" in warning
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_step_that_reads_the_device_is_caught(width):
     """The guard itself: a step that asks the device for its position fails on the tape."""
