@@ -14,7 +14,7 @@ from glm_core.ar_sampler import Run, sample_tokens
 from glm_core.ar_step import EagerRunner, ReplayRunner, Runner, StepShape
 from glm_core.cuda_graphs import CudaGraphs
 from glm_core.grids import Grid, preview_grid, text_positions, token_grid
-from glm_core.kv_cache import BlockPass, span_of
+from glm_core.kv_cache import BlockPass, attend_to_span, span_of, step_mask
 from glm_core.logits import SamplingOptions
 from glm_core.prompt import Prompt
 from glm_core.quant import FORMATS
@@ -35,6 +35,8 @@ def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
     ar.require_agreement()
     yield from ar.step_rows(token_grid(*preset.sizes[0]))
     yield from ar.quantised_rows(token_grid(*preset.sizes[0]))
+    for size in preset.sizes:
+        yield ar.attention_row(token_grid(*size))
     yield ar.block_row(preset.block)
     if preset.generate:
         for size in preset.sizes:
@@ -189,6 +191,31 @@ class ARBench:
             return torch.multinomial(scores.softmax(dim=-1), 1)
 
         return step
+
+    def attention_row(self, grid: Grid) -> Row:
+        """The last step's attention in all layers, beside the same by products and a softmax."""
+        config, runners = self.ours.config, (self.new_runner(), self.new_runner())
+        place = {"device": self.bench.device, "dtype": self.dtype}
+        span = span_of(PROMPT_LENGTH + math.prod(grid) + math.prod(preview_grid(grid)))
+        layers = self.ours.new_cache(1, span, **place).layers
+        sharing = config.heads // config.kv_heads
+        q = torch.zeros(1, config.kv_heads, sharing, config.head_dim, **place)
+        mask = step_mask(torch.tensor([span - 1], device=self.bench.device), sharing, span, q.dtype)
+
+        def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            scores = q * q.shape[-1] ** -0.5 @ k.mT + mask
+            return scores.softmax(dim=-1) @ v
+
+        def over_layers(attend: Callable[..., Tensor]) -> Callable[[], None]:
+            return lambda: [attend(q, k, v, mask) for k, v in layers]
+
+        steps = [over_layers(attend) for attend in (attend_to_span, products)]
+        ours, theirs = (partial(r.run, s, span) for r, s in zip(runners, steps, strict=True))
+        return self.bench.row(
+            f"attention of an AR step to {span} positions, beside products and a softmax",
+            ours,
+            theirs,
+        )
 
     def linear_layers(self) -> Callable[[], None]:
         """All linear layers of a step on one row each, and nothing else."""

@@ -124,16 +124,21 @@ class StepPass:
         span = self.mask.shape[-1]
         # The heads that share keys stand as queries of one head: their keys are read once.
         q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q.reshape(batch, kv_heads, -1, head_dim),
-            keys[:, :, :span],
-            values[:, :, :span],
-            attn_mask=self.mask,
-        )
+        together = q.reshape(batch, kv_heads, -1, head_dim)
+        out = attend_to_span(together, keys[:, :, :span], values[:, :, :span], self.mask)
         return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
 
     def at(self, device: torch.device) -> "StepPass":
         return StepPass(self.cache, hop(self.position, device), hop(self.mask, device))
+
+
+def attend_to_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Few queries, q [B, H, Q, D], to many keys, k and v [B, H, span, D]: [B, H, Q, D].
+
+    Two products and a softmax over all scores may be faster in bf16, which `make bench` tells, but
+    they round every score to it.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:
