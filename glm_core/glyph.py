@@ -22,6 +22,11 @@ def texts_to_render(prompt: str) -> list[str]:
     return [text for quote in QUOTES for text in re.findall(quote, prompt)]
 
 
+def is_cut(text: str) -> bool:
+    """Whether `byte_ids` leaves out the end of a text."""
+    return len(text.encode("utf-8", errors="replace")) >= MAX_LENGTH
+
+
 def byte_ids(text: str, max_length: int = MAX_LENGTH) -> list[int]:
     """ByT5 ids of a text, with eos, at most `max_length` of them.
 

@@ -43,11 +43,17 @@ class SaveTokens(io.ComfyNode):
     def execute(
         cls, tokens: SemanticTokens, filename_prefix: str, layout: LayoutData | None = None
     ) -> io.NodeOutput:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), tokens.width, tokens.height
-        )
-        file = f"{name}_{counter:05}_{SUFFIX}"
-        save_tokens(Path(folder) / file, tokens, layout)
+        try:
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+                filename_prefix, folder_paths.get_output_directory(), tokens.width, tokens.height
+            )
+            file = f"{name}_{counter:05}_{SUFFIX}"
+            save_tokens(Path(folder) / file, tokens, layout)
+        except OSError as error:
+            raise GLMImageError(
+                f"The tokens cannot be saved as '{filename_prefix}' ({error.strerror}); choose "
+                "another filename_prefix, or see to the output folder."
+            ) from error
         saved = {"filename": file, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(ui={"tokens": [saved]})
 

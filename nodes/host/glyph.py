@@ -1,5 +1,6 @@
 """The glyph encoder as a native CLIP: tokenize a prompt, encode the texts found in it."""
 
+import logging
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.glyph import encode_texts, glyph_ids, texts_to_render
+from ...glm_core.glyph import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
 from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
 from ...glm_core.split import current
 from .devices import Place
 from .memory import memory_for
 from .weights import Precision, check_keys, load_weights, open_model, precision
+
+log = logging.getLogger(__name__)
 
 TOKENS = "glm_glyph"
 EMPTY = "glm_glyph_empty"
@@ -31,7 +34,10 @@ class GlyphTokenizer:
         self, text: str, return_word_ids: bool = False, texts: list[str] | None = None, **_: Any
     ) -> dict[str, list[str]]:
         """texts: what to render, instead of what is quoted in `text`."""
-        return {TOKENS: texts_to_render(text) if texts is None else texts}
+        found = texts_to_render(text) if texts is None else texts
+        for cut in filter(is_cut, found):
+            log.warning("Of the text '%.40s...' the end is cut: %d bytes fit.", cut, MAX_LENGTH - 1)
+        return {TOKENS: found}
 
     def state_dict(self) -> dict:
         return {}

@@ -1,13 +1,17 @@
 """LoRAs on patchers: the file's names are glm_core's business, its tensors the host's."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
+from comfy.weight_adapter import LoRAAdapter
 
 from ...glm_core.errors import GLMImageError
 from ...glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
+from ...glm_core.packed_linear import PackedLinear
+from .patchers import with_ranges
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +23,8 @@ def apply_lora(
     themselves, since any patch would quantise narrow weights anew and outdate a reference cache.
 
     Raises:
-        GLMImageError: the file is broken, or holds nothing that belongs to either model.
+        GLMImageError: the file is broken, holds nothing that belongs to either model, or matrices
+            of another model's sizes.
     """
     lora = read_lora(path)
     targets = [
@@ -42,6 +47,8 @@ def apply_lora(
             f"{path} names layers of the connected models and holds no whole pair of matrices for "
             "any; save the LoRA again, or take another file."
         )
+    for (patcher, _, _), found in zip(targets, patches, strict=True):
+        _require_shapes(path, patcher, found)
     patched = [
         _add(patcher, found, strength)
         for (patcher, _, strength), found in zip(targets, patches, strict=True)
@@ -50,6 +57,36 @@ def apply_lora(
         patched.pop(0) if decoder is not None else None,
         patched.pop(0) if ar is not None else None,
     )
+
+
+def _require_shapes(path: Path, patcher: Any, patches: dict[str, Any]) -> None:
+    """The host only logs what it cannot add, layer by layer, and goes on without.
+
+    Its other kinds of adapters are left to it, and pairs that come with a third matrix or a shape.
+    """
+    for key, adapter in patches.items():
+        if not isinstance(adapter, LoRAAdapter):
+            continue
+        up, down, _, mid, _, reshape = adapter.weights
+        rows, columns = _matrix(patcher, key.removesuffix(".weight"))
+        sizes = [*up.shape[:1], up.shape[1:].numel(), *down.shape[:1], down.shape[1:].numel()]
+        fits = sizes == [rows, sizes[1], sizes[1], columns]
+        if mid is None and reshape is None and not fits:
+            raise GLMImageError(
+                f"{path} has matrices {list(up.shape)} and {list(down.shape)} for {key}, which is "
+                f"{rows} x {columns}: it is a LoRA of another model; choose one of this one."
+            )
+
+
+def _matrix(patcher: Any, name: str) -> tuple[int, int]:
+    """Rows and columns of a layer's weight, in whichever of a split model's patchers it lies."""
+    for part in with_ranges(patcher):
+        with suppress(AttributeError):
+            layer = part.model.get_submodule(name)
+            if isinstance(layer, PackedLinear):
+                return layer.out_features, layer.in_features
+            return layer.weight.shape[0], layer.weight.shape[1:].numel()
+    raise AttributeError(name)
 
 
 def _add(patcher: Any, patches: dict, strength: float) -> Any:

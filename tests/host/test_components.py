@@ -87,6 +87,13 @@ def test_listed_texts_replace_the_quoted_ones(nodes, pipelines, run) -> None:
     assert encode(run.clip, "it's a dog's life").result[1] == "s a dog"
 
 
+def test_a_text_that_is_cut_is_told_of(run, caplog) -> None:
+    run.clip.tokenize(f"'{'n' * 2047}'")
+    assert not caplog.messages
+    run.clip.tokenize(f"'{'n' * 2048}'")
+    assert "the end is cut: 2047 bytes fit" in caplog.text
+
+
 def test_another_clip_is_refused(nodes) -> None:
     with pytest.raises(GLMImageError, match="not GLM-Image's glyph encoder"):
         nodes["GLMImageGlyphEncode"].execute(object(), PROMPT)
@@ -208,6 +215,21 @@ def test_lora_of_half_pairs_is_refused(nodes, run, loras) -> None:
     save_file(half, loras / "half.safetensors")
     with pytest.raises(GLMImageError, match="holds no whole pair of matrices"):
         nodes["GLMImageLoadLora"].execute("half.safetensors", 1.0, 1.0, run.model, run.ar)
+
+
+@pytest.mark.parametrize(
+    ("up", "down"), [((7, 2), (2, 0)), ((0, 2), (2, 7)), ((0, 2), (3, 0))], ids=str
+)
+def test_lora_of_other_sizes_is_refused(nodes, run, loras, up, down) -> None:
+    """Wrong in rows, in columns, in rank; 0 stands for the layer's own."""
+    rows, columns = run.ar.patcher.model.get_submodule(AR_LAYER).weight.shape
+    lora = {
+        f"{AR_LAYER}.lora_B.weight": torch.randn(up[0] or rows, up[1]),
+        f"{AR_LAYER}.lora_A.weight": torch.randn(down[0], down[1] or columns),
+    }
+    save_file(lora, loras / "other.safetensors")
+    with pytest.raises(GLMImageError, match=f"{rows} x {columns}: it is a LoRA of another model"):
+        nodes["GLMImageLoadLora"].execute("other.safetensors", 1.0, 1.0, None, run.ar)
 
 
 # ---- rebuilding ---------------------------------------------------------------------------------

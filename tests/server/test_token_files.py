@@ -68,6 +68,14 @@ def test_the_prefix_may_be_long_and_name_the_size_and_the_date(client):
     assert re.fullmatch(r"96x64_\d{4}_n{210}_00001_\.safetensors", file["filename"])
 
 
+def test_what_the_system_refuses_is_a_sentence(client):
+    prompt = fresh()
+    tokens = [the(prompt, "GLMImageSampleTokens"), 0]
+    add(prompt, "GLMImageSaveTokens", tokens=tokens, filename_prefix="n" * 300)
+    with pytest.raises(PromptError, match=r"File name too long.*choose another filename_prefix"):
+        client.run(prompt)
+
+
 def test_loaded_from_output_it_gives_the_same_picture_without_the_ar(client, base, picture, saved):
     prompt, expected, file = saved
     _load_instead(prompt, f"{file.relative_to(base / 'output')} [output]")
