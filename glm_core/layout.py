@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
@@ -32,8 +31,18 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     """
     if mask.ndim == 3 and len(mask) != 1:
         raise GLMImageError(f"There are {len(mask)} masks in the batch: connect a single one.")
-    whole = mask.reshape(1, *mask.shape[-2:]).float().cpu()
-    return F.adaptive_avg_pool2d(whole, grid)[0] >= 0.5
+    whole = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
+    rows, columns = (_overlaps(n, cells) for n, cells in zip(whole.shape, grid, strict=True))
+    return rows @ whole @ columns.T >= 0.5 - 1e-9  # what rounding takes off an exact half
+
+
+def _overlaps(pixels: int, cells: int) -> Tensor:
+    """Share of each cell that each pixel covers, along one side: float64 [cells, pixels]."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    starts = torch.arange(pixels, dtype=torch.float64)
+    ends = torch.minimum(edges[1:, None], starts + 1)
+    covered = (ends - torch.maximum(edges[:-1, None], starts)).clamp(min=0)
+    return covered * cells / pixels
 
 
 def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = None) -> Layout:

@@ -286,7 +286,7 @@ class _Placed:
 
     @property
     def all_together(self) -> bool:
-        return len(self.together) == len(self.devices)
+        return self.together >= {part.device for part in self.parts}
 
 
 def _choose(stage: Stage, placed: _Placed, spread: bool, least: bool) -> list[Part]:
@@ -336,7 +336,8 @@ def _shares(total: int, able: list[int]) -> list[int]:
 
     Every device in use is given one at least: it is in use because those before it fall short.
     """
-    shares = [total * count // sum(able) for count in able]
+    above, spare = total - len(able), max(1, sum(able) - len(able))
+    shares = [1 + above * (count - 1) // spare for count in able]
     for _ in range(total - sum(shares)):
         spare = [count - share for count, share in zip(able, shares, strict=True)]
         shares[spare.index(max(spare))] += 1

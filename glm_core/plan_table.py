@@ -40,7 +40,7 @@ def _layers(layers: range) -> str:
 def _device(plan: Plan, device: Device) -> str:
     stages = {part.stage for part in plan.parts if part.device == device.name}
     if not stages:
-        return f"{device.name}: unused, {gib(device.room)} free"
+        return f"{device.name}: unused, {gib(max(device.room, 0))} free"
     shared = "all stay loaded" if device.name in plan.together else "its stages take turns"
     peak = f"{gib(plan.peak(device.name))} of {gib(device.room)}"
     return f"{device.name}: expected peak {peak}" + (f", {shared}" if len(stages) > 1 else "")

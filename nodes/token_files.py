@@ -108,7 +108,7 @@ def _token_files() -> list[str]:
         f"{path.relative_to(folder).as_posix()}{mark}"
         for folder, mark in folders
         for path in sorted(Path(folder).rglob(f"*{SUFFIX}"))
-        if path.stat().st_size <= MAX_FILE_BYTES
+        if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
     ]
 
 
@@ -119,10 +119,10 @@ def _find(name: str) -> Path:
         GLMImageError: it lies elsewhere or does not exist.
     """
     plain, folder = folder_paths.annotated_filepath(name)
-    root = os.path.realpath(folder or folder_paths.get_input_directory())
-    path = os.path.realpath(os.path.join(root, plain))
+    root = os.path.abspath(folder or folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(root, plain))  # links in the folder may lead out of it
     if not Path(path).is_relative_to(root):
-        raise GLMImageError(f"'{name}' lies outside the input folder; copy the file into it.")
+        raise GLMImageError(f"'{name}' lies outside {root}; copy the file into it.")
     if not os.path.isfile(path):
         raise GLMImageError(
             f"There is no token file '{name}'; put it into the input folder, "

@@ -61,7 +61,7 @@ def empty_text(conditioning: Conditioning) -> Conditioning:
         GLMImageError: another CLIP made it.
     """
     require_glyphs("positive", conditioning)
-    return [[values[EMPTY], {}] for _, values in conditioning[:1]]
+    return [[values[EMPTY], {EMPTY: values[EMPTY]}] for _, values in conditioning[:1]]
 
 
 def require_glyphs(name: str, conditioning: Conditioning) -> None:

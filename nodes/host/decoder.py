@@ -206,7 +206,8 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
                     "A reference cache cannot be used with LoRA hooks, which change the decoder "
                     "from step to step; load the LoRA into the MODEL instead."
                 )
-            conds["references"] = ReferencesCondition(cache.reader)
+            # Of its own device, unless the MODEL was brought to another one after it was made.
+            conds["references"] = ReferencesCondition(cache.reader.to(kwargs["device"]))
             self.readers.append(cache.reader)
         return conds
 

@@ -107,6 +107,13 @@ class SplitPatcher(LimitedPatcher):
             "load the LoRA into the MODEL instead, or plan it onto one device."
         )
 
+    def set_injections(self, *_: Any, **__: Any) -> None:
+        raise GLMImageError(
+            "What is injected into layers, such as a LoRA that bypasses weights, does not reach "
+            "those of a model that a device plan has split; load the LoRA into the weights "
+            "instead, or plan the model onto one device."
+        )
+
     def deepclone_multigpu(self, *_: Any, **__: Any) -> ModelPatcher:
         raise GLMImageError(
             "This model is split over devices by a device plan and cannot be copied to another "

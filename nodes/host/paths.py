@@ -25,8 +25,10 @@ def model_names(component: str) -> list[str]:
     snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
     folder = COMPONENTS[component].files
     files = folder_paths.get_filename_list(folder)
-    paths = {name: Path(folder_paths.get_full_path_or_raise(folder, name)) for name in files}
-    return snapshots + [name for name, path in paths.items() if _holds(path) == component]
+    paths = {name: folder_paths.get_full_path(folder, name) for name in files}
+    return snapshots + [
+        name for name, path in paths.items() if path and _holds(Path(path)) == component
+    ]
 
 
 def find_model(component: str, name: str) -> Path:
@@ -61,7 +63,7 @@ def _component_of(file: Path, changed: int) -> str | None:
     """Reads the header once for each state of a file; `changed` is its time of modification."""
     try:
         metadata = read_header(file)[1]
-    except GLMImageError:
+    except (GLMImageError, OSError):
         return None
     return metadata.get("component") if metadata.get("format") == FORMAT else None
 

@@ -15,7 +15,7 @@ from ...glm_core.placement import gib
 from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
 from ...glm_core.references import References
 from ...glm_core.split import current
-from .devices import Place
+from .devices import Place, place_on
 from .memory import memory_for
 from .patchers import all_patches, make_patcher, stretches, with_ranges
 from .progress import check_interrupt, progress_bar
@@ -146,7 +146,9 @@ class HostReferenceCache:
             self.patchers.append(_cache_patcher(part, device, streamed))
             readers.append((numbers, CacheReader(part, device, streamed)))
         self.reader = SplitReader(readers) if len(readers) > 1 else readers[0][1]
+        self._placed = _placed(decoder, len(cache.blocks))
         self._patches = all_patches(decoder)
+        self._injections = _injections(decoder)
         self._checkpoint = decoder.model.checkpoint
 
     def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
@@ -172,10 +174,19 @@ class HostReferenceCache:
     def check_decoder(self, decoder: Any) -> None:
         """
         Raises:
-            GLMImageError: its weights or LoRAs are not those that the cache was made with.
+            GLMImageError: its weights or LoRAs are not those that the cache was made with, or its
+                layers are split over devices otherwise.
         """
-        same = decoder.model.checkpoint == self._checkpoint
-        if not (same and _same_patches(all_patches(decoder), self._patches)):
+        if _placed(decoder, decoder.model.diffusion_model.config.num_layers) != self._placed:
+            raise GLMImageError(
+                "The reference cache was made with a MODEL whose layers are split over devices "
+                "otherwise; connect the MODEL that is sampling to GLM-Image Reference Cache."
+            )
+        if (
+            decoder.model.checkpoint != self._checkpoint
+            or _injections(decoder) != self._injections
+            or not _same_patches(all_patches(decoder), self._patches)
+        ):
             raise GLMImageError(
                 "The reference cache was made with another decoder or with other LoRAs than the "
                 "MODEL that is sampling; connect that MODEL to GLM-Image Reference Cache."
@@ -222,7 +233,7 @@ def compute_cache(
     dtype = model.compute_dtype
     fp8 = precision == "fp8"
     nbytes = cache_bytes(references, network.config, FP8 if fp8 else dtype)
-    host = comfy.model_management.unet_offload_device()
+    host = torch.device("cpu")  # also where the user has all weights stay on the device
     _require_room(nbytes, host, fp8)
     blocks = network.config.num_layers
     shares = [
@@ -261,6 +272,17 @@ def compute_cache(
     return HostReferenceCache(cache, decoder, streamed=store == "cpu")
 
 
+def _placed(decoder: Any, blocks: int) -> list[tuple[range, torch.device]] | None:
+    """Where a split decoder's blocks are; one that is not split may be brought elsewhere."""
+    parts = stretches(decoder, blocks)
+    return parts if len(parts) > 1 else None
+
+
+def _injections(decoder: Any) -> list[Any]:
+    """What hosts inject into layers beside patches, as the same objects in every clone."""
+    return [entry for entries in decoder.injections.values() for entry in entries]
+
+
 def _same_patches(ours: dict[str, list], theirs: dict[str, list]) -> bool:
     """Whether two patchers' weights are changed alike; a LoRA loaded again counts as the same."""
     return ours.keys() == theirs.keys() and all(
@@ -292,25 +314,28 @@ def _same_value(ours: Any, theirs: Any) -> bool:
 
 
 def _cache_patcher(cache: ReferenceCache, device: torch.device, streamed: bool) -> Any:
-    host = comfy.model_management.unet_offload_device()
-    if streamed:
-        pinned = comfy.model_management.device_supports_non_blocking(device)
-        if pinned and not comfy.model_management.is_device_cpu(device):
-            for parameter in cache.parameters():
-                parameter.data = parameter.data.pin_memory()
-        device = host
-    return load_cache_patcher(cache, device, host)
+    if not streamed:
+        return load_cache_patcher(cache, device, place_on(device).offload)
+    pinned = comfy.model_management.device_supports_non_blocking(device)
+    if pinned and not comfy.model_management.is_device_cpu(device):
+        for parameter in cache.parameters():
+            parameter.data = parameter.data.pin_memory()
+    host = torch.device("cpu")
+    return load_cache_patcher(cache, host, host)
 
 
 def load_cache_patcher(
-    cache: ReferenceCache, device: torch.device, host: torch.device, disable_dynamic: bool = False
+    cache: ReferenceCache,
+    device: torch.device,
+    offload: torch.device,
+    disable_dynamic: bool = False,
 ) -> Any:
     """The cache's patcher; the factory with which current hosts rebuild it makes a copy.
 
     Never a dynamic one, which streams a layer's weights into that layer's own forward.
     """
-    patcher = make_patcher(cache, Place(device, host), disable_dynamic=True)
-    patcher.cached_patcher_init = (_copy_patcher, (cache, device, host))
+    patcher = make_patcher(cache, Place(device, offload), disable_dynamic=True)
+    patcher.cached_patcher_init = (_copy_patcher, (cache, device, offload))
     return patcher
 
 

@@ -52,6 +52,9 @@ def decode(
 ) -> dict[str, Any]:
     """Euler with CFG over the checkpoint's schedule, as SamplerCustomAdvanced would run it."""
     levels = sigmas(model, latent, steps, denoise)
+    if "model_sampling" not in model.object_patches:
+        # Ranges of steps are given as shares of it, which are else those of 1024 pixels.
+        model = with_resolution_shift(model, latent)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     denoised = comfy.sample.sample_custom(
