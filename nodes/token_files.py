@@ -122,7 +122,9 @@ def _find(name: str) -> Path:
     root = os.path.abspath(folder or folder_paths.get_input_directory())
     path = os.path.abspath(os.path.join(root, plain))  # links in the folder may lead out of it
     if not Path(path).is_relative_to(root):
-        raise GLMImageError(f"'{name}' lies outside {root}; copy the file into it.")
+        raise GLMImageError(
+            f"'{name}' lies outside the {Path(root).name} folder; copy the file into it."
+        )
     if not os.path.isfile(path):
         raise GLMImageError(
             f"There is no token file '{name}'; put it into the input folder, "

@@ -54,6 +54,19 @@ def test_a_cell_is_masked_from_half_its_area_on():
     assert torch.equal(mask_to_grid(mask / 2, (16, 16)), torch.zeros(16, 16, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("size", "grid"), [((20, 20), (16, 16)), ((64, 64), (19, 13))], ids=str)
+def test_cells_between_pixels_are_weighed_by_area(size, grid):
+    """As they are where every pixel is enlarged until cells begin and end at one."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows, columns = (sorted(torch.randint(n + 1, (2,), generator=generator)) for n in size)
+        mask = torch.zeros(size)
+        mask[rows[0] : rows[1], columns[0] : columns[1]] = 1
+        enlarged = mask.repeat_interleave(grid[0], 0).repeat_interleave(grid[1], 1)
+        cells = enlarged.view(grid[0], size[0], grid[1], size[1]).mean(dim=(1, 3))
+        assert torch.equal(mask_to_grid(mask, grid), cells >= 0.5 - 1e-6)
+
+
 def test_a_batch_of_masks_is_refused():
     with pytest.raises(GLMImageError, match="2 masks"):
         mask_to_grid(torch.zeros(2, 8, 8), (16, 16))

@@ -242,6 +242,21 @@ def test_where_all_together_fall_short_each_streams_its_share() -> None:
     assert [part.offloaded for part in parts] == [3 * GIB, 3 * GIB]  # two, and the buffer's one
 
 
+def test_a_device_whose_room_the_other_weights_take_is_given_a_layer_too() -> None:
+    """The first one also holds what is in no layer, and here can hold only one layer beside it."""
+    stage = Stage("ar", (GIB,) * 40, rest=9 * GIB, work=0)
+    parts = place([stage], [Device(f"gpu:{i}", 10 * GIB) for i in range(5)]).parts
+    assert [len(part.layers) for part in parts] == [1, 10, 10, 10, 9]
+    assert sum(part.weights for part in parts) == stage.weights
+
+
+def test_a_card_without_room_that_nothing_uses_is_no_shortage() -> None:
+    stage = Stage("ar", (GIB,) * 4, rest=0, work=0)
+    plan = place([stage], [Device("gpu:0", 9 * GIB), Device("gpu:1", -GIB)], strategy="fastest")
+    assert not plan.notes
+    assert "gpu:1: unused, 0.0 GiB free" in plan_table(plan)
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 

@@ -210,6 +210,8 @@ def test_references_are_kept_beside_their_blocks(nodes, whole, split, store: str
     assert same(*samples)
     assert [len(patcher.model.blocks) for patcher in cache.patchers] == [1, 1]
     assert positive[0][1]["additional_models"] == cache.patchers
+    with pytest.raises(GLMImageError, match="whose layers are split over devices otherwise"):
+        decode(nodes, whole, whole.model, positive=positive)
 
 
 def test_every_range_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None:
@@ -310,6 +312,8 @@ def test_what_a_split_model_cannot_do_is_refused_in_a_sentence(
     states, values = whole.positive[0]
     with pytest.raises(GLMImageError, match="LoRA hooks cannot change a model that a device plan"):
         decode(nodes, whole, split[1], positive=[[states, {**values, "hooks": hooks}]])
+    with pytest.raises(GLMImageError, match="does not reach those of a model that a device plan"):
+        split[1].clone().set_injections("bypass", [])
     with pytest.raises(GLMImageError, match="that a device plan has split cannot be saved"):
         comfy.sd.save_checkpoint("split.safetensors", split[1])
 

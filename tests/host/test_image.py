@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from helpers import relative_error, stages
+from helpers import relative_error, same, stages
 from reference import SHAPES
+
+import nodes as core_nodes
 
 PROMPT = "a sign that says 'OPEN 24h' beside \"no\" door"
 SIZE = (96, 160)  # height, width
@@ -36,3 +38,22 @@ def test_latents_and_pixels_equal_the_reference(nodes, pipelines, shape: str, cf
     pixels = vae.decode(expected * std + mean).sample
     pixels = ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
     assert (run.image - pixels).abs().max() < 1 / 255
+
+
+def test_ranges_of_steps_are_shares_of_the_images_own_schedule(nodes) -> None:
+    """One prompt for the first half of the steps, another for the rest: in Decode as with the
+    sampling that KSampler is given."""
+    run = stages(nodes, "small", PROMPT, SIZE, steps=4)
+    by_range = core_nodes.ConditioningSetTimestepRange().set_range
+    empty = [[states[:, :1], dict(values)] for states, values in run.positive]
+    positive = by_range(run.positive, 0, 0.5)[0] + by_range(empty, 0.5, 1)[0]
+    (model,) = nodes["GLMImageModelSampling"].execute(run.model, run.empty).result
+
+    def decode(model, positive):
+        rest = (run.negative, run.empty, run.seed, 4, 1.5, 1.0)
+        return nodes["GLMImageDecode"].execute(model, positive, *rest).result[0]["samples"]
+
+    halves = decode(run.model, positive)
+    assert same(halves, decode(model, positive))
+    assert not same(halves, decode(run.model, run.positive))
+    assert not same(halves, decode(run.model, empty))

@@ -5,6 +5,7 @@ import weakref
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
@@ -187,6 +188,19 @@ def test_a_cache_of_other_loras_is_refused(nodes, run, images) -> None:
     decode(nodes, run, plain)  # and the next prompt works
 
 
+def test_a_cache_of_other_injections_is_refused(nodes, run, images) -> None:
+    """As current hosts' LoRAs that bypass the weights are."""
+    injected = run.model.clone()
+    nothing = comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)
+    injected.set_injections("bypass", [nothing])
+    references = encode(run, images[:1])
+    plain, own = (cached(nodes, run, references, model=model) for model in (run.model, injected))
+    for cache, model in ((plain, injected), (own, run.model)):
+        with pytest.raises(GLMImageError, match="another decoder or with other LoRAs"):
+            decode(nodes, run, cache, model=model)
+    assert same(decode(nodes, run, own, model=injected.clone()), decode(nodes, run, plain))
+
+
 def test_the_cache_is_loaded_by_comfyui_and_counted(nodes, run, images) -> None:
     cache = cached(nodes, run, encode(run, images[:1]))
     comfy.model_management.unload_all_models()
@@ -313,6 +327,12 @@ def test_the_cache_dies_with_its_last_holder(nodes, run, images) -> None:
         assert cache() is None
     finally:
         gc.enable()
+
+
+def test_apply_tokens_takes_what_an_earlier_one_gave(nodes, run) -> None:
+    again = nodes["GLMImageApplyTokens"].execute(run.positive, run.tokens, -1, run.negative).result
+    for ours, expected in zip(again[:2], (run.positive, run.negative), strict=True):
+        assert same(ours[0][0], expected[0][0])
 
 
 def test_the_negative_of_an_earlier_apply_tokens_keeps_no_references(nodes, run, images) -> None:

@@ -27,6 +27,7 @@ def base(tmp_path_factory) -> Path:
     reference_snapshot(models / "glm_image" / "Wide", "wide")
     _write_broken_models(models, good)
     _write_foreign_models(models)
+    _write_dead_links(folder)
     _write_loras(models / "loras", good)
     return folder
 
@@ -70,6 +71,13 @@ def _write_foreign_models(models: Path) -> None:
     for file, shapes in (("diffusion_models/wan", wan), ("text_encoders/clip_l", clip)):
         tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
         save_file(tensors, models / f"{file}.safetensors")
+
+
+def _write_dead_links(base: Path) -> None:
+    """As drives leave them that are not mounted; files are listed as the pack is imported."""
+    for folder in ("models/diffusion_models", "models/vae", "input", "output"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / folder / "dead.safetensors").symlink_to("/nowhere/dead.safetensors")
 
 
 def _write_loras(loras: Path, good: Path) -> None:

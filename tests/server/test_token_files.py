@@ -96,6 +96,14 @@ def test_loaded_from_input_it_is_found_changed_when_its_content_is(client, base,
     assert (picture(prompt) != expected).any()
 
 
+def test_a_link_in_the_input_folder_may_lead_out_of_it(base, tmp_path, picture, saved):
+    prompt, expected, file = saved
+    kept = shutil.copy(file, tmp_path / "kept.safetensors")
+    (base / "input" / "linked.safetensors").symlink_to(kept)
+    _load_instead(prompt, "linked.safetensors")
+    np.testing.assert_array_equal(picture(prompt), expected)
+
+
 def _corrupt(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
