@@ -3,3 +3,5 @@
 
 class GLMImageError(ValueError):
     """A sentence for the person at the graph: what was wrong, the value, what to do."""
+
+    __module__ = "glm_image"  # hosts show it, and import the pack under its path

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..glm_core.errors import GLMImageError
 from ..glm_core.weight_dtypes import WEIGHT_DTYPES
-from .choices import check_choices, require_choices
+from .choices import require_choices
 from .host.ar import load_ar
 from .host.decoder import load_decoder
 from .host.devices import DevicePlan as Plan
@@ -69,11 +69,8 @@ class LoadAR(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: str | None = None, weight_dtype: str | None = None
-    ) -> bool | str:
-        found = check_choices(("weight_dtype", weight_dtype, WEIGHT_DTYPES))
-        return check_model_name("ar", model_name) if found is True else found
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("ar", model_name)
 
     @classmethod
     def execute(
@@ -97,11 +94,8 @@ class LoadDecoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: str | None = None, weight_dtype: str | None = None
-    ) -> bool | str:
-        found = check_choices(("weight_dtype", weight_dtype, WEIGHT_DTYPES))
-        return check_model_name("decoder", model_name) if found is True else found
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_model_name("decoder", model_name)
 
     @classmethod
     def execute(

@@ -33,7 +33,7 @@ def main() -> None:
     defaults = {"PROMPT": TINY_PROMPT, **TINY_SETTINGS} if model == TINY.name else {}
     override(prompt, defaults | os.environ, model)
     started = time.perf_counter()
-    with demo_server(comfyui) as address:
+    with demo_server(comfyui, model) as address:
         _print_stage("Start ComfyUI", time.perf_counter() - started)
         run = Client(address).run(prompt, StagePrinter(prompt))
     for outputs in run.outputs.values():
@@ -41,10 +41,13 @@ def main() -> None:
             print(OUTPUT / image["subfolder"] / image["filename"])
 
 
-def demo_server(comfyui: environment.Host, port: int | None = None) -> AbstractContextManager[str]:
+def demo_server(
+    comfyui: environment.Host, model: str, *flags: str, port: int | None = None
+) -> AbstractContextManager[str]:
     """A server whose models are the demo's and whose pictures go to `output/`."""
-    base = host.make_base(BASE)
-    return host.serve(comfyui, base, "--output-directory", str(OUTPUT), port=port)
+    flags = ("--output-directory", str(OUTPUT), *flags)
+    threads = 1 if model == TINY.name else None
+    return host.serve(comfyui, host.make_base(BASE), *flags, port=port, threads=threads)
 
 
 def prepare_model(model: str | None) -> str:

@@ -29,9 +29,9 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def add_model(base: Path, snapshot: Path) -> str:
+def add_model(base: Path, snapshot: Path, name: str | None = None) -> str:
     """Links a snapshot's folder into the models of a base folder; gives its name there."""
-    link = base / "models" / "glm_image" / snapshot.name
+    link = base / "models" / "glm_image" / (name or snapshot.name)
     if link.is_dir() and not link.is_symlink():
         raise SystemExit(f"{link} is a model of its own: rename {snapshot}, or name that one.")
     link.unlink(missing_ok=True)
@@ -48,7 +48,8 @@ def serve(
     It stops with the block, which SIGTERM ends too.
 
     Args:
-        threads: CPU threads of its own; networks of a few kilobytes are fastest with one.
+        threads: CPU threads of its own; small networks are fastest with one, above all where
+            other work runs beside them.
     """
     port = port or _free_port()
     _require_free(port)

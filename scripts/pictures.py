@@ -57,7 +57,7 @@ def main(names: list[str]) -> None:
     if unknown := set(names) - PROMPTS.keys():
         raise SystemExit(f"There are no prompts for {', '.join(sorted(unknown))}.")
     model = demo.prepare_model(None)
-    with demo.demo_server(environment.host()) as address:
+    with demo.demo_server(environment.host(), model) as address:
         drawn = demo.BASE / "input" / "drawn.png"
         Image.fromarray(render(_scene())).save(drawn)
         for name in names or PROMPTS:

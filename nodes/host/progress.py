@@ -30,7 +30,8 @@ def progress_bar(total: int) -> Callable[[int, int], None]:
 class TokenProgress:
     """Progress of the node that writes tokens, with the grid being written as its live preview.
 
-    There is no picture where the host's previews are off, and else at most four a second.
+    There is no picture where the host's previews are off, and else at most four a second and one
+    of all cells at the end.
     """
 
     def __init__(self, palette: CodePalette) -> None:
@@ -43,7 +44,8 @@ class TokenProgress:
     def show(self, grids: list[Tensor]) -> None:
         """Keep a picture for the next update; for `grids` see `sample_tokens`."""
         now = time.monotonic()
-        if self._on and now >= self._due:
+        done = not (grids[-1] == UNKNOWN).any()
+        if self._on and (done or now >= self._due):
             self._due = now + PICTURE_SECONDS
             written = next((grid for grid in grids if (grid == UNKNOWN).any()), grids[-1])
             self._picture = _picture(written, self._palette.colours, args.preview_size)

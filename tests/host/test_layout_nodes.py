@@ -243,6 +243,7 @@ def test_live_preview(sample, monkeypatch, on):
     sample("Tokens", (512, 512), batch=5)
     pictures = [(done, preview) for done, preview in seen if preview is not None]
     assert bool(pictures) == on
+    assert (seen[-1][1] is not None) == on  # of all cells
     for _, (form, image, limit) in pictures:
         assert (form, limit) == ("PNG", None)
         assert 256 < max(image.size) <= 512

@@ -93,10 +93,16 @@ def test_broken_model(refused, model, sentence):
 
 
 @pytest.mark.parametrize("loader", ["GLMImageLoadAR", "GLMImageLoadDecoder"])
-def test_a_weight_dtype_that_is_not_offered(refused, loader):
+def test_a_weight_dtype_that_is_not_offered(client, loader):
+    """By us, or on current hosts by them; and a wrong model is no word against the dtype."""
     prompt = fresh()
     prompt[the(prompt, loader)]["inputs"]["weight_dtype"] = "fp16"
-    refused(prompt, loader, "weight_dtype is 'fp16'; choose one of default, bf16")
+    with pytest.raises(PromptError, match=r"weight_dtype.*'fp16'.*default"):
+        client.run(prompt)
+    prompt[the(prompt, loader)]["inputs"] = {"model_name": "None", "weight_dtype": "default"}
+    with pytest.raises(PromptError, match="called 'None'") as refusal:
+        client.run(prompt)
+    assert "weight_dtype" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
