@@ -34,8 +34,9 @@ class Scheduler(io.ComfyNode):
             display_name="GLM-Image Scheduler",
             category=f"{CATEGORY}/sampling",
             description="The checkpoint's noise levels for the latent's size, for Sampler Custom "
-            "Advanced. Larger images are given more steps at high noise. Where a share of the steps is "
-            "meant (Set Timestep Range, EasyCache), the guider takes GLM-Image Model Sampling's MODEL.",
+            "Advanced. Larger images are given more steps at high noise. Where a share of the "
+            "steps is meant (Set Timestep Range, EasyCache), give the guider the MODEL of "
+            "GLM-Image Model Sampling.",
             inputs=[
                 io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
                 io.Latent.Input("latent", tooltip="From GLM-Image Apply Tokens; sets the size."),

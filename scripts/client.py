@@ -122,7 +122,7 @@ class Client:
         with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as answer:
             return answer.read()
 
-    def post(self, path: str, body: dict) -> dict:
+    def post(self, path: str, body: dict | list) -> dict:
         request = urllib.request.Request(
             f"http://{self.address}{path}",
             data=json.dumps(body).encode(),

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,12 @@ def add_model(base: Path, snapshot: Path, name: str | None = None) -> str:
 
 @contextmanager
 def serve(
-    host: Host, base: Path, *flags: str, port: int | None = None, threads: int | None = None
+    host: Host,
+    base: Path,
+    *flags: str,
+    port: int | None = None,
+    threads: int | None = None,
+    accelerator: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Runs a server on `base` and yields its address; its log is `base/server.log`.
 
@@ -50,14 +55,16 @@ def serve(
     Args:
         threads: CPU threads of its own; small networks are fastest with one, above all where
             other work runs beside them.
+        accelerator: variables with which the server finds one; else it uses what torch finds
+            here, or the CPU.
     """
     port = port or _free_port()
     _require_free(port)
     log = base / "server.log"
     command = [str(host.python), "main.py", "--base-directory", str(base), "--port", str(port)]
     command += ["--database-url", f"sqlite:///{base}/comfyui.db", "--disable-auto-launch"]
-    command += [*_device_flags(), *flags]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command += [*([] if accelerator else _device_flags()), *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(accelerator or {})}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     _copy_example_picture(host, base)

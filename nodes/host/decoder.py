@@ -1,7 +1,6 @@
 """The diffusion decoder as a native MODEL: BaseModel, conditioning, memory, per-run reuse."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import comfy.conds
@@ -228,16 +227,8 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         the model sampling's own `timestep()` is the shifted one, in units that patches change."""
         patcher = self.current_patcher
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
-        attended = [reader.tokens for reader in self.readers]
-        need = self.memory_required(list(x.shape), {"references": [(1, n) for n in attended]})
-        with current(x.device), self.memory_for(need, x.device):
+        with current(x.device):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
-
-    def memory_for(self, need: float, device: torch.device) -> AbstractContextManager:
-        """Around what may run out of memory: of `device`, and of the ranges' own ones."""
-        devices = (device, *(part.home for part in self.ranges))
-        needs = dict.fromkeys(devices, need)
-        return memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split")
 
     def process_timestep(
         self, timestep: Tensor, sigma: tuple[Tensor], size: tuple[int, int], **_: Any
@@ -333,25 +324,29 @@ def load_decoder(
     model.device = there.offload
     patcher = make_patcher(model, there, disable_dynamic, ranges)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
-    patcher.add_wrapper(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, _load_for_run)
+    patcher.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, _run)
     patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, place))
     return patcher
 
 
-def _load_for_run(executor: Any, model: Any, shape: Sequence[int], conds: dict, **how: Any) -> Any:
-    """The host's loading of the weights, before a run: there may be no room even for those.
+def _run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Around a whole run of the host's, from the loading of the weights on.
 
     Raises:
         GLMImageError: the latent is no image's, or memory did not suffice.
     """
-    if len(shape) != 4:
+    if noise.ndim != 4:
         raise GLMImageError(
-            f"The latent has {len(shape)} dimensions, as a video's, and GLM-Image paints images, "
+            f"The latent has {noise.ndim} dimensions, as a video's, and GLM-Image paints images, "
             "whose latents have 4; use the LATENT of GLM-Image Apply Tokens."
         )
-    _, need = comfy.sampler_helpers.estimate_memory(model, shape, conds)
-    with model.model.memory_for(need, model.load_device):
-        return executor(model, shape, conds, **how)
+    guider = executor.class_obj
+    patcher = guider.model_patcher
+    _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
+    devices = (patcher.load_device, *(part.home for part in patcher.model.ranges))
+    needs = dict.fromkeys(devices, need)
+    with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
+        return executor(noise, *args, **kwargs)
 
 
 def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[LayerRange]:

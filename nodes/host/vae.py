@@ -2,21 +2,25 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import torch
+from torch import Tensor
 
 from ...glm_core import working_memory
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import VAE_SCALE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Place
+from .memory import memory_for
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
+TILE = 64  # latents a side, as ComfyUI cuts them
 
 
 def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
@@ -30,7 +34,7 @@ def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
     patcher = load_vae_patcher(model_name, place)
     network = patcher.model
     with _without_warnings():  # an empty VAE has all that its methods need, and warns of no network
-        vae = comfy.sd.VAE(sd={})
+        vae = HostVAE(sd={})
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
     config = network.config
@@ -44,6 +48,25 @@ def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
     vae.patcher = patcher
     vae.model_size()
     return vae
+
+
+class HostVAE(comfy.sd.VAE):
+    """ComfyUI's VAE, which goes on in tiles where memory is short: where that is too little for a
+    tile, the person is told so."""
+
+    def decode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._tiles():
+            return super().decode_tiled_(*args, **kwargs)
+
+    def encode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._tiles():
+            return super().encode_tiled_(*args, **kwargs)
+
+    def _tiles(self) -> AbstractContextManager[None]:
+        config = self.first_stage_model.config
+        need = working_memory.vae_decode(config, (TILE, TILE), self.vae_dtype)
+        helps = "use VAE Decode (Tiled) with a smaller tile_size, or plan it onto another device"
+        return memory_for("The VAE", {self.device: need}, helps)
 
 
 def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynamic: bool = False):

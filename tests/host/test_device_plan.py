@@ -242,7 +242,8 @@ def test_the_models_state_dict_lists_every_layer(whole, split) -> None:
     ):
         state, expected = ours.state_dict(), theirs.state_dict()
         assert state.keys() == expected.keys()
-        assert all(same(state[key], expected[key]) for key in state)
+        weights = {key for key in state if not key.startswith("model_sampling")}  # of a run's size
+        assert all(same(state[key], expected[key]) for key in weights)
     patches = split[1].get_key_patches("diffusion_model.")
     assert patches.keys() == whole.model.get_key_patches("diffusion_model.").keys()
 

@@ -56,7 +56,12 @@ def reference_cache(nodes, run):
     return torch.cat([part.flatten() for part in parts])
 
 
+def vae_decode(nodes, run):
+    return run.vae.decode(run.latent["samples"])
+
+
 STAGES = {
+    "The VAE": (vae_decode, lambda run: run.vae.first_stage_model.decoder.conv_out),
     "The AR model": (sample_tokens, lambda run: run.ar.patcher.model.lm_head),
     "The AR model's vision tower": (
         encode_tokens,

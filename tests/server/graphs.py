@@ -10,6 +10,23 @@ from glm_image.scripts.demo import set_inputs
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 MODEL = "GLM-Image"
+LOADERS = ("GLMImageLoadAR", "GLMImageLoadDecoder", "GLMImageLoadGlyphEncoder", "GLMImageLoadVAE")
+PLAN = {
+    "model_name": MODEL,
+    "weight_dtype": "default",
+    "width": 96,
+    "height": 64,
+    "batch_size": 1,
+    "references": 0,
+    "strategy": "auto",
+    "ar": "auto",
+    "decoder": "auto",
+    "glyph": "auto",
+    "vae": "auto",
+    "ar_split": "",
+    "decoder_split": "",
+    "reserve_gb": 1.0,
+}
 _fresh = itertools.count(1000)
 
 
@@ -58,3 +75,12 @@ def upstream(prompt: Prompt, node_id: str) -> Iterator[str]:
     for value in prompt[node_id]["inputs"].values():
         if isinstance(value, list):
             yield from upstream(prompt, value[0])
+
+
+def planned(prompt: dict, **asked) -> str:
+    """Puts a plan before the loaders and shows its table; the id of the node that shows it."""
+    plan = add(prompt, "GLMImageDevicePlan", **PLAN | asked)
+    for node in prompt.values():
+        if node["class_type"] in LOADERS:
+            node["inputs"]["device_plan"] = [plan, 0]
+    return add(prompt, "PreviewAny", source=[plan, 1])

@@ -3,35 +3,8 @@
 import numpy as np
 import pytest
 from glm_image.scripts.client import Client, PromptError
-from graphs import MODEL, add, workflow
+from graphs import planned, workflow
 from pictures import first_image
-
-LOADERS = ("GLMImageLoadAR", "GLMImageLoadDecoder", "GLMImageLoadGlyphEncoder", "GLMImageLoadVAE")
-PLAN = {
-    "model_name": MODEL,
-    "weight_dtype": "default",
-    "width": 96,
-    "height": 64,
-    "batch_size": 1,
-    "references": 0,
-    "strategy": "auto",
-    "ar": "auto",
-    "decoder": "auto",
-    "glyph": "auto",
-    "vae": "auto",
-    "ar_split": "",
-    "decoder_split": "",
-    "reserve_gb": 1.0,
-}
-
-
-def planned(prompt: dict, **asked) -> str:
-    """Puts a plan before the loaders and shows its table; the id of the node that shows it."""
-    plan = add(prompt, "GLMImageDevicePlan", **PLAN | asked)
-    for node in prompt.values():
-        if node["class_type"] in LOADERS:
-            node["inputs"]["device_plan"] = [plan, 0]
-    return add(prompt, "PreviewAny", source=[plan, 1])
 
 
 def test_split_over_ranges_it_is_the_same_picture(client: Client, picture) -> None:

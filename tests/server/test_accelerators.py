@@ -1,0 +1,159 @@
+"""On two accelerators with little memory, through a real server: offloaded, split and run full.
+
+The devices are simulated (`tests/simulated`): the CPU computes, under an accelerator's rules. So
+what is computed must be the CPU's numbers, and what is not where it is used is an error.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from glm_image.scripts import environment, host
+from glm_image.scripts.client import Client, Prompt, PromptError
+from graphs import MODEL, fresh, planned, the
+from pictures import first_image
+from reference import reference_snapshot
+
+SIMULATED = Path(__file__).resolve().parents[1] / "simulated"
+AMPLE = 4 * 10**9
+TIGHT = 1_278_650_000  # what ComfyUI keeps free of a device, and some of our weights
+FULL = 100_000
+NOISE_LEVELS = 4000  # bytes of a failed run's, until Python's garbage is collected
+FP32 = "--force-fp32"  # else bf16, which the CPU's server does not take for these files
+
+
+class Machine:
+    """A server with two accelerators."""
+
+    def __init__(self, address: str, log: Path) -> None:
+        self.client = Client(address, timeout_s=120)
+        self._log = log
+
+    def picture(self, prompt: Prompt) -> np.ndarray:
+        return first_image(self.client, self.client.run(prompt), prompt)
+
+    def resize(self, *sizes: int) -> None:
+        """Bytes that the devices have from now on; their peaks begin anew."""
+        self.client.post("/npu", list(sizes))
+
+    @property
+    def memory(self) -> list[list[int]]:
+        """Bytes taken and their peak, of each device."""
+        return json.loads(self.client.get("/npu"))
+
+    def unload(self) -> None:
+        """As the page's button does; the server does so when it next looks."""
+        self.client.post("/free", {"unload_models": True})
+        deadline = time.monotonic() + 20
+        while self.memory[0][0] > NOISE_LEVELS and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Machine]:
+    base = host.make_base(folder)
+    reference_snapshot(base / "models" / "glm_image" / MODEL, "small")
+    pack = base / "custom_nodes" / "simulated_npu"
+    pack.symlink_to(SIMULATED / pack.name)
+    accelerator = {"PYTHONPATH": str(SIMULATED), "NPU_BYTES": f"{AMPLE},{AMPLE}"}
+    server = host.serve(environment.host(), base, FP32, *flags, threads=1, accelerator=accelerator)
+    with server as address:
+        yield Machine(address, base / "server.log")
+
+
+def assert_alike(ours: np.ndarray, cpus: np.ndarray) -> None:
+    """But for rounding: another token would be another picture."""
+    assert np.abs(ours - cpus).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Machine]:
+    with serving(tmp_path_factory.mktemp("accelerators")) as machine:
+        yield machine
+
+
+@pytest.fixture
+def machine(running: Machine) -> Machine:
+    running.unload()
+    running.resize(AMPLE, AMPLE)
+    return running
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "style_transfer"])
+@pytest.mark.parametrize("room", [AMPLE, TIGHT])
+def test_pictures_are_the_cpus(machine, picture, name: str, room: int) -> None:
+    prompt = fresh(name)
+    machine.resize(room, AMPLE)
+    before = machine.log.count("loaded partially")
+    assert_alike(machine.picture(prompt), picture(prompt))
+    assert (machine.log.count("loaded partially") > before) == (room == TIGHT)
+    (_, peak), (_, other) = machine.memory
+    assert 0 < peak <= room
+    assert other == 0
+
+
+@pytest.mark.parametrize("split", ["gpu:0=0-0,gpu:1=1-1", "gpu:1=0-0,cpu=1-1", "cpu=0-0,gpu:0=1-1"])
+def test_a_split_model_hops_between_devices(machine, picture, split: str) -> None:
+    prompt = fresh("style_transfer")
+    expected = picture(prompt)
+    shown = planned(prompt, ar_split=split, decoder_split=split)
+    run = machine.client.run(prompt)
+    assert_alike(first_image(machine.client, run, prompt), expected)
+    (table,) = run.outputs[shown]["text"]
+    assert split.split("=")[0] in table
+    assert "does not have" not in table
+
+
+def test_least_memory_takes_less(machine, picture) -> None:
+    prompt, peaks = fresh(), []
+    expected = picture(prompt)
+    for strategy in ("auto", "least memory"):
+        changed_plan = json.loads(json.dumps(prompt))
+        planned(changed_plan, strategy=strategy)
+        machine.unload()
+        machine.resize(AMPLE, AMPLE)
+        assert_alike(machine.picture(changed_plan), expected)
+        peaks.append(machine.memory[0][1])
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "node", "name", "value", "stage"),
+    [
+        ("text_to_image", "GLMImageSampleTokens", "seed", 1, "The AR model"),
+        ("text_to_image", "GLMImageDecode", "seed", 1, "The decoder"),
+        ("style_transfer", "GLMImageReferenceCache", "precision", "fp8", "The reference cache"),
+    ],
+)
+def test_full_memory_is_a_sentence_and_nothing_is_left_of_it(
+    machine, picture, workflow: str, node: str, name: str, value: object, stage: str
+) -> None:
+    """Ten times, at a stage whose inputs were made before; then there is memory, and it works."""
+    prompt = fresh(workflow)
+    machine.client.run(prompt)
+    prompt[the(prompt, node)]["inputs"][name] = value
+    machine.resize(FULL, FULL)
+    for _ in range(10):
+        with pytest.raises(PromptError, match=f"{stage} ran out of memory on gpu:0.* use "):
+            machine.client.run(prompt)
+    machine.resize(AMPLE, AMPLE)
+    assert_alike(machine.picture(prompt), picture(prompt))
+    machine.unload()
+    assert machine.memory[0][0] in (0, NOISE_LEVELS)
+    assert machine.memory[1][0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--lowvram", "--novram", "--highvram"])
+def test_the_hosts_flags(tmp_path, picture, flag: str) -> None:
+    prompt = fresh("style_transfer")
+    with serving(tmp_path, flag) as machine:
+        assert_alike(machine.picture(prompt), picture(prompt))
+        assert machine.memory[0][1] > 0
