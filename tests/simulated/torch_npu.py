@@ -6,6 +6,8 @@ more. What ComfyUI loads, offloads, streams and splits, it does as on a card; sp
 not simulated.
 
 NPU_BYTES: of each device, with commas between.
+NPU_EMPTY: if set, tensors there have sizes and no numbers; what is read from them is zero. Networks
+of any size run so, for what they allocate to be counted.
 """
 
 import os
@@ -21,6 +23,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+EMPTY = "NPU_EMPTY" in os.environ
+KEPT = torch.device("meta") if EMPTY else CPU
+"""Where torch has the numbers, or only the sizes."""
+READING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+"""What gives Python a number."""
 CROSSING = {aten._to_copy.default, aten.copy_.default}
 """What takes tensors of several devices."""
 PLACING = {"aten::to", "aten::type_as"}
@@ -67,7 +74,7 @@ MEMORY = [Memory(int(size)) for size in os.environ["NPU_BYTES"].split(",")]
 
 
 class NPUTensor(Tensor):
-    """A tensor on a simulated device; `kept` has its numbers."""
+    """A tensor on a simulated device; `kept` has its numbers, or its sizes alone."""
 
     kept: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -83,7 +90,7 @@ class NPUTensor(Tensor):
         return self
 
     def tolist(self) -> Any:
-        return self.kept.tolist()
+        return self.cpu().tolist()
 
     def __repr__(self) -> str:
         return f"{self.device}: {self.kept!r}"
@@ -100,13 +107,29 @@ class NPUTensor(Tensor):
             _require_one_device(name, tensors)
         device = kwargs.pop("device", None)
         device = tensors[0].device if device is None else _indexed(device)
+        if EMPTY and (name in READING or device == CPU):
+            return _zeros(func, args, kwargs)
         if "device" in (argument.name for argument in func._schema.arguments):
-            kwargs["device"] = CPU
+            kwargs["device"] = KEPT
         return _wrap(func(*tree_map(_kept, args), **tree_map(_kept, kwargs)), tensors, device)
 
 
 def _kept(x: Any) -> Any:
-    return x.kept if isinstance(x, NPUTensor) else x
+    if isinstance(x, NPUTensor):
+        return x.kept
+    return x.to(KEPT) if isinstance(x, Tensor) else x
+
+
+def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What `func` gives the CPU of tensors that are zero."""
+    if func is aten._to_copy.default:  # of whole models: pages that nobody writes take no memory
+        (x,) = args
+        return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
+
+    def zeros(x: Any) -> Any:
+        return torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, NPUTensor) else x
+
+    return func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
 
 
 def _wrap(out: Any, given: list[Tensor], device: torch.device) -> Any:
@@ -150,7 +173,7 @@ def _register_factory(name: str, overload: str) -> None:
     func = getattr(getattr(aten, name), overload)
 
     def make(*args, device=None, pin_memory=None, **kwargs) -> NPUTensor:
-        return NPUTensor(func(*args, device=CPU, **kwargs), _indexed(device))
+        return NPUTensor(func(*args, device=KEPT, **kwargs), _indexed(device))
 
     _operators.impl(f"{name}.{overload}".removesuffix(".default"), make, "PrivateUse1")
 
