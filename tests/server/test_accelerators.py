@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client, Prompt, PromptError
-from graphs import MODEL, fresh, planned, the
+from graphs import MODEL, add, fresh, planned, the
 from pictures import first_image
 from reference import reference_snapshot
 
@@ -167,3 +167,23 @@ def test_without_numbers_as_many_bytes_are_counted(machine, tmp_path) -> None:
         empty.client.run(prompt)
         difference = np.subtract(machine.memory, empty.memory)
     assert set(difference.flatten()) <= {0, NOISE_LEVELS}
+
+
+if (environment.host().path / "comfy_extras" / "nodes_multigpu.py").exists():  # not in 0.3.75
+
+    @pytest.mark.parametrize("name", ["text_to_image", "style_transfer"])
+    @pytest.mark.parametrize(
+        ("node", "how"),
+        [("SelectModelDevice", {"device": "gpu:1"}), ("MultiGPU_WorkUnits", {"max_gpus": 2})],
+    )
+    def test_the_hosts_device_nodes(machine, name: str, node: str, how: dict) -> None:
+        """A reference cache that was made on the first device goes along to the second."""
+        prompt = fresh(name)
+        expected = machine.picture(prompt)
+        decoder, decode = the(prompt, "GLMImageLoadDecoder"), the(prompt, "GLMImageDecode")
+        machine.unload()
+        machine.resize(AMPLE, AMPLE)
+        placed = add(prompt, node, model=[decoder, 0], **how)
+        prompt[decode]["inputs"]["model"] = [placed, 0]
+        assert_alike(machine.picture(prompt), expected)
+        assert machine.memory[1][1] > 0
