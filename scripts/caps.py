@@ -34,24 +34,12 @@ CARDS = (24, 16, 12, 8)
 SIDE = 1024
 DRAWN = 8  # tokens after which the AR model is stopped
 PARTS = {
-    "vision_language_encoder": (
-        "model.safetensors", torch.bfloat16, lambda c: ARModel(ARConfig.from_dict(c))
-    ),
-    "transformer": (
-        "diffusion_pytorch_model.safetensors",
-        torch.bfloat16,
-        lambda c: Decoder(DecoderConfig.from_dict(c)),
-    ),
-    "text_encoder": (
-        "model.safetensors", torch.float32, lambda c: GlyphEncoder(GlyphConfig.from_dict(c))
-    ),
-    "vae": (
-        "diffusion_pytorch_model.safetensors",
-        torch.bfloat16,
-        lambda c: AutoencoderKL(VAEConfig.from_dict(c)),
-    ),
-}  # fmt: skip
-"""Of the hub's snapshot: a part's file, its weights' dtype, its network."""
+    "vision_language_encoder": ("model", torch.bfloat16, ARModel, ARConfig),
+    "transformer": ("diffusion_pytorch_model", torch.bfloat16, Decoder, DecoderConfig),
+    "text_encoder": ("model", torch.float32, GlyphEncoder, GlyphConfig),
+    "vae": ("diffusion_pytorch_model", torch.bfloat16, AutoencoderKL, VAEConfig),
+}
+"""Of the hub's snapshot: a part's file, its weights' dtype, its network and that one's config."""
 
 
 def main(cards: list[float]) -> None:
@@ -137,12 +125,12 @@ def _write_checkpoint(folder: Path) -> str:
     """A snapshot of the hub's sizes whose weights are holes in files; its name."""
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(demo.TINY, folder, ignore=ignored, dirs_exist_ok=True)
-    for part, (file, dtype, build) in PARTS.items():
+    for part, (file, dtype, network, read) in PARTS.items():
         config = json.loads((HUB / f"{part}_config.json").read_text())
         (folder / part / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
-            state = build(config).state_dict()
-        _write_empty(folder / part / file, state, dtype)
+            state = network(read.from_dict(config)).state_dict()
+        _write_empty(folder / part / f"{file}.safetensors", state, dtype)
     return folder.name
 
 

@@ -44,8 +44,7 @@ class TokenProgress:
     def show(self, grids: list[Tensor]) -> None:
         """Keep a picture for the next update; for `grids` see `sample_tokens`."""
         now = time.monotonic()
-        done = not (grids[-1] == UNKNOWN).any()
-        if self._on and (done or now >= self._due):
+        if self._on and (now >= self._due or not (grids[-1] == UNKNOWN).any()):
             self._due = now + PICTURE_SECONDS
             written = next((grid for grid in grids if (grid == UNKNOWN).any()), grids[-1])
             self._picture = _picture(written, self._palette.colours, args.preview_size)

@@ -146,7 +146,7 @@ class HostReferenceCache:
             self.patchers.append(_cache_patcher(part, device, streamed))
             readers.append((numbers, CacheReader(part, device, streamed)))
         self.reader = SplitReader(readers) if len(readers) > 1 else readers[0][1]
-        self._placed = _placed(decoder, len(cache.blocks))
+        self._placed = _placed(decoder)
         self._patches = all_patches(decoder)
         self._injections = _injections(decoder)
         self._checkpoint = decoder.model.checkpoint
@@ -177,7 +177,7 @@ class HostReferenceCache:
             GLMImageError: its weights or LoRAs are not those that the cache was made with, or its
                 layers are split over devices otherwise.
         """
-        if _placed(decoder, decoder.model.diffusion_model.config.num_layers) != self._placed:
+        if _placed(decoder) != self._placed:
             raise GLMImageError(
                 "The reference cache was made with a MODEL whose layers are split over devices "
                 "otherwise; connect the MODEL that is sampling to GLM-Image Reference Cache."
@@ -272,9 +272,9 @@ def compute_cache(
     return HostReferenceCache(cache, decoder, streamed=store == "cpu")
 
 
-def _placed(decoder: Any, blocks: int) -> list[tuple[range, torch.device]] | None:
+def _placed(decoder: Any) -> list[tuple[range, torch.device]] | None:
     """Where a split decoder's blocks are; one that is not split may be brought elsewhere."""
-    parts = stretches(decoder, blocks)
+    parts = stretches(decoder, decoder.model.diffusion_model.config.num_layers)
     return parts if len(parts) > 1 else None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...glm_core import working_memory
 from ...glm_core.errors import GLMImageError
 from ...glm_core.schedule import VAE_SCALE
+from ...glm_core.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Place
 from .memory import memory_for
@@ -20,7 +21,6 @@ from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
-TILE = 64  # latents a side, as ComfyUI cuts them
 
 
 def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
@@ -64,7 +64,8 @@ class HostVAE(comfy.sd.VAE):
 
     def _tiles(self) -> AbstractContextManager[None]:
         config = self.first_stage_model.config
-        need = working_memory.vae_decode(config, (TILE, TILE), self.vae_dtype)
+        side = TILE // VAE_SCALE
+        need = working_memory.vae_decode(config, (side, side), self.vae_dtype)
         helps = "use VAE Decode (Tiled) with a smaller tile_size, or plan it onto another device"
         return memory_for("The VAE", {self.device: need}, helps)
 

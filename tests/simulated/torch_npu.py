@@ -137,7 +137,7 @@ def _wrap(out: Any, given: list[Tensor], device: torch.device) -> Any:
     known = {id(x.kept): x for x in given if isinstance(x, NPUTensor)}
     for x in known.values():
         if x.kept.shape != x.shape:
-            raise NotImplementedError("a shape was changed in place")
+            raise RuntimeError("A simulated tensor cannot follow a change of shape in place.")
 
     def wrap(x: Any) -> Any:
         if not isinstance(x, Tensor) or device == CPU:
