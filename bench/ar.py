@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
-from glm_core.ar_model import ARModel, rope_table
-from glm_core.ar_sampler import Run, sample_tokens
-from glm_core.ar_step import EagerRunner, ReplayRunner, Runner, StepShape
-from glm_core.cuda_graphs import CudaGraphs
-from glm_core.grids import Grid, preview_grid, text_positions, token_grid
-from glm_core.kv_cache import BlockPass, attend_to_span, span_of, step_mask
-from glm_core.logits import SamplingOptions
-from glm_core.prompt import Prompt
-from glm_core.quant import FORMATS
+from glm_core.ar.cache import BlockPass, attend_to_span, span_of, step_mask
+from glm_core.ar.logits import SamplingOptions
+from glm_core.ar.model import ARModel, rope_table
+from glm_core.ar.prompt import Prompt
+from glm_core.ar.replay import CudaGraphs
+from glm_core.ar.sampler import Run, sample_tokens
+from glm_core.ar.step import EagerRunner, ReplayRunner, Runner, StepShape
+from glm_core.data.grids import Grid, preview_grid, text_positions, token_grid
+from glm_core.quant.packing import FORMATS
 from scripts.measure_quantised import quantised
 
 from .measure import Bench, Row

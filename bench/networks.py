@@ -10,10 +10,11 @@ from torch import nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
 from transformers.initialization import no_init_weights
 
-from glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
-from glm_core.decoder import Decoder, DecoderConfig
-from glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from glm_core.ar.model import ARConfig, ARModel
+from glm_core.decoder.model import Decoder, DecoderConfig
+from glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from glm_core.vae import AutoencoderKL, VAEConfig
+from glm_core.vision.encoder import VISION_PREFIXES
 
 
 def ar_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype):

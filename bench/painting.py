@@ -8,8 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor
 
-from glm_core.decoder import Decoder, KeysValues
-from glm_core.schedule import VAE_SCALE
+from glm_core.data.grids import PIXELS_PER_LATENT
+from glm_core.decoder.model import Decoder, KeysValues
 
 from .measure import Bench, Row
 from .networks import decoder_pair, glyph_pair, vae_pair
@@ -64,7 +64,7 @@ class DecoderBench:
 
     def picture(self, batch: int) -> tuple[Tensor, Tensor]:
         config, patch = self.ours.config, self.ours.config.patch_size
-        height, width = (side // VAE_SCALE for side in self.size)
+        height, width = (side // PIXELS_PER_LATENT for side in self.size)
         device = self.bench.device
         latent = torch.randn(batch, config.in_channels, height, width, device=device)
         codes = config.prior_vq_quantizer_codebook_size
@@ -175,7 +175,8 @@ def vae_rows(preset: Preset, bench: Bench) -> Iterator[Row]:
     ours, reference = vae_pair(preset.vae, bench.device, preset.dtype)
     for height, width in preset.sizes:
         latent = torch.randn(
-            1, preset.vae["latent_channels"], height // VAE_SCALE, width // VAE_SCALE,
+            1, preset.vae["latent_channels"],
+            height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT,
             device=bench.device,
         ).to(preset.dtype)  # fmt: skip
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm_core.ar_sampler import sample_tokens
-from glm_core.decoder import DROPPED
-from glm_core.grids import preview_grid, token_grid, upsample_tokens
-from glm_core.schedule import ScheduleConfig
+from glm_core.ar.sampler import sample_tokens
+from glm_core.data.grids import preview_grid, token_grid, upsample_tokens
+from glm_core.decoder.model import DROPPED
+from glm_core.decoder.schedule import ScheduleConfig
 
 from .ar import ARBench
 from .measure import Bench, Row

@@ -6,8 +6,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
-from ..glm_core.tokens import SemanticTokens
 from .host import conditioning as cond
 from .host.reference_cache import HostReferenceCache
 from .types import CATEGORY, ReferenceCache, Tokens

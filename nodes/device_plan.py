@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..glm_core.placement import AUTO, STRATEGIES
-from ..glm_core.weight_dtypes import WEIGHT_DTYPES
+from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
+from ..glm_core.placement.plan import AUTO, STRATEGIES
 from .choices import check_choices, require_choices
 from .host.devices import check_device, device_names
 from .host.plan import make_plan, plannable_names

@@ -3,9 +3,9 @@
 import torch
 from comfy_api.latest import io
 
-from ..glm_core.layout import LOCKS, compose, to_tokens
-from ..glm_core.layout import lock as lock_cells
-from ..glm_core.tokens import Layout as LayoutData
+from ..glm_core.data.layout import LOCKS, compose, to_tokens
+from ..glm_core.data.layout import lock as lock_cells
+from ..glm_core.data.tokens import Layout as LayoutData
 from .choices import check_choices, require_choices
 from .types import CATEGORY, Layout, Tokens
 

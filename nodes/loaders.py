@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..glm_core.errors import GLMImageError
-from ..glm_core.weight_dtypes import WEIGHT_DTYPES
+from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from .choices import require_choices
 from .host.ar import load_ar
 from .host.decoder import load_decoder

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..glm_core.references import References as ReferenceData
+from ..glm_core.data.references import References as ReferenceData
 from .choices import check_choices, require_choices
 from .host.ar import HostAR
 from .host.decoder import require_decoder

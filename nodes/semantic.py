@@ -4,11 +4,11 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..glm_core.ar.logits import SamplingOptions
+from ..glm_core.data.references import References as ReferenceData
+from ..glm_core.data.tokens import Layout as LayoutData
+from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
-from ..glm_core.logits import SamplingOptions
-from ..glm_core.references import References as ReferenceData
-from ..glm_core.tokens import Layout as LayoutData
-from ..glm_core.tokens import SemanticTokens
 from .host.ar import HostAR
 from .types import AR, CATEGORY, Layout, References, Tokens
 

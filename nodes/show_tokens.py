@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..glm_core.data.token_image import draw_sheet, hash_palette
+from ..glm_core.data.tokens import Layout as LayoutData
+from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
-from ..glm_core.token_image import draw_sheet, hash_palette
-from ..glm_core.tokens import Layout as LayoutData
-from ..glm_core.tokens import SemanticTokens
 from .host.ar import HostAR
 from .types import AR, CATEGORY, Layout, Tokens
 

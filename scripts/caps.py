@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm_core.ar_model import ARConfig, ARModel
-from glm_core.decoder import Decoder, DecoderConfig
-from glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
-from glm_core.placement import GIB
-from glm_core.tokens import SemanticTokens, save_tokens
+from glm_core.ar.model import ARConfig, ARModel
+from glm_core.data.tokens import SemanticTokens, save_tokens
+from glm_core.decoder.model import Decoder, DecoderConfig
+from glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
+from glm_core.placement.plan import GIB
 from glm_core.vae import AutoencoderKL, VAEConfig
 
 from . import demo, environment, host

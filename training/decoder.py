@@ -17,9 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from glm_core.glyph import glyph_ids
-from glm_core.grids import upsample_tokens
-from glm_core.schedule import ScheduleConfig
+from glm_core.data.grids import upsample_tokens
+from glm_core.decoder.schedule import ScheduleConfig
+from glm_core.glyph.texts import glyph_ids
 
 from .codes import CODEBOOK, LONGEST, SLOTS, cells, slots_of, vectors
 from .edits import draw_edit

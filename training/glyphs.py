@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from glm_core.glyph import EOS, PAD, byte_ids
+from glm_core.glyph.texts import EOS, PAD, byte_ids
 
 from .codes import LONGEST, SLOTS
 from .render import SLOT, glyph_bitmap

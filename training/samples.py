@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from glm_core.grids import grid_positions
-from glm_core.prompt import Prompt, PromptTokenizer
+from glm_core.ar.prompt import Prompt, PromptTokenizer
+from glm_core.data.grids import grid_positions
 
 from .codes import CODEBOOK, INSIDE, cells
 from .edits import draw_edit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_core.grids import preview_grid
+from glm_core.data.grids import preview_grid
 
 COLOURS = {
     "red": (220, 40, 45),

@@ -10,20 +10,14 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...glm_core import working_memory
-from ...glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel, layer_range
-from ...glm_core.ar_sampler import (
-    Forced,
-    Run,
-    sample_from_references,
-    sample_layout,
-    sample_tokens,
-)
-from ...glm_core.cuda_graphs import CudaGraphs
-from ...glm_core.errors import GLMImageError
-from ...glm_core.grids import preview_grid, token_grid
-from ...glm_core.kv_cache import span_of
-from ...glm_core.layout import (
+from ...glm_core.ar.cache import span_of
+from ...glm_core.ar.logits import SamplingOptions
+from ...glm_core.ar.model import ARConfig, ARModel, layer_range
+from ...glm_core.ar.prompt import Prompt, PromptTokenizer
+from ...glm_core.ar.replay import CudaGraphs
+from ...glm_core.ar.sampler import Run, sample_from_references, sample_layout, sample_tokens
+from ...glm_core.data.grids import preview_grid, token_grid
+from ...glm_core.data.layout import (
     cells_outside,
     common_batch,
     locked_cells,
@@ -31,11 +25,12 @@ from ...glm_core.layout import (
     require_layout_fits,
     require_tokens_fit,
 )
-from ...glm_core.logits import SamplingOptions
-from ...glm_core.prompt import Prompt, PromptTokenizer
-from ...glm_core.references import References
+from ...glm_core.data.references import References
+from ...glm_core.data.tokens import Forced, Layout, SemanticTokens
+from ...glm_core.errors import GLMImageError
+from ...glm_core.placement import memory
 from ...glm_core.split import current
-from ...glm_core.tokens import Layout, SemanticTokens
+from ...glm_core.vision.encoder import VISION_PREFIXES
 from .devices import Place, default_place
 from .memory import memory_for
 from .palette import CodePalette
@@ -296,8 +291,8 @@ class HostAR:
             block: the most ids that one pass may read: a prompt, or forced or guessed cells of
                 all samples.
         """
-        layer = working_memory.kv_cache(self.config, batch, length, self.dtype)
-        work = working_memory.ar(self.config, block, self.dtype)
+        layer = memory.kv_cache(self.config, batch, length, self.dtype)
+        work = memory.ar(self.config, block, self.dtype)
         needs: dict[torch.device, int] = {}
         for numbers, device in stretches(self.patcher, self.config.layers):
             needs[device] = needs.get(device, work) + len(numbers) * layer

@@ -6,11 +6,10 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from ...glm_core.decoder import DROPPED, DecoderConfig
+from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN
+from ...glm_core.data.tokens import SemanticTokens
+from ...glm_core.decoder.model import DROPPED, DecoderConfig
 from ...glm_core.errors import GLMImageError
-from ...glm_core.grids import PIXELS_PER_TOKEN
-from ...glm_core.schedule import VAE_SCALE
-from ...glm_core.tokens import SemanticTokens
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
 
@@ -21,7 +20,7 @@ SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
 REFERENCES = "glm_references"
 GIVEN_ANEW = (REFERENCES, "additional_models")  # of an earlier Apply Tokens
-LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // VAE_SCALE
+LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 
 
 def with_tokens(
@@ -117,10 +116,11 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
 
 def _check_latents(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
     batch, rows, cols = tokens.shape
+    height, width = (side * PIXELS_PER_LATENT for side in latents[-2:])
     if tuple(latents[-2:]) != (rows * LATENTS_PER_TOKEN, cols * LATENTS_PER_TOKEN):
         raise GLMImageError(
             f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
-            f"the latent is one of {latents[-1] * VAE_SCALE} x {latents[-2] * VAE_SCALE} pixels; "
+            f"the latent is one of {width} x {height} pixels; "
             "use the LATENT of GLM-Image Apply Tokens, or tokens of the latent's size."
         )
     if latents[0] % batch:

@@ -15,17 +15,17 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...glm_core import working_memory
-from ...glm_core.checkpoint import Component
-from ...glm_core.decoder import (
+from ...glm_core.decoder.model import (
     Decoder,
     DecoderConfig,
     ReferenceKeysValues,
     StepInvariants,
     block_range,
 )
+from ...glm_core.decoder.schedule import ScheduleConfig
 from ...glm_core.errors import GLMImageError
-from ...glm_core.schedule import ScheduleConfig
+from ...glm_core.files.component import Component
+from ...glm_core.placement import memory
 from ...glm_core.split import LayerRange, current
 from .conditioning import REFERENCES, conditions
 from .devices import Place, default_place
@@ -241,7 +241,7 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         references = (cond_shapes or {}).get("references", [])
         longest = max((length for _, length in references), default=0)
         config = self.diffusion_model.config
-        return working_memory.decoder(config, batch, tuple(latent), longest, self.compute_dtype)
+        return memory.decoder(config, batch, tuple(latent), longest, self.compute_dtype)
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
-from ...glm_core.placement import AUTO, CPU, NAME, Device, Part, Plan
+from ...glm_core.placement.plan import AUTO, CPU, NAME, Device, Part, Plan
 
 
 @dataclass(frozen=True)

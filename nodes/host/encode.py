@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...glm_core.data.grids import PIXELS_PER_TOKEN, Size, preview_grid, token_grid
+from ...glm_core.data.references import Reference, References
+from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import GLMImageError
-from ...glm_core.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
-from ...glm_core.reference_image import Size, bring_to_size, opaque, reference_size
-from ...glm_core.references import Reference, References
-from ...glm_core.tokens import Layout, SemanticTokens
+from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size
 from .ar import HostAR
 
 THUMBNAIL_SIDE = 128

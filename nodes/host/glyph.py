@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.glyph import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
-from ...glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
+from ...glm_core.glyph.texts import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
 from ...glm_core.split import current
 from .devices import Place
 from .memory import memory_for

@@ -9,8 +9,8 @@ import comfy.lora
 from comfy.weight_adapter import LoRAAdapter
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
-from ...glm_core.packed_linear import PackedLinear
+from ...glm_core.files.lora import lora_key_map, read_lora, require_match, unmatched_keys
+from ...glm_core.quant.linear import PackedLinear
 from .patchers import with_ranges
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.placement import gib
+from ...glm_core.placement.plan import gib
 from .devices import name_of
 
 ALL = 1e30

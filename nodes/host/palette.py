@@ -4,8 +4,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ...glm_core.checkpoint import Component
-from ...glm_core.token_image import codebook_palette, hash_palette
+from ...glm_core.data.token_image import codebook_palette, hash_palette
+from ...glm_core.files.component import Component
 
 CODES = "model.vqmodel.quantize.embedding.weight"
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ...glm_core.checkpoint import COMPONENTS, FORMAT, read_header
+from ...glm_core.convert import MODEL_FOLDERS
 from ...glm_core.errors import GLMImageError
+from ...glm_core.files.component import COMPONENTS, FORMAT
+from ...glm_core.files.headers import read_header
 
 SNAPSHOTS = "glm_image"
 
@@ -23,7 +25,7 @@ def model_names(component: str) -> list[str]:
     """Snapshot folders that hold the component, then single files whose metadata says so."""
     folder = COMPONENTS[component].folder
     snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
-    folder = COMPONENTS[component].files
+    folder = MODEL_FOLDERS[component]
     files = folder_paths.get_filename_list(folder)
     paths = {name: folder_paths.get_full_path(folder, name) for name in files}
     return snapshots + [
@@ -42,14 +44,14 @@ def find_model(component: str, name: str) -> Path:
         snapshot = Path(root) / name
         if name in _children(Path(root)) and snapshot.is_dir():
             return snapshot
-    file = folder_paths.get_full_path(kind.files, name) if name else None
+    file = folder_paths.get_full_path(MODEL_FOLDERS[component], name) if name else None
     if file is not None:
         return Path(file)
     names = model_names(component)
     known = f"installed are: {', '.join(names)}" if names else "none is installed"
     raise GLMImageError(
         f"No {kind.title} is called '{name}' ({known}); put a snapshot of zai-org/GLM-Image into "
-        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{kind.files}/."
+        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{MODEL_FOLDERS[component]}/."
     )
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 
 import comfy.model_management
 
-from ...glm_core.checkpoint import COMPONENTS, Component, open_component
 from ...glm_core.errors import GLMImageError
-from ...glm_core.placement import GIB, parse_split, place
-from ...glm_core.plan_table import plan_table
-from ...glm_core.stages import Request, stages
+from ...glm_core.files.component import COMPONENTS, Component
+from ...glm_core.files.opening import open_component
+from ...glm_core.placement.plan import GIB, parse_split, place
+from ...glm_core.placement.stages import Request, stages
+from ...glm_core.placement.table import plan_table
 from .devices import DevicePlan, default_place, machine, rooms
 from .paths import find_model, model_names
 from .vae import working_dtype

@@ -10,8 +10,8 @@ from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from torch import Tensor
 
-from ...glm_core.token_image import draw_sheet, sheet_grid
-from ...glm_core.tokens import UNKNOWN
+from ...glm_core.data.token_image import draw_sheet, sheet_grid
+from ...glm_core.data.tokens import UNKNOWN
 from .palette import CodePalette
 
 PICTURE_SECONDS = 0.25

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...glm_core.checkpoint import QUANTISATION
-from ...glm_core.packed_linear import PackedLinear, lay_out
+from ...glm_core.files.component import QUANTISATION
+from ...glm_core.quant.linear import PackedLinear, lay_out
 from .telling_patcher import TellingPatcher
 
 # ---- packed int8 and int4 ----------------------------------------------------------------------

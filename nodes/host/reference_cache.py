@@ -9,11 +9,12 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.decoder import KeysValues
+from ...glm_core.data.references import References
+from ...glm_core.decoder.model import KeysValues
+from ...glm_core.decoder.reference_cache import FP8, ReferenceCache, make_cache
 from ...glm_core.errors import GLMImageError
-from ...glm_core.placement import gib
-from ...glm_core.reference_cache import FP8, ReferenceCache, cache_bytes, make_cache
-from ...glm_core.references import References
+from ...glm_core.placement.memory import cache_bytes
+from ...glm_core.placement.plan import gib
 from ...glm_core.split import current
 from .devices import Place, place_on
 from .memory import memory_for

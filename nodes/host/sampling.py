@@ -10,7 +10,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ...glm_core.schedule import VAE_SCALE
+from ...glm_core.data.grids import PIXELS_PER_LATENT
 from .decoder import GLMImageModel, require_decoder
 
 
@@ -21,7 +21,7 @@ class ResolutionShift(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.mode
 def latent_size(latent: dict[str, Any]) -> tuple[int, int]:
     """(height, width) in pixels."""
     height, width = latent["samples"].shape[-2:]
-    return height * VAE_SCALE, width * VAE_SCALE
+    return height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
 
 def sigmas(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Tensor:

@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
-from ...glm_core.ar_step import EagerRunner, Recorder, ReplayRunner, Runner
+from ...glm_core.ar.step import EagerRunner, Recorder, ReplayRunner, Runner
 from .telling_patcher import ON_PARTIAL_UNLOAD
 
 

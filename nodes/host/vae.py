@@ -10,10 +10,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...glm_core import working_memory
+from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.errors import GLMImageError
-from ...glm_core.schedule import VAE_SCALE
-from ...glm_core.stages import TILE
+from ...glm_core.placement import memory
+from ...glm_core.placement.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Place
 from .memory import memory_for
@@ -38,9 +38,7 @@ def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
     config = network.config
-    vae.memory_used_decode = lambda shape, dtype: working_memory.vae_decode(
-        config, shape[2:], dtype
-    )
+    vae.memory_used_decode = lambda shape, dtype: memory.vae_decode(config, shape[2:], dtype)
     vae.working_dtypes = WORKING_DTYPES
     vae.device = patcher.load_device
     vae.vae_dtype = next(network.parameters()).dtype
@@ -64,8 +62,8 @@ class HostVAE(comfy.sd.VAE):
 
     def _tiles(self) -> AbstractContextManager[None]:
         config = self.first_stage_model.config
-        side = TILE // VAE_SCALE
-        need = working_memory.vae_decode(config, (side, side), self.vae_dtype)
+        side = TILE // PIXELS_PER_LATENT
+        need = memory.vae_decode(config, (side, side), self.vae_dtype)
         helps = "use VAE Decode (Tiled) with a smaller tile_size, or plan it onto another device"
         return memory_for("The VAE", {self.device: need}, helps)
 
@@ -74,11 +72,11 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
     """The VAE's patcher; the factory that current hosts rebuild it with on another device."""
     component = open_model("vae", model_name)
     config = VAEConfig.from_dict(component.config)
-    if config.downscale != VAE_SCALE:
+    if config.downscale != PIXELS_PER_LATENT:
         raise GLMImageError(
             f"The VAE in {component.path} makes one latent of {config.downscale} x "
-            f"{config.downscale} pixels and GLM-Image's of {VAE_SCALE} x {VAE_SCALE}; "
-            "choose GLM-Image's VAE."
+            f"{config.downscale} pixels and GLM-Image's of {PIXELS_PER_LATENT} x "
+            f"{PIXELS_PER_LATENT}; choose GLM-Image's VAE."
         )
     check_keys(component, AutoencoderKL, config)
 

@@ -7,11 +7,11 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...glm_core import working_memory
-from ...glm_core.checkpoint import Component
-from ...glm_core.reference_image import ImageConfig, vision_pixels
+from ...glm_core.files.component import Component
+from ...glm_core.placement import memory
 from ...glm_core.split import current
-from ...glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from ...glm_core.vision.encoder import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from ...glm_core.vision.pixels import ImageConfig, vision_pixels
 from .devices import Place, default_place
 from .memory import memory_for
 from .patchers import make_patcher
@@ -51,7 +51,7 @@ class HostVision:
 
     def memory_required(self, pixels: torch.Size) -> int:
         """Bytes beside the weights for one image [B, C, H, W]."""
-        return working_memory.vision(self.patcher.model.config, *pixels[-2:], self.dtype)
+        return memory.vision(self.patcher.model.config, *pixels[-2:], self.dtype)
 
 
 def load_vision_patcher(

@@ -8,14 +8,14 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.checkpoint import Component, layer_of, open_component
-from ...glm_core.cpu import cpu_has
+from ...glm_core.ar.row_linear import RowLinear, cpu_has
 from ...glm_core.errors import GLMImageError
-from ...glm_core.packed_linear import pack_layers
-from ...glm_core.quant import FORMATS, is_layer_matrix, quantise
-from ...glm_core.row_linear import RowLinear
+from ...glm_core.files.component import Component, layer_of
+from ...glm_core.files.opening import open_component
+from ...glm_core.files.weight_dtypes import WEIGHT_DTYPES, is_layer_matrix
+from ...glm_core.quant.linear import pack_layers
+from ...glm_core.quant.packing import FORMATS, quantise
 from ...glm_core.split import LayerRange
-from ...glm_core.weight_dtypes import WEIGHT_DTYPES
 from .paths import find_model
 from .quant import HostPackedLinear, fp8_operations, with_formats
 

@@ -6,13 +6,18 @@ from functools import cache
 
 import reference
 import torch
-from glm_image.glm_core.ar_model import VISION_PREFIXES, ARConfig, ARModel
-from glm_image.glm_core.ar_sampler import Run, sample_layout, sample_tokens
-from glm_image.glm_core.checkpoint import open_component
-from glm_image.glm_core.logits import SamplingOptions
-from glm_image.glm_core.prompt import Prompt, PromptTokenizer
-from glm_image.glm_core.reference_image import ImageConfig
-from glm_image.glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.model import ARConfig, ARModel
+from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
+from glm_image.glm_core.ar.sampler import Run, sample_layout, sample_tokens
+from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.vision.encoder import (
+    OTHER_PREFIXES,
+    VISION_PREFIXES,
+    VisionConfig,
+    VisionEncoder,
+)
+from glm_image.glm_core.vision.pixels import ImageConfig
 from torch import Tensor
 
 PLACE = {"device": torch.device("cpu"), "dtype": torch.float32}

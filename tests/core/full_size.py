@@ -5,7 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from glm_image.glm_core.checkpoint import Component, TensorInfo
+from glm_image.glm_core.files.component import Component
+from glm_image.glm_core.files.headers import TensorInfo
 from reference import (
     AutoencoderKL,
     GlmImageConfig,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar_sampler import Forced
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.data.grids import preview_grid, token_grid
+from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import preview_grid, token_grid
-from glm_image.glm_core.logits import SamplingOptions
 
 PROMPT = "a cat at the mat"
 SIZES = {"512x768": (768, 512), "1024x1024": (1024, 1024), "strip": (384, 1152)}

@@ -8,15 +8,11 @@ import pytest
 import reference
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar_model import (
-    VISION_PREFIXES,
-    ARConfig,
-    ARModel,
-    rope_table,
-)
+from glm_image.glm_core.ar.cache import BlockPass, StepPass, span_of, step_mask
+from glm_image.glm_core.ar.model import ARConfig, ARModel, rope_table
+from glm_image.glm_core.data.grids import grid_positions, text_positions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import grid_positions, text_positions
-from glm_image.glm_core.kv_cache import BlockPass, StepPass, span_of, step_mask
+from glm_image.glm_core.vision.encoder import VISION_PREFIXES
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 HUB = Path(__file__).parent.parent / "configs" / "hub"

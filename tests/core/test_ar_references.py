@@ -7,12 +7,13 @@ import pytest
 import reference
 import torch
 from ar_pair import pair, run
-from glm_image.glm_core.ar_sampler import Forced, sample_from_references
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
+from glm_image.glm_core.ar.sampler import sample_from_references
+from glm_image.glm_core.data.grids import text_positions, upsample_tokens
+from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import text_positions, upsample_tokens
-from glm_image.glm_core.logits import SamplingOptions
-from glm_image.glm_core.prompt import Prompt, PromptTokenizer
-from glm_image.glm_core.reference_image import vision_pixels
+from glm_image.glm_core.vision.pixels import vision_pixels
 from PIL import Image
 
 GREEDY = SamplingOptions(temperature=0)

@@ -6,13 +6,14 @@ import pytest
 import reference
 import torch
 from ar_pair import PLACE, pair, run
-from glm_image.glm_core import ar_sampler, ar_step
-from glm_image.glm_core.ar_sampler import Forced, sample_tokens
+from glm_image.glm_core.ar import sampler as ar_sampler
+from glm_image.glm_core.ar import step as ar_step
+from glm_image.glm_core.ar.logits import SamplingOptions, draw_token, filter_logits
+from glm_image.glm_core.ar.philox import gumbel, sample_keys
+from glm_image.glm_core.ar.sampler import sample_tokens
+from glm_image.glm_core.data.grids import preview_grid
+from glm_image.glm_core.data.tokens import UNKNOWN, Forced
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import preview_grid
-from glm_image.glm_core.logits import SamplingOptions, draw_token, filter_logits
-from glm_image.glm_core.philox import gumbel, sample_keys
-from glm_image.glm_core.tokens import UNKNOWN
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 GREEDY = SamplingOptions(temperature=0)

@@ -4,10 +4,10 @@ import pytest
 import reference
 import torch
 from ar_pair import PLACE, pair
-from glm_image.glm_core.ar_sampler import Forced
-from glm_image.glm_core.ar_step import ReplayRunner, StepBuffers, StepShape
-from glm_image.glm_core.grids import preview_grid
-from glm_image.glm_core.logits import SamplingOptions
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.step import ReplayRunner, StepBuffers, StepShape
+from glm_image.glm_core.data.grids import preview_grid
+from glm_image.glm_core.data.tokens import Forced
 from tape import DeviceReadError, Recorder, Tape
 
 PROMPT = "a cat at the mat"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm_image.glm_core.checkpoint import COMPONENTS, FORMAT, Component, open_component
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+from glm_image.glm_core.files.component import COMPONENTS, FORMAT, Component
+from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from reference import GlmImagePipeline, reference_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -408,8 +409,8 @@ LOAD_AND_TOUCH = """
     from pathlib import Path
     sys.path.insert(0, "tests")
     import conftest, torch
-    from glm_image.glm_core.checkpoint import open_component
-    from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
+    from glm_image.glm_core.files.opening import open_component
+    from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 
     def peak():  # anonymous and file pages together
         status = Path("/proc/self/status").read_text()

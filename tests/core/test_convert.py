@@ -11,18 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm_image.glm_core import convert as converter
-from glm_image.glm_core.checkpoint import (
-    COMPONENTS,
-    FORMAT,
-    QUANTISATION,
-    Component,
-    open_component,
-    read_header,
-)
-from glm_image.glm_core.convert import CHOICES, convert
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.quant import FORMATS, dequantise, is_layer_matrix, packing, quantise
+from glm_image.glm_core.files import conversion as converter
+from glm_image.glm_core.files.component import COMPONENTS, FORMAT, QUANTISATION, Component
+from glm_image.glm_core.files.conversion import CHOICES, convert
+from glm_image.glm_core.files.headers import read_header
+from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.files.weight_dtypes import is_layer_matrix
+from glm_image.glm_core.quant.packing import FORMATS, dequantise, packing, quantise
 from reference import reference_snapshot
 from safetensors.torch import load_file, save_file
 
@@ -70,7 +66,7 @@ def restored(component: Component, key: str, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_every_weight_is_there_and_near(snapshot, tmp_path, name, dtype) -> None:
     source, target = converted(snapshot, name, dtype, tmp_path)
-    assert target.path.parent == tmp_path / FOLDERS[name]
+    assert target.path.parent == tmp_path
     expected = source.state_dict()
     target.check({key: value.shape for key, value in expected.items()})
     limits = {"bf16": 0.003, "fp8": 0.04, "int8": 0.01, "int4": 0.12}
@@ -239,8 +235,7 @@ def test_a_run_broken_anywhere_is_taken_up_and_gives_the_same_file(
     source = open_component(snapshot, "ar")
     whole = convert(source, dtype, tmp_path / "whole", quiet)
     size = whole.stat().st_size
-    partial = tmp_path / "text_encoders" / f"{whole.name}.partial"
-    partial.parent.mkdir()
+    partial = tmp_path / f"{whole.name}.partial"
     for length in [0, 1, 7, *range(100, size, size // 40), size - 1, size]:
         partial.write_bytes(whole.read_bytes()[:length])
         assert open_as_a_loader_lists(partial.parent) == []
@@ -324,6 +319,14 @@ def big_snapshot(folder: Path, matrices: int, width: int) -> None:
     save_file(state, weights / "model.safetensors")
 
 
+def test_the_command_puts_each_component_where_its_loader_looks(snapshot, tmp_path) -> None:
+    command = [sys.executable, "-m", "glm_core.convert", str(snapshot), str(tmp_path)]
+    subprocess.run([*command, "--dtype", "int8"], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    for name, folder in FOLDERS.items():
+        (file,) = (tmp_path / folder).glob(f"GLM-Random_{name}_*.safetensors")
+        assert open_component(file, name).name == name
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
@@ -332,8 +335,9 @@ PEAK = textwrap.dedent(
     import sys
     from pathlib import Path
     import torch
-    from glm_core.checkpoint import Component, read_header
-    from glm_core.convert import convert
+    from glm_core.files.component import Component
+    from glm_core.files.conversion import convert
+    from glm_core.files.headers import read_header
 
     torch.set_num_threads(1)
     file, dtype, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm_image.glm_core.decoder import DROPPED, Decoder, DecoderConfig
+from glm_image.glm_core.decoder.model import DROPPED, Decoder, DecoderConfig
 from glm_image.glm_core.errors import GLMImageError
 from reference import GlmImageTransformer2DModel
 

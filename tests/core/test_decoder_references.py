@@ -2,7 +2,7 @@
 
 import torch
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
-from glm_image.glm_core.decoder import Decoder
+from glm_image.glm_core.decoder.model import Decoder
 from test_decoder import inputs, pair, relative_error
 from torch import Tensor
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.glyph import byte_ids, encode_texts, glyph_ids, texts_to_render
-from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder, relative_position_buckets
+from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder, relative_position_buckets
+from glm_image.glm_core.glyph.texts import byte_ids, encode_texts, glyph_ids, texts_to_render
 from reference import SHAPES, reference_pipeline
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from glm_image.glm_core import grids
+from glm_image.glm_core.data import grids
 from glm_image.glm_core.errors import GLMImageError
 from transformers import GlmImageProcessor
 

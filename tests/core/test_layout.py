@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import preview_grid, token_grid
-from glm_image.glm_core.layout import (
+from glm_image.glm_core.data.grids import preview_grid, token_grid
+from glm_image.glm_core.data.layout import (
     cells_outside,
     common_batch,
     compose,
@@ -16,7 +15,8 @@ from glm_image.glm_core.layout import (
     sizes_that_fit,
     to_tokens,
 )
-from glm_image.glm_core.tokens import Layout
+from glm_image.glm_core.data.tokens import Layout
+from glm_image.glm_core.errors import GLMImageError
 
 
 def layout(height=1024, width=1024, batch=1, first=0, codebook=10_000):

@@ -4,11 +4,12 @@ import pytest
 import reference
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar_sampler import Forced, Run
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.lookahead import accepted, guess_row
+from glm_image.glm_core.ar.sampler import Run
+from glm_image.glm_core.data.grids import preview_grid
+from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import preview_grid
-from glm_image.glm_core.logits import SamplingOptions
-from glm_image.glm_core.lookahead import accepted, guess_row
 
 PROMPT = "a cat at the mat"
 GRID = (6, 9)

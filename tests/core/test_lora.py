@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.lora import lora_key_map, read_lora, require_match, unmatched_keys
+from glm_image.glm_core.files.lora import lora_key_map, read_lora, require_match, unmatched_keys
 from reference import reference_pipeline
 from safetensors.torch import save_file
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from glm_image.glm_core.packed_kernels import (
+from glm_image.glm_core.quant.kernels import (
     IN_TILES,
     GroupedInt4,
     Int8InNibbles,
@@ -13,8 +13,8 @@ from glm_image.glm_core.packed_kernels import (
     kernels_of,
     passes_trial,
 )
-from glm_image.glm_core.packed_linear import PackedLinear, lay_out, pack_layers
-from glm_image.glm_core.quant import FORMATS, Packing, dequantise, packing, quantise
+from glm_image.glm_core.quant.linear import PackedLinear, lay_out, pack_layers
+from glm_image.glm_core.quant.packing import FORMATS, Packing, dequantise, packing, quantise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

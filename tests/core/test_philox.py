@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from glm_image.glm_core import philox
+from glm_image.glm_core.ar import philox
 
 CPU = torch.device("cpu")
 # kat_vectors of Random123, "philox4x32 10": counter, key, answer.

@@ -3,9 +3,9 @@
 import pytest
 from full_size import components
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.placement import GIB, Device, Plan, Stage, parse_split, place
-from glm_image.glm_core.plan_table import plan_table
-from glm_image.glm_core.stages import Request, stages
+from glm_image.glm_core.placement.plan import GIB, Device, Plan, Stage, parse_split, place
+from glm_image.glm_core.placement.stages import Request, stages
+from glm_image.glm_core.placement.table import plan_table
 
 RESERVE = 1.0
 

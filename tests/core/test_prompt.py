@@ -4,8 +4,8 @@ import json
 
 import pytest
 import reference
+from glm_image.glm_core.ar.prompt import PromptTokenizer
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.prompt import PromptTokenizer
 
 PROMPTS = [
     "a cat sat at the mat",

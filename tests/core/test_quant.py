@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm_image.glm_core.ar_model import ARConfig, ARModel
-from glm_image.glm_core.decoder import Decoder, DecoderConfig
+from glm_image.glm_core.ar.model import ARConfig, ARModel
+from glm_image.glm_core.decoder.model import Decoder, DecoderConfig
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.quant import (
+from glm_image.glm_core.files.weight_dtypes import is_layer_matrix
+from glm_image.glm_core.quant.packing import (
     FORMATS,
     SLICE,
-    VISION_TOWER,
     dequantise,
-    is_layer_matrix,
     packing,
     quantise,
 )
+from glm_image.glm_core.vision.encoder import VISION_PREFIXES
 from torch import Tensor
 
 HUB = Path(__file__).parents[1] / "configs" / "hub"
@@ -168,7 +168,7 @@ def test_the_layers_matrices_are_packed_and_no_others(network, layers, matrices,
 
 def test_the_vision_tower_is_kept() -> None:
     assert not is_layer_matrix("model.visual.blocks.0.attn.qkv.weight", 2)
-    assert all(prefix.startswith("model.v") for prefix in VISION_TOWER)
+    assert all(prefix.startswith("model.v") for prefix in VISION_PREFIXES)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.reference_image import (
+from glm_image.glm_core.vision.pixels import (
     ImageConfig,
     bring_to_size,
     halve,

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from glm_image.glm_core import row_linear
-from glm_image.glm_core.cpu import cpu_has
-from glm_image.glm_core.row_linear import RowLinear
+from glm_image.glm_core.ar import row_linear
+from glm_image.glm_core.ar.row_linear import RowLinear, cpu_has
 from tape import Tape
 from torch import Tensor, nn
 

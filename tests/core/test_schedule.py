@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from glm_image.glm_core.decoder.schedule import ScheduleConfig
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.schedule import ScheduleConfig
 from reference import FlowMatchEulerDiscreteScheduler
 
 CONFIG = json.loads(

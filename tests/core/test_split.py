@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from ar_pair import pair as ar_pair
-from glm_image.glm_core import ar_model, kv_cache
-from glm_image.glm_core import decoder as decoder_module
-from glm_image.glm_core.ar_model import ARModel, layer_range, rope_table
-from glm_image.glm_core.ar_sampler import Forced
-from glm_image.glm_core.decoder import Decoder, block_range
-from glm_image.glm_core.grids import preview_grid
-from glm_image.glm_core.kv_cache import SPAN, BlockPass, StepPass, step_mask
-from glm_image.glm_core.logits import SamplingOptions
+from glm_image.glm_core.ar import cache as kv_cache
+from glm_image.glm_core.ar import model as ar_model
+from glm_image.glm_core.ar.cache import SPAN, BlockPass, StepPass, step_mask
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.model import ARModel, layer_range, rope_table
+from glm_image.glm_core.data.grids import preview_grid
+from glm_image.glm_core.data.tokens import Forced
+from glm_image.glm_core.decoder import model as decoder_module
+from glm_image.glm_core.decoder.model import Decoder, block_range
 from glm_image.glm_core.split import LayerRange, hop
 from test_decoder import inputs, pair
 from test_decoder_references import cached, reference_images

@@ -5,16 +5,16 @@ import weakref
 import pytest
 import torch
 from full_size import components, hub_config
-from glm_image.glm_core import working_memory
-from glm_image.glm_core.ar_model import ARConfig, ARModel
-from glm_image.glm_core.decoder import Decoder, DecoderConfig
-from glm_image.glm_core.glyph_encoder import GlyphConfig, GlyphEncoder
-from glm_image.glm_core.placement import Stage
-from glm_image.glm_core.quant import FORMATS, is_layer_matrix, quantise
-from glm_image.glm_core.stages import Request, stages
+from glm_image.glm_core.ar.model import ARConfig, ARModel
+from glm_image.glm_core.decoder.model import Decoder, DecoderConfig
+from glm_image.glm_core.files.weight_dtypes import WEIGHT_DTYPES, is_layer_matrix, stored_bytes
+from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
+from glm_image.glm_core.placement import memory
+from glm_image.glm_core.placement.plan import Stage
+from glm_image.glm_core.placement.stages import Request, stages
+from glm_image.glm_core.quant.packing import FORMATS, quantise
 from glm_image.glm_core.vae import AutoencoderKL, VAEConfig
-from glm_image.glm_core.vision import VisionConfig, VisionEncoder
-from glm_image.glm_core.weight_dtypes import WEIGHT_DTYPES, stored_bytes
+from glm_image.glm_core.vision.encoder import VisionConfig, VisionEncoder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -141,7 +141,7 @@ def passes() -> dict:
         return lambda: decoder.predict(latent, time, invariants, **references)
 
     planned = {name: full_size_stages()[name].work for name in ("decoder", "vae", "vision")}
-    alone = working_memory.decoder(decoder.config, 1, (128, 128), 0, torch.bfloat16)
+    alone = memory.decoder(decoder.config, 1, (128, 128), 0, torch.bfloat16)
     pixels = torch.empty(1, 3, 1024, 1024, device="meta")
     return {
         "decoder": (decoder, alone, step()),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from glm_image.glm_core.token_image import (
+from glm_image.glm_core.data.token_image import (
     DARK,
     LIGHT,
     codebook_palette,
@@ -10,7 +10,7 @@ from glm_image.glm_core.token_image import (
     hash_palette,
     sheet_grid,
 )
-from glm_image.glm_core.tokens import UNKNOWN
+from glm_image.glm_core.data.tokens import UNKNOWN
 
 
 @pytest.mark.parametrize("codebook", [50, 16384])

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
-from glm_image.glm_core import tokens as token_files
+from glm_image.glm_core.data import tokens as token_files
+from glm_image.glm_core.data.tokens import Layout, SemanticTokens, load_tokens, save_tokens
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.tokens import Layout, SemanticTokens, load_tokens, save_tokens
 from safetensors.torch import load_file, save_file
 
 

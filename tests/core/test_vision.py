@@ -8,10 +8,10 @@ import pytest
 import reference
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar_model import ARConfig, ARModel
-from glm_image.glm_core.checkpoint import open_component
+from glm_image.glm_core.ar.model import ARConfig, ARModel
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.vision import OTHER_PREFIXES, VisionConfig, VisionEncoder
+from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.vision.encoder import OTHER_PREFIXES, VisionConfig, VisionEncoder
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 HUB = Path(__file__).parents[1] / "configs" / "hub"

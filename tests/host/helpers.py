@@ -5,7 +5,7 @@ from typing import Any
 
 import comfy.sample
 import torch
-from glm_image.glm_core.grids import upsample_tokens
+from glm_image.glm_core.data.grids import upsample_tokens
 from torch import Tensor
 
 

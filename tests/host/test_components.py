@@ -8,9 +8,9 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core import row_linear
+from glm_image.glm_core.ar import row_linear
+from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.logits import SamplingOptions
 from glm_image.nodes.host import weights
 from glm_image.nodes.host.telling_patcher import TellingPatcher
 from helpers import relative_error, same, stages

@@ -9,11 +9,11 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core.ar_sampler import SamplingOptions
+from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.placement import GIB, Device
+from glm_image.glm_core.files.weight_dtypes import WEIGHT_DTYPES
+from glm_image.glm_core.placement.plan import GIB, Device
 from glm_image.glm_core.split import current
-from glm_image.glm_core.weight_dtypes import WEIGHT_DTYPES
 from glm_image.nodes.host import decoder, devices, plan
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
@@ -291,7 +291,7 @@ def test_a_cache_made_with_other_loras_of_a_range_is_refused(
 
 
 def test_our_lora_loader_reaches_every_range_of_the_ar_model(whole, split) -> None:
-    from glm_image.glm_core.lora import lora_key_map
+    from glm_image.glm_core.files.lora import lora_key_map
 
     model = split[0].patcher.clone()
     weights = lora_key_map(model.model.state_dict(), "ar").values()

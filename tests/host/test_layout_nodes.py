@@ -4,8 +4,8 @@ import comfy.utils
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from glm_image.glm_core.data.token_image import codebook_palette, draw_sheet, hash_palette
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.token_image import codebook_palette, draw_sheet, hash_palette
 from helpers import same
 
 PROMPT = "a door with 'PULL' on it"

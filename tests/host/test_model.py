@@ -17,8 +17,8 @@ from comfy_extras.nodes_custom_sampler import (
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-from glm_image.glm_core import decoder
-from glm_image.glm_core.decoder import DROPPED, rotary
+from glm_image.glm_core.decoder import model as decoder
+from glm_image.glm_core.decoder.model import DROPPED, rotary
 from glm_image.glm_core.errors import GLMImageError
 from helpers import relative_error, same, stages
 from torch import Tensor

@@ -8,9 +8,9 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core import working_memory
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.placement import GIB
+from glm_image.glm_core.placement import memory
+from glm_image.glm_core.placement.plan import GIB
 from glm_image.nodes.host import devices
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
@@ -214,8 +214,8 @@ def test_the_sentence_has_the_bytes_of_the_full_device(room) -> None:
 
 def test_each_device_needs_the_kv_cache_of_its_own_layers(run) -> None:
     ar = load_ar("deep", place=Place(CPU, CPU, further=((range(1, 4), Place(OTHER, CPU)),)))
-    layer = working_memory.kv_cache(ar.config, 2, 100, ar.dtype)
-    work = working_memory.ar(ar.config, 50, ar.dtype)
+    layer = memory.kv_cache(ar.config, 2, 100, ar.dtype)
+    work = memory.ar(ar.config, 50, ar.dtype)
     assert ar.config.layers == 4
     assert ar.memory_required(2, 100, 50) == {CPU: work + layer, OTHER: work + 3 * layer}
     whole = load_ar("deep").memory_required(2, 100, 50)

@@ -14,15 +14,17 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core.ar_model import rope_table
-from glm_image.glm_core.checkpoint import QUANTISATION, open_component, read_header
-from glm_image.glm_core.convert import convert
+from glm_image.glm_core.ar.cache import BlockPass
+from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.model import rope_table
+from glm_image.glm_core.data.grids import text_positions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.grids import text_positions
-from glm_image.glm_core.kv_cache import BlockPass
-from glm_image.glm_core.logits import SamplingOptions
-from glm_image.glm_core.packed_linear import PackedLinear
-from glm_image.glm_core.quant import FORMATS
+from glm_image.glm_core.files.component import QUANTISATION
+from glm_image.glm_core.files.conversion import convert
+from glm_image.glm_core.files.headers import read_header
+from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.quant.linear import PackedLinear
+from glm_image.glm_core.quant.packing import FORMATS
 from glm_image.nodes.host import step_graphs
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
@@ -58,7 +60,7 @@ def files(pipelines, nodes) -> dict[tuple[str, str], str]:
         folder_paths.add_model_folder_path(folder, str(models / folder))
         source = open_component(models / "glm_image" / "small", component)
         for dtype in FILES:
-            file = convert(source, dtype, models, lambda done, total: None)
+            file = convert(source, dtype, models / folder, lambda done, total: None)
             names[component, dtype] = file.name
         folder_paths.filename_list_cache.clear()
     return names

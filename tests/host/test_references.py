@@ -9,8 +9,8 @@ import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
+from glm_image.glm_core.data.references import References
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.references import References
 from glm_image.nodes.host import decoder as decoder_module
 from helpers import relative_error, same, stages
 from reference import SHAPES

@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
-from glm_image.glm_core.ar_step import EagerRunner, ReplayRunner
+from glm_image.glm_core.ar.step import EagerRunner, ReplayRunner
 from glm_image.nodes.host import ar as ar_module
 from glm_image.nodes.host import step_graphs
 from helpers import same

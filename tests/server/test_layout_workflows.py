@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from glm_image.glm_core.token_image import DARK
+from glm_image.glm_core.data.token_image import DARK
 from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client
 from graphs import add, fresh, the

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm_core.glyph import texts_to_render
+from glm_core.glyph.texts import texts_to_render
 from training.codes import (
     CODEBOOK,
     EDGE,

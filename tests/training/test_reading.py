@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm_core.grids import grid_positions
+from glm_core.data.grids import grid_positions
 from training.autoregressive import HIDDEN, LAYERS, AutoregressiveStage
 from training.codes import CODEBOOK, EDGE, INSIDE, NAMES, cells
 from training.edits import EDITS, Edit, draw_edit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm_core.grids import grid_positions, preview_grid
+from glm_core.data.grids import grid_positions, preview_grid
 from training.autoregressive import AutoregressiveStage
 from training.codes import CODEBOOK, INSIDE
 from training.samples import MISREAD, Sample, collate

@@ -1,0 +1,1 @@
+"""The autoregressive model: a prompt in, semantic tokens out."""

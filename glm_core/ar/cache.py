@@ -1,0 +1,158 @@
+"""The AR model's KV cache, and the two ways a pass meets it: a block of ids, or a static step.
+
+A pass writes its keys and values and attends to all that has been written so far.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..split import hop
+
+SPAN = 256
+"""A step attends to a multiple of this many positions, so that few shapes serve a whole image."""
+
+
+class KVCache:
+    """Keys and values, allocated once, those of each layer where it computes.
+
+    Zeros, for a step weighs positions that nobody has written with 0, and 0 * NaN is NaN.
+
+    layers: for each a view [(k, v), B, kv_heads, length, D].
+    """
+
+    def __init__(
+        self,
+        stretches: Sequence[tuple[torch.device, int]],
+        batch: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        """stretches: devices and how many layers in a row each computes."""
+        self.length = length
+        self._data = [
+            torch.zeros((layers, 2, batch, kv_heads, length, head_dim), device=device, dtype=dtype)
+            for device, layers in stretches
+        ]
+        self.layers = [layer for data in self._data for layer in data]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for data in self._data)
+
+    def copy_prefix(self, other: "KVCache", length: int) -> None:
+        """Begin with the first `length` positions of `other`, of this batch or of batch 1."""
+        for mine, theirs in zip(self._data, other._data, strict=True):
+            mine[..., :length, :] = theirs[..., :length, :]
+
+
+class Pass(Protocol):
+    """What attention is given: the cache, and where this pass stands in it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
+
+    def at(self, device: torch.device) -> "Pass":
+        """The same pass for layers that compute there."""
+
+
+class BlockPass:
+    """Ids that continue a sequence of `start` positions, each attending to itself and before."""
+
+    def __init__(self, cache: KVCache, start: int) -> None:
+        self.cache = cache
+        self.start = start
+        self._mask: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, heads = q.shape[1:3]
+        end = self.start + length
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        written = self.cache.layers[layer][..., :end, :]
+        written[0, :, :, self.start :] = k
+        written[1, :, :, self.start :] = v
+        # Every query head its own keys: no kernel but CUDA's unmasked one shares them as fast.
+        keys, values = written.repeat_interleave(heads // k.shape[1], dim=2)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=self._causal(length, q.device),
+            is_causal=self.start == 0 and length > 1,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def at(self, device: torch.device) -> "BlockPass":
+        """Its mask is made anew where it is needed."""
+        return BlockPass(self.cache, self.start)
+
+    def _causal(self, length: int, device: torch.device) -> Tensor | None:
+        """[L, start + L], made once a pass; where the block starts a sequence there is none."""
+        if self.start == 0 or length == 1:
+            return None
+        if self._mask is None:
+            ones = torch.ones(length, self.start + length, dtype=torch.bool, device=device)
+            self._mask = ones.tril(self.start)
+        return self._mask
+
+
+@dataclass(frozen=True)
+class StepPass:
+    """Some ids for every sample at positions that only the device knows: nothing depends on them.
+
+    Args:
+        position: int64 [L], of ids that follow each other.
+        mask: 0 or -inf in the model's dtype [L * heads / kv_heads, span], see `step_mask`.
+    """
+
+    cache: KVCache
+    position: Tensor
+    mask: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length, kv_heads, head_dim = k.shape
+        keys, values = self.cache.layers[layer]
+        keys.index_copy_(2, self.position, k.transpose(1, 2))
+        values.index_copy_(2, self.position, v.transpose(1, 2))
+        span = self.mask.shape[-1]
+        # The heads that share keys stand as queries of one head: their keys are read once.
+        q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
+        together = q.reshape(batch, kv_heads, -1, head_dim)
+        out = attend_to_span(together, keys[:, :, :span], values[:, :, :span], self.mask)
+        return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
+
+    def at(self, device: torch.device) -> "StepPass":
+        return StepPass(self.cache, hop(self.position, device), hop(self.mask, device))
+
+
+def attend_to_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Few queries, q [B, H, Q, D], to many keys, k and v [B, H, span, D]: [B, H, Q, D].
+
+    Two products and a softmax over all scores may be faster in bf16, which `make bench` tells, but
+    they round every score to it.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:
+    """What ids at `position` (int64 [L]) see of the first `span` positions: [L * sharing, span].
+
+    Args:
+        sharing: heads that share keys, which stand as so many queries of each id.
+    """
+    unseen = torch.arange(span, device=position.device) > position[:, None]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=position.device)
+    mask.masked_fill_(unseen, -torch.inf)
+    return mask.unsqueeze(1).expand(-1, sharing, -1).flatten(0, 1)
+
+
+def span_of(positions: int) -> int:
+    """The fewest positions, a multiple of `SPAN`, that hold so many."""
+    return -(-positions // SPAN) * SPAN

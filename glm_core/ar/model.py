@@ -1,0 +1,314 @@
+"""The autoregressive model: a GLM-4 decoder that writes semantic tokens.
+
+Written after `transformers.models.glm_image`; parameter names are the checkpoint's. The vision
+tower of the same checkpoint (`VISION_PREFIXES`) is not part of this network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import GLMImageError
+from ..split import LayerRange, hop, own_layers, visiting
+from .cache import KVCache, Pass
+from .row_linear import RowOperations
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """Sizes and ids of the AR model, from `vision_language_encoder/config.json`."""
+
+    vocab_size: int
+    visual_size: int  # rows of the head: the codes, then image start and end
+    codebook: int  # ids below are semantic tokens, the only legal ones in an image
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_eps: float
+    attention_bias: bool
+    rope_theta: float
+    rotary_dim: int
+    mrope_section: tuple[int, ...]
+    image_start: int
+    image_end: int
+    image_token: int
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "ARConfig":
+        """Read a checkpoint's config; GLMImageError names what is missing or contradictory."""
+        try:
+            text = config["text_config"]
+            rope = text["rope_parameters"]
+            head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+            parsed = cls(
+                vocab_size=text["vocab_size"],
+                visual_size=text["vision_vocab_size"],
+                codebook=config["vq_config"]["num_embeddings"],
+                hidden_size=text["hidden_size"],
+                intermediate_size=text["intermediate_size"],
+                layers=text["num_hidden_layers"],
+                heads=text["num_attention_heads"],
+                kv_heads=text["num_key_value_heads"],
+                head_dim=head_dim,
+                rms_eps=text["rms_norm_eps"],
+                attention_bias=text.get("attention_bias", True),  # the hub's file omits it
+                rope_theta=rope["rope_theta"],
+                rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+                mrope_section=tuple(rope["mrope_section"]),
+                image_start=config["image_start_token_id"],
+                image_end=config["image_end_token_id"],
+                image_token=config["image_token_id"],
+            )
+        except KeyError as missing:
+            raise GLMImageError(
+                f"The AR model's config.json has no {missing}: this is not a GLM-Image "
+                "vision_language_encoder."
+            ) from missing
+        for name, value, expected in (
+            ("hidden_act", text.get("hidden_act", "silu"), "silu"),
+            ("rope_type", rope.get("rope_type", "default"), "default"),
+        ):
+            if value != expected:
+                raise GLMImageError(
+                    f"The AR model's {name} is {value!r}, but only {expected!r} is supported."
+                )
+        return parsed
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise GLMImageError(
+                f"The AR model has {self.heads} heads, no multiple of its {self.kv_heads} KV heads."
+            )
+        if 2 * sum(self.mrope_section) != self.rotary_dim:
+            raise GLMImageError(
+                f"The AR model's mrope_section {list(self.mrope_section)} does not cover half of "
+                f"its {self.rotary_dim} rotary dimensions."
+            )
+        if not self.codebook <= self.visual_size <= self.vocab_size:
+            raise GLMImageError(
+                f"The AR model's codebook {self.codebook}, visual vocabulary {self.visual_size} "
+                f"and vocabulary {self.vocab_size} must not decrease in this order."
+            )
+
+
+def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cosines and signed sines of positions [3, L]: [2, L, head_dim] in `dtype`.
+
+    The frequencies are cut into `mrope_section` pieces, which take their position from the axes
+    (t, h, w) in turn. Computed in float32 and then cast, as the reference does. The first half's
+    sines are negative, and features beyond rotary_dim have cosine 1 and sine 0: they pass.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device).float()
+    frequencies = 1.0 / config.rope_theta ** (exponents / config.rotary_dim)
+    angles = positions[..., None].float() * frequencies  # [3, L, rotary_dim / 2]
+    pieces = angles.split(config.mrope_section, dim=-1)
+    angles = torch.cat([piece[i % 3] for i, piece in enumerate(pieces)], dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    passed = (0, config.head_dim - config.rotary_dim)
+    cos = F.pad(torch.cat([cos, cos], dim=-1), passed, value=1.0)
+    sin = F.pad(torch.cat([-sin, sin], dim=-1), passed)
+    return torch.stack([cos, sin]).to(dtype)
+
+
+Angles = tuple[Tensor, Tensor]
+"""A `rope_table` as layers take it: cosines and signed sines, each [L, 1, head_dim]."""
+
+
+def _angles(rope: Tensor) -> Angles:
+    cos, sin = rope.unsqueeze(2)
+    return cos, sin
+
+
+def apply_rope(x: Tensor, angles: Angles, rotary_dim: int) -> Tensor:
+    """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2)."""
+    cos, sin = angles
+    first, second, passed = x.split(
+        (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
+    )
+    return torch.addcmul(x * cos, torch.cat([second, first, passed], dim=-1), sin)
+
+
+class ARModel(nn.Module):
+    """`vision_language_encoder` without its vision tower: ids in, logits of semantic tokens out."""
+
+    def __init__(
+        self,
+        config: ARConfig,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = RowOperations,
+        ranges: Sequence[LayerRange] = (),
+    ) -> None:
+        """
+        Args:
+            operations: the layers to build from.
+            ranges: its last layers, which lie apart (`layer_range`); none for a whole model.
+        """
+        super().__init__()
+        self.config = config
+        self.ranges = tuple(ranges)
+        layer = {"device": device, "dtype": dtype, "operations": operations}
+        self.model = nn.ModuleDict({"language_model": TextModel(config, self.ranges, **layer)})
+        self.lm_head = operations.Linear(
+            config.hidden_size, config.visual_size, bias=False, device=device, dtype=dtype
+        )
+
+    def forward(
+        self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype, tail: int = 1
+    ) -> Tensor:
+        """Read ids into the cache.
+
+        Args:
+            ids: int64 [B, L], of the cache's batch.
+            rope: [2, L, head_dim], the ids' part of `rope_table`.
+            reading: where they stand in the cache, which is in `dtype`.
+            dtype: what to compute in; weights may be stored in another.
+            tail: how many of the last ids to give the logits after.
+
+        Returns:
+            Logits over the legal ids: [B, tail, codebook].
+        """
+        hidden = self.model["language_model"](ids, rope, reading, dtype)
+        return self.logits(hidden[:, -tail:])
+
+    def new_cache(
+        self, batch: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        """An empty cache for so many samples and positions; `device` is the model's own."""
+        c = self.config
+        own = (device, own_layers(c.layers, self.ranges))
+        stretches = [own, *((part.home, len(part.layers)) for part in self.ranges)]
+        return KVCache(stretches, batch, c.kv_heads, length, c.head_dim, dtype=dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] to [..., codebook]: ids that are no semantic tokens are cut off."""
+        return self.lm_head(hidden)[..., : self.config.codebook]
+
+
+class TextModel(nn.Module):
+    """The decoder stack, from ids to normalised hidden states."""
+
+    def __init__(
+        self,
+        config: ARConfig,
+        ranges: tuple[LayerRange, ...],
+        *,
+        device: Any,
+        dtype: Any,
+        operations: Any,
+    ) -> None:
+        super().__init__()
+        self.ranges = ranges
+        layer = {"device": device, "dtype": dtype}
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **layer)
+        self.layers = nn.ModuleList(
+            Block(config, i, operations=operations, **layer)
+            for i in range(own_layers(config.layers, ranges))
+        )
+        self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
+
+    def forward(self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype) -> Tensor:
+        """ids [B, L] to hidden states [B, L, hidden_size]"""
+        x = self.embed_tokens(ids).to(dtype)
+        angles = _angles(rope)
+        for layer in self.layers:
+            x = layer(x, angles, reading)
+        home = x.device
+        for part in self.ranges:
+            x, there = hop(x, part.home), _angles(hop(rope, part.home))
+            reading_there = reading.at(part.home)
+            with visiting(part.home, home):
+                for layer in part.layers:
+                    x = layer(x, there, reading_there)
+        return self.norm(hop(x, home))
+
+
+def layer_range(
+    config: ARConfig,
+    numbers: range,
+    home: torch.device,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    operations: Any = RowOperations,
+) -> LayerRange:
+    """Some of a model's layers, to lie apart from it; `home` is where they compute."""
+    kw = {"device": device, "dtype": dtype, "operations": operations}
+    path = "model.language_model.layers"
+    return LayerRange(path, numbers, home, lambda i: Block(config, i, **kw))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each between two norms."""
+
+    def __init__(
+        self, config: ARConfig, index: int, *, device: Any, dtype: Any, operations: Any
+    ) -> None:
+        super().__init__()
+        layer = {"device": device, "dtype": dtype}
+
+        def norm() -> nn.Module:
+            return operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
+
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, index, operations=operations, **layer)
+        self.post_self_attn_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, operations=operations, **layer)
+        self.post_mlp_layernorm = norm()
+
+    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), angles, reading)
+        x = x + self.post_self_attn_layernorm(attended)
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache; queries and keys are rotated together."""
+
+    def __init__(
+        self, config: ARConfig, index: int, *, device: Any, dtype: Any, operations: Any
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.rotary_dim = config.rotary_dim
+        width, kv_width = (n * config.head_dim for n in (config.heads, config.kv_heads))
+        layer = {"bias": config.attention_bias, "device": device, "dtype": dtype}
+        self.q_proj = operations.Linear(config.hidden_size, width, **layer)
+        self.k_proj = operations.Linear(config.hidden_size, kv_width, **layer)
+        self.v_proj = operations.Linear(config.hidden_size, kv_width, **layer)
+        self.o_proj = operations.Linear(width, config.hidden_size, **layer | {"bias": False})
+
+    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
+        # Views instead of einops, here where a step's time is Python's: [B, L, heads, D]
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rotated = apply_rope(torch.cat([q, k], dim=2), angles, self.rotary_dim)
+        q, k = rotated.split((q.shape[2], k.shape[2]), dim=2)
+        return self.o_proj(reading.attend(self.index, q, k, v))
+
+
+class MLP(nn.Module):
+    """SwiGLU, gate and up fused, gate first."""
+
+    def __init__(self, config: ARConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        layer = {"bias": False, "device": device, "dtype": dtype}
+        width = config.intermediate_size
+        self.gate_up_proj = operations.Linear(config.hidden_size, 2 * width, **layer)
+        self.down_proj = operations.Linear(width, config.hidden_size, **layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

@@ -1,0 +1,195 @@
+"""From a prompt to the AR model's input: the scaffold of control tokens, and text that stays text.
+
+Format: `GlmImageProcessor` of transformers. Unlike there, whatever a user types is tokenised
+without the control and visual tokens, so that `<sop>` in a prompt is five characters.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ..data.grids import Grid, grid_positions, preview_grid, text_positions
+from ..errors import GLMImageError
+
+_PROMPT = "\ue000prompt\ue000"  # stands for the prompt in the template; private-use characters
+_SCAFFOLD = ("bos_token", "eos_token", "image_token", "grid_bos_token", "grid_eos_token")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the AR model reads before it writes.
+
+    ids: int64 [L].
+    positions: int64 [3, L], on the axes (t, h, w).
+    """
+
+    ids: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def end(self) -> int:
+        """The position at which the first grid after the prompt starts."""
+        return int(self.positions[0, -1]) + 1
+
+
+class PromptTokenizer:
+    """The checkpoint's tokenizer and chat template, as `processor/` holds them.
+
+    Args:
+        tokenizer_json: content of tokenizer.json.
+        tokenizer_config: content of tokenizer_config.json.
+        chat_template: Jinja source, or None for a bare prompt.
+
+    Raises:
+        GLMImageError: a file is broken or lacks a token that the scaffold needs.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, tokenizer_config: dict[str, Any], chat_template: str | None
+    ) -> None:
+        full = _load(tokenizer_json)
+        self._names = {}
+        for name in _SCAFFOLD:
+            token = tokenizer_config.get(name)
+            token = token["content"] if isinstance(token, dict) else token
+            if token is None or full.token_to_id(token) is None:
+                raise GLMImageError(
+                    f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
+                    "processor of a GLM-Image checkpoint."
+                )
+            self._names[name] = token
+        self._ids = {name: full.token_to_id(token) for name, token in self._names.items()}
+        self._control = {t.content: i for i, t in full.get_added_tokens_decoder().items()}
+        self._control |= dict(zip(self._names.values(), self._ids.values(), strict=True))
+        visual = re.compile(re.sub(r"\d+", r"\\d+", re.escape(self._names["bos_token"])))
+        reserved = self._control.keys() | set(filter(visual.fullmatch, full.get_vocab()))
+        self._text = _load(_without(reserved, tokenizer_json))
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._template = chat_template
+        self._renderer = PreTrainedTokenizerFast(tokenizer_object=full)
+
+    def text_to_image(self, prompt: str, grid: Grid) -> Prompt:
+        """`{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
+
+        The next ids are the preview's (h, w) in raster order, then the large grid's.
+
+        Raises:
+            GLMImageError: the prompt is empty.
+        """
+        grids = self._grid_ids(grid) + self._grid_ids(preview_grid(grid))
+        return _joined([*self._turn(prompt, []), grids, [self._ids["bos_token"]]])
+
+    def image_to_image(self, prompt: str, grid: Grid, references: Sequence[Tensor]) -> Prompt:
+        """`<start>codes<end>` per reference, then `{prompt}<sop>H W<eop><start>`.
+
+        The next ids are the large grid's (H, W): there is no preview.
+
+        Args:
+            references: each one's semantic tokens, int [h, w].
+
+        Raises:
+            GLMImageError: the prompt is empty, or there are no references.
+        """
+        if not references:
+            raise GLMImageError("There are no reference images: encode one, or connect none.")
+        turn = self._turn(prompt, references)
+        return _joined([*turn, self._grid_ids(grid), [self._ids["bos_token"]]])
+
+    def _turn(self, prompt: str, references: Sequence[Tensor]) -> list[list[int] | Tensor]:
+        """The chat template's turn of a user who shows `references` and says `prompt`.
+
+        Returns:
+            Ids of text, and in their places the references.
+        """
+        core = prompt.strip()
+        if not core:
+            raise GLMImageError("The prompt is empty: write what the image should show.")
+        # Space around the prompt is left to the template, which may trim it.
+        rendered = self._render(prompt.replace(core, _PROMPT, 1), len(references))
+        before, after = rendered.split(_PROMPT)
+        *head, last = self._control_pattern.split(before)
+        first, *tail = self._control_pattern.split(after)
+        shown = iter(references)
+        return [
+            *(self._piece(piece, shown) for piece in head),
+            self._text_ids(last + core + first),
+            *(self._piece(piece, shown) for piece in tail),
+        ]
+
+    def _render(self, prompt: str, references: int) -> str:
+        image = self._names["image_token"]
+        if self._template is None:
+            one = self._names["bos_token"] + image + self._names["eos_token"]
+            return references * one + prompt
+        shown = [{"type": "image"}] * references
+        rendered: str = self._renderer.apply_chat_template(
+            [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}],
+            chat_template=self._template,
+            tokenize=False,
+            **self._names,
+        )
+        if rendered.count(_PROMPT) != 1 or rendered.count(image) != references:
+            raise GLMImageError(
+                "The AR model's chat template does not carry the prompt and every reference image "
+                "exactly once: take chat_template.jinja from the original checkpoint."
+            )
+        return rendered
+
+    def _grid_ids(self, grid: Grid) -> list[int]:
+        size = self._text_ids(f"{grid[0]} {grid[1]}")
+        return [self._ids["grid_bos_token"], *size, self._ids["grid_eos_token"]]
+
+    def _piece(self, piece: str, references: Iterator[Tensor]) -> list[int] | Tensor:
+        """A piece of the template: the next reference, a control token, or text between two."""
+        if piece == self._names["image_token"]:
+            return next(references)
+        return [self._control[piece]] if piece in self._control else self._text_ids(piece)
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Half a surrogate pair, which the tokenizer refuses, becomes `?`, as for the glyphs."""
+        ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
+        return ids
+
+
+def _joined(pieces: list[list[int] | Tensor]) -> Prompt:
+    """Text on a ramp of positions, which each reference's grid interrupts."""
+    ids, positions, base = [], [], 0
+    for piece in pieces:
+        if isinstance(piece, Tensor):
+            ids.append(rearrange(piece, "h w -> (h w)").to("cpu", torch.int64))
+            positions.append(grid_positions(tuple(piece.shape), base))
+            base += max(piece.shape)
+        else:
+            ids.append(torch.tensor(piece, dtype=torch.int64))
+            positions.append(text_positions(len(piece), base))
+            base += len(piece)
+    return Prompt(torch.cat(ids), torch.cat(positions, dim=1))
+
+
+def _load(tokenizer_json: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise GLMImageError(f"The AR model's tokenizer.json cannot be read: {error}") from error
+
+
+def _without(reserved: set[str], tokenizer_json: str) -> str:
+    """The same tokenizer, to which the reserved names are text like any other."""
+    data = json.loads(tokenizer_json)
+    data["added_tokens"] = []
+    data["post_processor"] = None  # it may name added tokens, and only ever adds such
+    vocab = data["model"]["vocab"]
+    data["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in reserved}
+    return json.dumps(data)

@@ -1,0 +1,1 @@
+"""Grids, tokens, layouts and references: what passes between the stages."""

@@ -1,0 +1,71 @@
+"""Token grids: how many cells an image has, how its preview is shaped, and where each cell sits.
+
+Formulas: `GlmImageProcessor._get_target_shape` and `GlmImageModel.get_rope_index` of transformers.
+"""
+
+import math
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from ..errors import GLMImageError
+
+Grid = tuple[int, int]
+"""(rows, columns)"""
+
+Size = tuple[int, int]
+"""(height, width), in pixels unless said otherwise"""
+
+PIXELS_PER_TOKEN = 32
+PIXELS_PER_LATENT = 8
+"""Along each side of a latent cell, by GLM-Image's VAE."""
+PATCHES_PER_TOKEN = 2
+"""The decoder's patches along each side of a token."""
+PREVIEW_SIDE = 16  # a preview has about PREVIEW_SIDE**2 cells, whatever its aspect
+
+
+def token_grid(height: int, width: int) -> Grid:
+    """The large grid of an image of `height` x `width` pixels.
+
+    Raises:
+        GLMImageError: a side is no multiple of 32, or the aspect leaves the preview without cells.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side < PIXELS_PER_TOKEN or side % PIXELS_PER_TOKEN:
+            raise GLMImageError(
+                f"The {name} {side} is not a positive multiple of {PIXELS_PER_TOKEN}: "
+                f"use {max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN}."
+            )
+    grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+    if 0 in preview_grid(grid):
+        raise GLMImageError(
+            f"An image of {width}x{height} pixels is too long for a preview: keep the longer side "
+            f"within {PREVIEW_SIDE**2} times the shorter one."
+        )
+    return grid
+
+
+def preview_grid(grid: Grid) -> Grid:
+    """The preview of a large grid; a side is 0 where the aspect exceeds 256."""
+    aspect = grid[0] / grid[1]
+    return int(math.sqrt(aspect) * PREVIEW_SIDE), int(math.sqrt(1 / aspect) * PREVIEW_SIDE)
+
+
+def upsample_tokens(tokens: Tensor) -> Tensor:
+    """[B, h, w] at one token per 32 px to [B, 2h, 2w] at the decoder's one per 16 px."""
+    return repeat(tokens, "b h w -> b (h y) (w x)", y=PATCHES_PER_TOKEN, x=PATCHES_PER_TOKEN)
+
+
+def text_positions(length: int, base: int = 0) -> Tensor:
+    """A ramp from `base`, alike on the three axes (t, h, w): int64 [3, length]."""
+    return repeat(torch.arange(base, base + length), "l -> axes l", axes=3)
+
+
+def grid_positions(grid: Grid, base: int) -> Tensor:
+    """Cells in raster order at (base, base + row, base + column): int64 [3, rows * columns].
+
+    What follows the grid starts at `base + max(grid)`.
+    """
+    offsets = torch.cartesian_prod(torch.arange(1), *(torch.arange(side) for side in grid))
+    return base + offsets.T

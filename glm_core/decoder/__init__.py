@@ -1,0 +1,1 @@
+"""The diffusion decoder: semantic tokens and glyphs in, latents out."""

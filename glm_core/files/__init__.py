@@ -1,0 +1,1 @@
+"""Checkpoints, converted files and LoRAs on disk."""

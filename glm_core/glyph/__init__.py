@@ -1,0 +1,1 @@
+"""The glyph encoder: the texts to render in, one vector a byte out."""

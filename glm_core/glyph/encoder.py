@@ -1,0 +1,202 @@
+"""The glyph encoder: a T5 encoder over bytes, with the names of transformers' T5EncoderModel."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import GLMImageError
+from .texts import BYTE_OFFSET
+
+FEED_FORWARD = "gated-gelu"  # T5's name for a gate with the tanh approximation of GELU
+
+
+@dataclass(frozen=True)
+class GlyphConfig:
+    """The sizes of text_encoder/config.json, by its names."""
+
+    d_model: int
+    d_ff: int
+    d_kv: int
+    num_heads: int
+    num_layers: int
+    vocab_size: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    layer_norm_epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < BYTE_OFFSET + 256:
+            raise GLMImageError(
+                f"The text encoder's vocab_size is {self.vocab_size}, which cannot hold ByT5's "
+                f"{BYTE_OFFSET + 256} ids; choose GLM-Image's glyph encoder."
+            )
+        buckets, distance = (
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+        )
+        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+            raise GLMImageError(
+                f"The glyph encoder's relative_attention_num_buckets {buckets} and "
+                f"relative_attention_max_distance {distance} do not fit together; "
+                "download its config.json again."
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "GlyphConfig":
+        """Read the checkpoint's config.
+
+        Raises:
+            GLMImageError: a size is missing, or it is a T5 of another kind.
+        """
+        if config.get("feed_forward_proj") != FEED_FORWARD:
+            raise GLMImageError(
+                f"The text encoder's feed_forward_proj is {config.get('feed_forward_proj')!r} and "
+                f"not {FEED_FORWARD!r}; choose GLM-Image's glyph encoder."
+            )
+        missing = [field.name for field in fields(cls) if field.name not in config]
+        if missing:
+            raise GLMImageError(
+                f"The glyph encoder's config lacks {', '.join(missing)}; download it again."
+            )
+        return cls(**{field.name: config[field.name] for field in fields(cls)})
+
+
+class GlyphEncoder(nn.Module):
+    """ByT5 ids to one vector a byte. Nothing is masked: a batch holds texts of one length."""
+
+    def __init__(self, config: GlyphConfig, *, device=None, dtype=None, operations=nn) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        self.config = config
+        self.shared = operations.Embedding(
+            config.vocab_size, config.d_model, device=device, dtype=dtype
+        )
+        self.encoder = Stack(config, **kw)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, d_model], in the dtype of the embedding's weights."""
+        return self.encoder(self.shared(ids))
+
+
+class Stack(nn.Module):
+    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        self.config = config
+        self.block = nn.ModuleList(
+            Block(config, holds_bias=i == 0, **kw) for i in range(config.num_layers)
+        )
+        self.final_layer_norm = operations.RMSNorm(
+            config.d_model, eps=config.layer_norm_epsilon, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        buckets = relative_position_buckets(
+            x.shape[1],
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+            x.device,
+        )
+        # The first block's bias table serves all blocks.
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = rearrange(table(buckets), "q k h -> 1 h q k").to(x.dtype)
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype, "operations": operations}
+        self.layer = nn.ModuleList(
+            [AttentionLayer(config, holds_bias=holds_bias, **kw), FeedForwardLayer(config, **kw)]
+        )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        return feed_forward(attention(x, bias))
+
+
+class AttentionLayer(nn.Module):
+    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.SelfAttention = Attention(config, holds_bias=holds_bias, operations=operations, **kw)
+        self.layer_norm = operations.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **kw)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        inner = config.num_heads * config.d_kv
+        self.heads = config.num_heads
+        self.q = operations.Linear(config.d_model, inner, bias=False, **kw)
+        self.k = operations.Linear(config.d_model, inner, bias=False, **kw)
+        self.v = operations.Linear(config.d_model, inner, bias=False, **kw)
+        self.o = operations.Linear(inner, config.d_model, bias=False, **kw)
+        if holds_bias:
+            self.relative_attention_bias = operations.Embedding(
+                config.relative_attention_num_buckets, config.num_heads, **kw
+            )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [B, L, d_model], bias [1, heads, L, L]; T5 does not scale the scores."""
+        q, k, v = (
+            rearrange(proj(x), "b l (h d) -> b h l d", h=self.heads)
+            for proj in (self.q, self.k, self.v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(out, "b h l d -> b l (h d)"))
+
+
+class FeedForwardLayer(nn.Module):
+    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.DenseReluDense = GatedGelu(config, operations=operations, **kw)
+        self.layer_norm = operations.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class GatedGelu(nn.Module):
+    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.wi_0 = operations.Linear(config.d_model, config.d_ff, bias=False, **kw)
+        self.wi_1 = operations.Linear(config.d_model, config.d_ff, bias=False, **kw)
+        self.wo = operations.Linear(config.d_ff, config.d_model, bias=False, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+def relative_position_buckets(
+    length: int, num_buckets: int, max_distance: int, device: torch.device | None = None
+) -> Tensor:
+    """Bucket of key position minus query position: int64 [length, length].
+
+    Half of the buckets are for keys after the query. Of each half, one half holds a distance each
+    and the rest grow logarithmically up to `max_distance`. Source: T5 (arXiv:1910.10683) and
+    `T5Attention._relative_position_bucket` in transformers.
+    """
+    position = torch.arange(length, device=device)
+    relative = position[None, :] - position[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (relative > 0)

@@ -1,0 +1,1 @@
+"""int8 and int4 weights: how they are packed, and the products with them."""

@@ -1,0 +1,270 @@
+"""Products with packed matrices: torch's kernels, and the layouts that each of them reads.
+
+What a device has is asked of torch's dispatcher and then tried on a small matrix; nothing here
+names a device.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .packing import GROUPS, Packing, dequantise, join_nibbles, packing, part_nibbles, quantise
+
+
+class Kernel(Protocol):
+    """A product with matrices of `bits`, in a layout of its own.
+
+    `pack` turns stored bytes into the layout's, `unpack` turns them back, bit for bit; `product` is
+    x bf16 [M, K] times the matrix's transpose: bf16 [M, N].
+    """
+
+    bits: int
+    operation: str
+
+    def takes(self, form: Packing) -> bool: ...
+
+    def pack(self, form: Packing, stored: Tensor) -> Tensor: ...
+
+    def unpack(self, form: Packing, packed: Tensor) -> Tensor: ...
+
+    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor: ...
+
+
+class Nibbles(NamedTuple):
+    """A product with 4-bit numbers in torch, w = (q - 8) s + z.
+
+    Args:
+        operation: its name, by which a device is asked whether it has it.
+        pack: bytes [N, K / 2] -> the layout.
+        view: the layout from its bytes, N and K.
+        unpack: the layout's bytes, N and K -> uint8 [N, K]; None: only the product knows.
+        rows: what N must be a multiple of.
+        columns: what K must be a multiple of.
+    """
+
+    operation: str
+    pack: Callable[[Tensor], Tensor]
+    view: Callable[[Tensor, int, int], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor] | None
+    rows: int
+    columns: int
+
+    def product(self, x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
+        """x bf16 [M, K], the layout's bytes, (scale, zero) bf16 [K / G, N, 2] -> bf16 [M, N]"""
+        layout = self.view(packed, scales.shape[1], x.shape[1])
+        return getattr(torch.ops.aten, self.operation)(x, layout, group, scales)
+
+    def numbers(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """uint8 [N, K] again; by multiplying with the unit matrix where there is no other way."""
+        if self.unpack is not None:
+            return self.unpack(packed, rows, columns)
+        group, device = GROUPS[-1], packed.device
+        scales = torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device=device)
+        scales = scales.expand(columns // group, rows, 2).contiguous()
+        numbers = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+        unit = torch.eye(min(columns, 256), columns, dtype=torch.bfloat16, device=device)
+        for start in range(0, columns, len(unit)):
+            values = self.product(unit.roll(start, dims=1), packed, group, scales)
+            numbers[:, start : start + len(unit)] = (values.T + 8)[:, : columns - start]
+        return numbers
+
+
+def _of_cpu(block: int) -> Nibbles:
+    """Blocks of rows, in them column by column, rows i and i + block / 2 in a byte: how
+    vectorised CPUs read them, 64 rows with 512-bit registers and 32 with 256-bit ones."""
+
+    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+        joined = rearrange(packed, "(n k i) -> n k i", n=rows // block, k=columns)
+        return rearrange([joined & 15, joined >> 4], "half n k i -> (n half i) k")
+
+    return Nibbles(
+        "_weight_int4pack_mm_for_cpu",
+        lambda joined: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            part_nibbles(joined).int(), 1
+        ),
+        lambda packed, rows, columns: packed.view(rows, columns // 2),
+        unpack,
+        rows=block,
+        columns=GROUPS[-1],
+    )
+
+
+DEPTH = 8  # tiles of 16 columns side by side: the most that the kernel knows
+IN_TILES = Nibbles(
+    "_weight_int4pack_mm",
+    # Here the even column lies in the high half of a byte.
+    lambda joined: torch.ops.aten._convert_weight_to_int4pack(joined << 4 | joined >> 4, DEPTH),
+    lambda packed, rows, columns: packed.view(torch.int32).view(
+        rows // 8, columns // (16 * DEPTH), 32, DEPTH // 2
+    ),
+    None,
+    rows=8,
+    columns=16 * DEPTH,
+)
+
+
+class GroupedInt4:
+    """int4 by a `Nibbles` product: scales, then its layout."""
+
+    bits = 4
+
+    def __init__(self, nibbles: Nibbles) -> None:
+        self.nibbles = nibbles
+        self.operation = nibbles.operation
+
+    def takes(self, form: Packing) -> bool:
+        return not (form.rows % self.nibbles.rows or form.columns % self.nibbles.columns)
+
+    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+        scales, numbers = form.split(stored)
+        return _join(scales, self.nibbles.pack(numbers))
+
+    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
+        scales, layout = _part(form, packed)
+        numbers = self.nibbles.numbers(layout, form.rows, form.columns)
+        return _stored(form, scales, join_nibbles(numbers))
+
+    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
+        scales, layout = _part(form, packed)
+        return self.nibbles.product(x, layout, form.group, scales)
+
+
+class Int8InNibbles:
+    """int8 by a `Nibbles` product over 2 N rows: q = 16 (high - 8) + low.
+
+    Where torch has both products for a GPU, its own of int8 reads memory a byte a thread.
+    """
+
+    bits = 8
+
+    def __init__(self, nibbles: Nibbles) -> None:
+        self.nibbles = nibbles
+        self.operation = nibbles.operation
+
+    def takes(self, form: Packing) -> bool:
+        width = math.lcm(self.nibbles.columns, GROUPS[-1])
+        return not (form.rows % self.nibbles.rows or form.columns % width)
+
+    @staticmethod
+    def _halves(form: Packing) -> Packing:
+        group = next(size for size in (256, *GROUPS) if form.columns % size == 0)
+        return Packing(2 * form.rows, form.columns, 4, group)
+
+    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+        scale, numbers = form.split(stored)
+        halves = self._halves(form)
+        raised = numbers.view(torch.uint8) ^ 128  # q + 128
+        zero = torch.zeros_like(scale)
+        scales = rearrange(
+            [torch.cat([16 * scale, scale]), torch.cat([zero, 8 * scale])], "z n -> n z"
+        ).expand(form.columns // halves.group, -1, -1)
+        both = torch.cat([join_nibbles(raised >> 4), join_nibbles(raised & 15)])
+        return _join(scales, self.nibbles.pack(both))
+
+    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
+        halves = self._halves(form)
+        scales, layout = _part(halves, packed)
+        high, low = self.nibbles.numbers(layout, halves.rows, halves.columns).chunk(2)
+        raised = high << 4 | low
+        return _stored(form, scales[0, form.rows :, 0], (raised ^ 128).view(torch.int8))
+
+    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
+        halves = self._halves(form)
+        scales, layout = _part(halves, packed)
+        high, low = self.nibbles.product(x, layout, halves.group, scales).chunk(2, dim=-1)
+        return high + low
+
+
+class RowwiseInt8:
+    """int8 by torch's own product, which reads it as it is stored."""
+
+    bits = 8
+    operation = "_weight_int8pack_mm"
+
+    def takes(self, form: Packing) -> bool:
+        return form.columns % 32 == 0
+
+    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+        return stored
+
+    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
+        return packed
+
+    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
+        scales, numbers = form.split(packed)
+        return torch.ops.aten._weight_int8pack_mm(x, numbers, scales)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    GroupedInt4(IN_TILES),
+    GroupedInt4(_of_cpu(64)),
+    GroupedInt4(_of_cpu(32)),
+    Int8InNibbles(IN_TILES),
+    RowwiseInt8(),
+)
+
+
+def _join(scales: Tensor, layout: Tensor) -> Tensor:
+    return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (scales, layout)])
+
+
+def _part(form: Packing, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero) bf16 [K / G, N, 2], and the bytes of the layout."""
+    scales = packed[: form.scale_bytes].view(torch.bfloat16)
+    return scales.view(-1, form.rows, 2), packed[form.scale_bytes :]
+
+
+def _stored(form: Packing, scales: Tensor, numbers: Tensor) -> Tensor:
+    stored = torch.zeros(form.nbytes, dtype=torch.uint8, device=scales.device)
+    for part, value in zip(form.split(stored), (scales, numbers), strict=True):
+        part.copy_(value)
+    return stored
+
+
+@cache
+def kernel_for(form: Packing, device: torch.device) -> Kernel | None:
+    """The device's kernel for a matrix, None where it has none."""
+    kernels = (k for k in kernels_of(device) if k.bits == form.bits and k.takes(form))
+    return next(kernels, None)
+
+
+@cache
+def kernels_of(device: torch.device) -> tuple[Kernel, ...]:
+    """The kernels that a device has and that pass their trial there, best first."""
+    return tuple(k for k in KERNELS if _has(k, device) and passes_trial(k, device))
+
+
+def _has(kernel: Kernel, device: torch.device) -> bool:
+    """Whether this torch knows the product, and has it for this kind of device."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    return hasattr(
+        torch.ops.aten, kernel.operation
+    ) and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{kernel.operation}", key)
+
+
+def passes_trial(kernel: Kernel, device: torch.device) -> bool:
+    """Whether a kernel gives a small matrix back bit for bit, and multiplies rightly by it.
+
+    A device may list a product and refuse it (GPUs before Ampere), or order the numbers in another
+    way (CPUs without AVX). What fails is not used there.
+    """
+    shape = (64, 256)
+    form = packing(shape, f"int{kernel.bits}")
+    weight = torch.arange(math.prod(shape)).view(shape).sin() + 0.1
+    stored = quantise(weight.to(device), form.name)
+    x = torch.arange(2 * shape[1]).view(2, -1).cos().to(device, torch.bfloat16)
+    expected = F.linear(x.float(), dequantise(stored, form, torch.float32))
+    try:
+        packed = kernel.pack(form, stored)
+        back = kernel.unpack(form, packed)
+        product = kernel.product(form, x, packed).float()
+    except RuntimeError:
+        return False
+    error = (product - expected).norm() / expected.norm()
+    return torch.equal(back, stored) and bool(error < 0.02)

@@ -1,0 +1,1 @@
+"""The AR model's vision tower: pictures in, semantic tokens out."""

@@ -1,0 +1,247 @@
+"""The vision side of the AR model: a ViT and a vector quantiser turn an image into semantic tokens.
+
+Written after `GlmImageVisionModel` and `GlmImageVQVAE` of transformers; parameter names are the
+checkpoint's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..attention import sdpa
+from ..data.grids import Grid
+from ..errors import GLMImageError
+
+VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
+"""Of this network's keys, in the AR model's checkpoint."""
+
+# Keys of the same component that are not of this network: the text model, and the way back from
+# codes to features, which is in the file but which nothing ever runs.
+OTHER_PREFIXES = ("model.language_model.", "lm_head.", "model.vqmodel.post_quant_conv.")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the ViT and the quantiser, from `vision_language_encoder/config.json`."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    eps: float
+    attention_bias: bool
+    channels: int
+    patch_size: int
+    position_side: int  # the learned positions are a square table
+    codebook: int
+    code_dim: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VisionConfig":
+        """Read a checkpoint's config; GLMImageError names what is missing or contradictory."""
+        try:
+            vision, vq = config["vision_config"], config["vq_config"]
+            features = vq["latent_channels"]
+            parsed = cls(
+                hidden_size=vision["hidden_size"],
+                intermediate_size=vision["intermediate_size"],
+                layers=vision["depth"],
+                heads=vision["num_heads"],
+                eps=vision["layer_norm_eps"],
+                attention_bias=vision.get("attention_bias", True),
+                channels=vision["in_channels"],
+                patch_size=vision["patch_size"],
+                position_side=vision["image_size"] // vision["patch_size"],
+                codebook=vq["num_embeddings"],
+                code_dim=vq["embed_dim"],
+            )
+        except KeyError as missing:
+            raise GLMImageError(
+                f"The AR model's config.json has no {missing}: this is not a GLM-Image "
+                "vision_language_encoder."
+            ) from missing
+        for name, value, expected in (
+            ("hidden_act", vision.get("hidden_act", "gelu"), "gelu"),
+            ("spatial_merge_size", vision.get("spatial_merge_size", 1), 1),
+            ("latent_channels", features, parsed.hidden_size),
+        ):
+            if value != expected:
+                raise GLMImageError(
+                    f"The vision encoder's {name} is {value!r}, but only {expected!r} is supported."
+                )
+        return parsed
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise GLMImageError(
+                f"The vision encoder's hidden_size {self.hidden_size} is no multiple of its "
+                f"{self.heads} heads."
+            )
+
+
+class VisionEncoder(nn.Module):
+    """The part of `vision_language_encoder` that reads images: pixels in, token ids out."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        layer = {"device": device, "dtype": dtype, "operations": operations}
+        self.model = nn.ModuleDict(
+            {"visual": VisionTransformer(config, **layer), "vqmodel": Quantiser(config, **layer)}
+        )
+
+    def forward(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read images of one size.
+
+        Args:
+            pixels: [B, channels, H, W], see `reference_image.vision_pixels`; the sides are
+                multiples of the patch size.
+            dtype: what to compute in; weights may be stored in another.
+
+        Returns:
+            Ids int64 [B, H / patch_size, W / patch_size], all below the codebook's size.
+        """
+        return self.model["vqmodel"](self.model["visual"](pixels.to(dtype)))
+
+
+class VisionTransformer(nn.Module):
+    """Pixels to one feature a patch. There is no norm after the last block."""
+
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        layer = {"device": device, "dtype": dtype, "operations": operations}
+        self.embeddings = PositionTable(config, **layer)
+        self.patch_embed = PatchEmbed(config, **layer)
+        self.blocks = nn.ModuleList(Block(config, **layer) for _ in range(config.layers))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, channels, H, W] to [B, h, w, hidden_size]."""
+        x = self.patch_embed(pixels)
+        grid = x.shape[1], x.shape[2]
+        x = rearrange(x + self.embeddings(grid, x.device).to(x.dtype), "b h w d -> b (h w) d")
+        for block in self.blocks:
+            x = block(x)
+        return rearrange(x, "b (h w) d -> b h w d", h=grid[0])
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch; over whole images that is a strided convolution."""
+
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        side = config.patch_size
+        self.proj = operations.Conv2d(
+            config.channels, config.hidden_size, side, stride=side, device=device, dtype=dtype
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, channels, H, W] to [B, h, w, hidden_size]."""
+        return rearrange(self.proj(pixels), "b d h w -> b h w d")
+
+
+class PositionTable(nn.Module):
+    """Learned positions of a square grid, stretched over the grid of the image at hand."""
+
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        self.side = config.position_side
+        self.position_embedding = operations.Embedding(
+            self.side**2, config.hidden_size, device=device, dtype=dtype
+        )
+
+    def forward(self, grid: Grid, device: torch.device) -> Tensor:
+        """Sampled bilinearly at the cells' centres, in float32 as in the reference: [h, w, D]."""
+        table = whole_table(self.position_embedding, device)
+        table = rearrange(table, "(h w) d -> 1 d h w", h=self.side)
+        y, x = (((torch.arange(n, device=device) + 0.5) / n) * 2 - 1 for n in grid)
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]  # [1, h, w, 2]
+        sampled = F.grid_sample(
+            table, centres, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        return rearrange(sampled, "1 d h w -> h w d")
+
+
+class Block(nn.Module):
+    """Attention over all patches, then an MLP, each behind a norm."""
+
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        layer = {"device": device, "dtype": dtype}
+        self.norm1 = operations.LayerNorm(config.hidden_size, eps=config.eps, **layer)
+        self.norm2 = operations.LayerNorm(config.hidden_size, eps=config.eps, **layer)
+        self.attn = Attention(config, operations=operations, **layer)
+        self.mlp = MLP(config, operations=operations, **layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        self.heads = config.heads
+        width = config.hidden_size
+        layer = {"bias": config.attention_bias, "device": device, "dtype": dtype}
+        self.qkv = operations.Linear(width, 3 * width, **layer)
+        self.proj = operations.Linear(width, width, **layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
+        return self.proj(sdpa(q, k, v, self.heads, skip_reshape=True))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        layer = {"device": device, "dtype": dtype}
+        self.fc1 = operations.Linear(config.hidden_size, config.intermediate_size, **layer)
+        self.fc2 = operations.Linear(config.intermediate_size, config.hidden_size, **layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Quantiser(nn.Module):
+    """Features to the ids of the codes they point at."""
+
+    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+        super().__init__()
+        layer = {"device": device, "dtype": dtype}
+        self.quantize = nn.ModuleDict(
+            {"embedding": operations.Embedding(config.codebook, config.code_dim, **layer)}
+        )
+        self.quant_conv = operations.Conv2d(config.hidden_size, config.code_dim, 1, **layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, h, w, hidden_size] to int64 [B, h, w].
+
+        Both sides have length one, so the nearest code is the one of the largest inner product. In
+        float32: in bfloat16 many codes tie.
+        """
+        x = self.quant_conv(rearrange(features, "b h w d -> b d h w"))
+        x = F.normalize(rearrange(x, "b d h w -> b h w d").float(), dim=-1)
+        codes = F.normalize(whole_table(self.quantize["embedding"], features.device), dim=-1)
+        return (x @ codes.T).argmax(dim=-1)
+
+
+def whole_table(embedding: nn.Module, device: torch.device) -> Tensor:
+    """All rows of an embedding, float32 [rows, D].
+
+    Looked up and not read from `.weight`: a host may keep the weights on another device, in another
+    dtype or behind a LoRA, and only the layer's own forward knows.
+    """
+    rows = torch.arange(embedding.num_embeddings, device=device)
+    return embedding(rows).float()
