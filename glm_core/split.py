@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Stretch = tuple[torch.device, Iterable[tuple[int, nn.Module]]]
+Segment = tuple[torch.device, Iterable[tuple[int, nn.Module]]]
 """Layers with their numbers that follow each other on one device."""
 
 
-class LayerRange(nn.ModuleDict):
+class LayerSegment(nn.ModuleDict):
     """Some layers that follow each other.
 
     They are no part of the network's module tree, so that a host can load and free them apart; the
@@ -18,13 +18,13 @@ class LayerRange(nn.ModuleDict):
     """
 
     def __init__(
-        self, path: str, numbers: range, home: torch.device, make: Callable[[int], nn.Module]
+        self, path: str, numbers: range, device: torch.device, make: Callable[[int], nn.Module]
     ) -> None:
         """
         Args:
             path: before a layer's number in the network's keys, as in `transformer_blocks`.
             numbers: of the layers.
-            home: where they compute, wherever their weights lie between uses.
+            device: where they compute, wherever their weights lie between uses.
             make: builds a layer from its number.
         """
         layers = {str(i): make(i) for i in numbers}
@@ -34,7 +34,7 @@ class LayerRange(nn.ModuleDict):
             tree = nn.ModuleDict({name: tree})
         super().__init__({root: tree})
         self.numbers = numbers
-        self.home = home
+        self.compute_device = device  # `device` is an attribute that hosts set
         self._prefixes = tuple(f"{path}.{i}." for i in numbers)
         self.layers = tuple(layers.values())  # in a tuple they are not registered once more
 
@@ -43,35 +43,32 @@ class LayerRange(nn.ModuleDict):
         return key.startswith(self._prefixes)
 
 
-def own_layers(total: int, ranges: Sequence[LayerRange]) -> int:
-    """How many layers a network keeps of `total`, where ranges hold the others."""
-    return ranges[0].numbers.start if ranges else total
+def own_layers(total: int, segments: Sequence[LayerSegment]) -> int:
+    """How many layers a network keeps of `total`, where segments hold the others."""
+    return segments[0].numbers.start if segments else total
 
 
-def stretches(
-    own: Iterable[nn.Module], home: torch.device, ranges: Sequence[LayerRange]
-) -> Iterator[Stretch]:
-    """All layers of a network whose own compute at `home`, in order."""
-    yield home, enumerate(own)
-    for part in ranges:
-        yield part.home, zip(part.numbers, part.layers, strict=True)
+def all_segments(
+    own: Iterable[nn.Module], device: torch.device, segments: Sequence[LayerSegment]
+) -> Iterator[Segment]:
+    """All layers of a network in order: its own, which compute on `device`, then the segments'."""
+    yield device, enumerate(own)
+    for segment in segments:
+        yield segment.compute_device, zip(segment.numbers, segment.layers, strict=True)
 
 
-def hop(x: Tensor, device: torch.device) -> Tensor:
-    """To where the next layers compute; nothing where that is here."""
-    return x.to(device)
-
-
-def current(device: torch.device) -> AbstractContextManager:
-    """Makes a device torch's current one, whose streams and kernels are meant where none is named:
-    by graphs, by hosts that fetch weights beside the work, and by kernels that are not torch's.
+def on_device(
+    device: torch.device, current: torch.device | None = None
+) -> AbstractContextManager[None]:
+    """Makes a device torch's current one, on which torch allocates graphs and streams, hosts fetch
+    weights, and Triton launches kernels where no device is named.
 
     Kinds of which there is one at most have no such thing.
+
+    Args:
+        current: the device that is the current one already, where that is known.
     """
     enter = getattr(getattr(torch, device.type, None), "device", None)
-    return nullcontext() if enter is None or device.index is None else enter(device)
-
-
-def visiting(device: torch.device, home: torch.device) -> AbstractContextManager:
-    """`current` for layers away from home, which is the current device already."""
-    return nullcontext() if device == home else current(device)
+    if device == current or enter is None or device.index is None:
+        return nullcontext()
+    return enter(device)

@@ -8,7 +8,7 @@ from .choices import require_choices
 from .host.ar import load_ar
 from .host.decoder import load_decoder
 from .host.devices import DevicePlan as Plan
-from .host.devices import Place
+from .host.devices import Placement
 from .host.glyph import load_glyph_encoder
 from .host.paths import find_model, model_names
 from .host.vae import load_vae
@@ -42,8 +42,8 @@ def _device_plan() -> DevicePlan.Input:
     )
 
 
-def _place(plan: Plan | None, stage: str) -> Place | None:
-    return None if plan is None else plan.place(stage)
+def _placement(plan: Plan | None, stage: str) -> Placement | None:
+    return None if plan is None else plan.placement(stage)
 
 
 def check_model_name(component: str, model_name: str | None) -> bool | str:
@@ -77,7 +77,7 @@ class LoadAR(io.ComfyNode):
         cls, model_name: str, weight_dtype: str, device_plan: Plan | None = None
     ) -> io.NodeOutput:
         require_choices(("weight_dtype", weight_dtype, WEIGHT_DTYPES))
-        return io.NodeOutput(load_ar(model_name, weight_dtype, _place(device_plan, "ar")))
+        return io.NodeOutput(load_ar(model_name, weight_dtype, _placement(device_plan, "ar")))
 
 
 class LoadDecoder(io.ComfyNode):
@@ -102,7 +102,9 @@ class LoadDecoder(io.ComfyNode):
         cls, model_name: str, weight_dtype: str, device_plan: Plan | None = None
     ) -> io.NodeOutput:
         require_choices(("weight_dtype", weight_dtype, WEIGHT_DTYPES))
-        return io.NodeOutput(load_decoder(model_name, weight_dtype, _place(device_plan, "decoder")))
+        return io.NodeOutput(
+            load_decoder(model_name, weight_dtype, _placement(device_plan, "decoder"))
+        )
 
 
 class LoadGlyphEncoder(io.ComfyNode):
@@ -124,7 +126,7 @@ class LoadGlyphEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
-        return io.NodeOutput(load_glyph_encoder(model_name, _place(device_plan, "glyph")))
+        return io.NodeOutput(load_glyph_encoder(model_name, _placement(device_plan, "glyph")))
 
 
 class LoadVAE(io.ComfyNode):
@@ -146,4 +148,4 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(model_name, _place(device_plan, "vae")))
+        return io.NodeOutput(load_vae(model_name, _placement(device_plan, "vae")))

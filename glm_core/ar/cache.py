@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..split import hop
-
 SPAN = 256
 """A step attends to a multiple of this many positions, so that few shapes serve a whole image."""
 
@@ -27,7 +25,7 @@ class KVCache:
 
     def __init__(
         self,
-        stretches: Sequence[tuple[torch.device, int]],
+        segments: Sequence[tuple[torch.device, int]],
         batch: int,
         kv_heads: int,
         length: int,
@@ -35,11 +33,11 @@ class KVCache:
         *,
         dtype: torch.dtype,
     ) -> None:
-        """stretches: devices and how many layers in a row each computes."""
+        """segments: devices and how many layers in a row each computes."""
         self.length = length
         self._data = [
             torch.zeros((layers, 2, batch, kv_heads, length, head_dim), device=device, dtype=dtype)
-            for device, layers in stretches
+            for device, layers in segments
         ]
         self.layers = [layer for data in self._data for layer in data]
 
@@ -59,7 +57,7 @@ class Pass(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
 
-    def at(self, device: torch.device) -> "Pass":
+    def to(self, device: torch.device) -> "Pass":
         """The same pass for layers that compute there."""
 
 
@@ -89,7 +87,7 @@ class BlockPass:
         )
         return out.transpose(1, 2).flatten(2)
 
-    def at(self, device: torch.device) -> "BlockPass":
+    def to(self, device: torch.device) -> "BlockPass":
         """Its mask is made anew where it is needed."""
         return BlockPass(self.cache, self.start)
 
@@ -128,8 +126,8 @@ class StepPass:
         out = attend_to_span(together, keys[:, :, :span], values[:, :, :span], self.mask)
         return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
 
-    def at(self, device: torch.device) -> "StepPass":
-        return StepPass(self.cache, hop(self.position, device), hop(self.mask, device))
+    def to(self, device: torch.device) -> "StepPass":
+        return StepPass(self.cache, self.position.to(device), self.mask.to(device))
 
 
 def attend_to_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

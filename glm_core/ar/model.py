@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import GLMImageError
-from ..split import LayerRange, hop, own_layers, visiting
+from ..split import LayerSegment, on_device, own_layers
 from .cache import KVCache, Pass
 from .row_linear import RowOperations
 
@@ -145,18 +145,18 @@ class ARModel(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         operations: Any = RowOperations,
-        ranges: Sequence[LayerRange] = (),
+        segments: Sequence[LayerSegment] = (),
     ) -> None:
         """
         Args:
             operations: the layers to build from.
-            ranges: its last layers, which lie apart (`layer_range`); none for a whole model.
+            segments: its last layers, which lie apart (`layer_segment`); none for a whole model.
         """
         super().__init__()
         self.config = config
-        self.ranges = tuple(ranges)
+        self.segments = tuple(segments)
         layer = {"device": device, "dtype": dtype, "operations": operations}
-        self.model = nn.ModuleDict({"language_model": TextModel(config, self.ranges, **layer)})
+        self.model = nn.ModuleDict({"language_model": TextModel(config, self.segments, **layer)})
         self.lm_head = operations.Linear(
             config.hidden_size, config.visual_size, bias=False, device=device, dtype=dtype
         )
@@ -184,9 +184,9 @@ class ARModel(nn.Module):
     ) -> KVCache:
         """An empty cache for so many samples and positions; `device` is the model's own."""
         c = self.config
-        own = (device, own_layers(c.layers, self.ranges))
-        stretches = [own, *((part.home, len(part.layers)) for part in self.ranges)]
-        return KVCache(stretches, batch, c.kv_heads, length, c.head_dim, dtype=dtype)
+        own = (device, own_layers(c.layers, self.segments))
+        others = ((segment.compute_device, len(segment.layers)) for segment in self.segments)
+        return KVCache([own, *others], batch, c.kv_heads, length, c.head_dim, dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., codebook]: ids that are no semantic tokens are cut off."""
@@ -199,19 +199,19 @@ class TextModel(nn.Module):
     def __init__(
         self,
         config: ARConfig,
-        ranges: tuple[LayerRange, ...],
+        segments: tuple[LayerSegment, ...],
         *,
         device: Any,
         dtype: Any,
         operations: Any,
     ) -> None:
         super().__init__()
-        self.ranges = ranges
+        self.segments = segments
         layer = {"device": device, "dtype": dtype}
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **layer)
         self.layers = nn.ModuleList(
             Block(config, i, operations=operations, **layer)
-            for i in range(own_layers(config.layers, ranges))
+            for i in range(own_layers(config.layers, segments))
         )
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
 
@@ -221,29 +221,29 @@ class TextModel(nn.Module):
         angles = _angles(rope)
         for layer in self.layers:
             x = layer(x, angles, reading)
-        home = x.device
-        for part in self.ranges:
-            x, there = hop(x, part.home), _angles(hop(rope, part.home))
-            reading_there = reading.at(part.home)
-            with visiting(part.home, home):
-                for layer in part.layers:
-                    x = layer(x, there, reading_there)
-        return self.norm(hop(x, home))
+        device = x.device
+        for segment in self.segments:
+            x, angles = x.to(segment.compute_device), _angles(rope.to(segment.compute_device))
+            moved = reading.to(segment.compute_device)
+            with on_device(segment.compute_device, current=device):
+                for layer in segment.layers:
+                    x = layer(x, angles, moved)
+        return self.norm(x.to(device))
 
 
-def layer_range(
+def layer_segment(
     config: ARConfig,
     numbers: range,
-    home: torch.device,
+    on: torch.device,
     *,
     device: Any = None,
     dtype: torch.dtype | None = None,
     operations: Any = RowOperations,
-) -> LayerRange:
-    """Some of a model's layers, to lie apart from it; `home` is where they compute."""
+) -> LayerSegment:
+    """Some of a model's layers, to lie apart from it; they compute `on` that device."""
     kw = {"device": device, "dtype": dtype, "operations": operations}
     path = "model.language_model.layers"
-    return LayerRange(path, numbers, home, lambda i: Block(config, i, **kw))
+    return LayerSegment(path, numbers, on, lambda i: Block(config, i, **kw))
 
 
 class Block(nn.Module):

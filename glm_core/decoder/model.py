@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..errors import GLMImageError
-from ..split import LayerRange, Stretch, hop, own_layers, stretches, visiting
+from ..split import LayerSegment, Segment, all_segments, on_device, own_layers
 
 EPS = 1e-5
 DROPPED = -1
@@ -80,7 +80,7 @@ class StepInvariants(NamedTuple):
     text: Tensor  # [B, T, hidden]
     prior: Tensor  # [B, N, hidden]
     size: Tensor  # [1, time_embed_dim]
-    ropes: tuple[Rope, ...]  # for each stretch of blocks, cos, sin: [T + N, head_dim]
+    ropes: tuple[Rope, ...]  # for each segment of blocks, cos, sin: [T + N, head_dim]
 
 
 class Decoder(nn.Module):
@@ -94,16 +94,16 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         operations: Any = nn,
         attention: Callable[..., Tensor] = sdpa,
-        ranges: Sequence[LayerRange] = (),
+        segments: Sequence[LayerSegment] = (),
     ) -> None:
         """
         Args:
             operations: the layers to build from.
-            ranges: its last blocks, which lie apart (`block_range`); none for a whole decoder.
+            segments: its last blocks, which lie apart (`block_segment`); none for a whole decoder.
         """
         super().__init__()
         self.config = config
-        self.ranges = tuple(ranges)
+        self.segments = tuple(segments)
         kw = {"device": device, "dtype": dtype, "operations": operations}
         layer_kw = {"device": device, "dtype": dtype}
         hidden = config.hidden_size
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.time_condition_embed = TimeSizeEmbedding(config, **kw)
         self.transformer_blocks = nn.ModuleList(
             Block(config, attention=attention, **kw)
-            for _ in range(own_layers(config.num_layers, ranges))
+            for _ in range(own_layers(config.num_layers, segments))
         )
         self.norm_out = FinalNorm(hidden, config.time_embed_dim, **kw)
         self.proj_out = operations.Linear(hidden, config.out_channels * patch, **layer_kw)
@@ -171,11 +171,11 @@ class Decoder(nn.Module):
         txt, prior, sized, ropes = self.prepare(no_text, tokens, size, latent.dtype)
         img = self._embed(latent) + prior
         vec = self.time_condition_embed(latent.new_zeros(1), sized)
-        for (device, blocks), rope in zip(self._stretches(img.device), ropes, strict=True):
-            img, txt, vec = (hop(x, device) for x in (img, txt, vec))
+        for (device, blocks), rope in zip(self._segments(img.device), ropes, strict=True):
+            img, txt, vec = (x.to(device) for x in (img, txt, vec))
             for _, block in blocks:
                 kept: list[KeysValues] = []
-                with visiting(device, latent.device):
+                with on_device(device, current=latent.device):
                     img, txt = block(img, txt, vec, rope, {}, keep=kept.append)
                 yield kept.pop()
 
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         embedded = self.prior_token_embedding(ids.clamp(min=0)).to(dtype)
         prior = self.prior_projector(embedded * (ids != DROPPED).unsqueeze(-1))
         rope = rotary(tokens.shape[1:], text.shape[1], self.config.attention_head_dim, text.device)
-        ropes = (tuple(hop(x, device) for x in rope) for device, _ in self._stretches(text.device))
+        ropes = (tuple(x.to(device) for x in rope) for device, _ in self._segments(text.device))
         sized = self.time_condition_embed.of_size(size, text.device, dtype)
         return StepInvariants(text, prior, sized, tuple(ropes))
 
@@ -219,8 +219,8 @@ class Decoder(nn.Module):
         p = self.config.patch_size
         return self.image_projector(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
 
-    def _stretches(self, home: torch.device) -> Iterator[Stretch]:
-        return stretches(self.transformer_blocks, home, self.ranges)
+    def _segments(self, device: torch.device) -> Iterator[Segment]:
+        return all_segments(self.transformer_blocks, device, self.segments)
 
     def _run_blocks(
         self,
@@ -233,16 +233,16 @@ class Decoder(nn.Module):
     ) -> Tensor:
         transformer_options["total_blocks"] = self.config.num_layers
         transformer_options["block_type"] = "double"
-        home = img.device
-        for (device, blocks), pe in zip(self._stretches(home), ropes, strict=True):
-            img, txt, vec = (hop(x, device) for x in (img, txt, vec))
-            with visiting(device, home):
+        own_device = img.device
+        for (device, blocks), pe in zip(self._segments(own_device), ropes, strict=True):
+            img, txt, vec = (x.to(device) for x in (img, txt, vec))
+            with on_device(device, current=own_device):
                 for i, block in blocks:
                     run = partial(run_block, block)
                     if references is not None:
                         run = partial(run, references=references[i])
                     img, txt = _run_patched(run, i, img, txt, vec, pe, transformer_options)
-        return hop(img, home)
+        return img.to(own_device)
 
 
 def _run_patched(
@@ -274,25 +274,25 @@ def _run_patched(
     return out["img"], out["txt"]
 
 
-def block_range(
+def block_segment(
     config: DecoderConfig,
     numbers: range,
-    home: torch.device,
+    on: torch.device,
     *,
     device: Any = None,
     dtype: torch.dtype | None = None,
     operations: Any = nn,
     attention: Callable[..., Tensor] = sdpa,
     prefix: str = "",
-) -> LayerRange:
+) -> LayerSegment:
     """Some of a decoder's blocks, to lie apart from it.
 
     Args:
-        home: where they compute.
+        on: the device on which they compute.
         prefix: what a host puts before the decoder's keys.
     """
     kw = {"device": device, "dtype": dtype, "operations": operations, "attention": attention}
-    return LayerRange(f"{prefix}transformer_blocks", numbers, home, lambda _: Block(config, **kw))
+    return LayerSegment(f"{prefix}transformer_blocks", numbers, on, lambda _: Block(config, **kw))
 
 
 class Block(nn.Module):

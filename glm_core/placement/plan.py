@@ -164,7 +164,7 @@ def _parse_piece(piece: str, stage: str) -> tuple[str, range]:
     return device, range(first, last + 1)
 
 
-def place(
+def plan_stages(
     stages: Sequence[Stage],
     devices: Sequence[Device],
     *,
@@ -188,9 +188,9 @@ def place(
     Raises:
         GLMImageError: a stage is both pinned and split.
     """
-    asked = _Asked(stages, devices, pins or {}, splits or {})
+    asked = _Requested(stages, devices, pins or {}, splits or {})
     spread, least = strategy == STRATEGIES[1], strategy == STRATEGIES[2]
-    placed = _Placed(devices)
+    placed = _Draft(devices)
     for stage in sorted(stages, key=lambda stage: stage.weights, reverse=True):
         leader = [part for part in placed.parts if part.stage == stage.follows]
         if leader:
@@ -206,7 +206,7 @@ def place(
     return Plan(tuple(devices), parts, placed.together, least, tuple(notes))
 
 
-class _Asked:
+class _Requested:
     """What the user fixed, without what this machine does not have."""
 
     def __init__(
@@ -250,7 +250,7 @@ class _Asked:
         return []
 
 
-class _Placed:
+class _Draft:
     """The parts placed so far and the room that they leave."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
@@ -289,7 +289,7 @@ class _Placed:
         return self.together >= {part.device for part in self.parts}
 
 
-def _choose(stage: Stage, placed: _Placed, spread: bool, least: bool) -> list[Part]:
+def _choose(stage: Stage, placed: _Draft, spread: bool, least: bool) -> list[Part]:
     """Beside the others if that can be, else in turns with them; whole rather than split."""
     devices = placed.candidates
     alone = _part(stage, max(devices, key=lambda device: device.room), least=least)

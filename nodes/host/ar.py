@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
 from ...glm_core.ar.logits import SamplingOptions
-from ...glm_core.ar.model import ARConfig, ARModel, layer_range
+from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.replay import CudaGraphs
 from ...glm_core.ar.sampler import Run, sample_from_references, sample_layout, sample_tokens
@@ -29,12 +29,19 @@ from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Forced, Layout, SemanticTokens
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement import memory
-from ...glm_core.split import current
+from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
-from .devices import Place, default_place
+from .devices import Placement, default_placement
 from .memory import memory_for
 from .palette import CodePalette
-from .patchers import ListsRanges, make_patcher, nbytes, require_layers, stretches, with_ranges
+from .patchers import (
+    ListsSegments,
+    layer_devices,
+    make_patcher,
+    nbytes,
+    require_layers,
+    with_segments,
+)
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
@@ -46,7 +53,7 @@ SHARE_OF_WEIGHTS = 0.8
 """How much of a device's memory the AR's weights may take and leave room for what a run needs."""
 
 
-class HostARModel(ListsRanges, ARModel):
+class HostARModel(ListsSegments, ARModel):
     """The network in a patcher."""
 
 
@@ -214,11 +221,11 @@ class HostAR:
         held = self.graphs.held_for((sampler, samples, grid, span_of(length), options, lookahead))
         progress = TokenProgress(self.palette)
         with (
-            current(self.patcher.load_device),
+            on_device(self.patcher.load_device),
             memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"),
         ):
             comfy.model_management.load_models_gpu(
-                with_ranges(self.patcher), memory_required=max(max(needs.values()) - held, 0)
+                with_segments(self.patcher), memory_required=max(max(needs.values()) - held, 0)
             )
             run = self._how(seed, samples, options, lookahead, progress)
             return sampler(self.patcher.model, prompt, grid, run, **forced)
@@ -294,7 +301,7 @@ class HostAR:
         layer = memory.kv_cache(self.config, batch, length, self.dtype)
         work = memory.ar(self.config, block, self.dtype)
         needs: dict[torch.device, int] = {}
-        for numbers, device in stretches(self.patcher, self.config.layers):
+        for numbers, device in layer_devices(self.patcher, self.config.layers):
             needs[device] = needs.get(device, work) + len(numbers) * layer
         return needs
 
@@ -303,7 +310,9 @@ def _stored(tokens: Tensor) -> Tensor:
     return tokens.to("cpu", torch.int32)
 
 
-def load_ar(model_name: str, weight_dtype: str = "default", place: Place | None = None) -> HostAR:
+def load_ar(
+    model_name: str, weight_dtype: str = "default", placement: Placement | None = None
+) -> HostAR:
     """
     Args:
         place: where a device plan puts it; None leaves it to ComfyUI.
@@ -316,9 +325,9 @@ def load_ar(model_name: str, weight_dtype: str = "default", place: Place | None 
     tokenizer = PromptTokenizer(
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
     )
-    patcher = load_ar_patcher(model_name, weight_dtype, place)
+    patcher = load_ar_patcher(model_name, weight_dtype, placement)
     dtype = precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
-    whole = place and replace(place, limit=None, further=())
+    whole = placement and replace(placement, limit=None, segments=())
     vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
     graphs = StepGraphs(partial(CudaGraphs, patcher.load_device))
@@ -329,7 +338,7 @@ def load_ar(model_name: str, weight_dtype: str = "default", place: Place | None 
 def load_ar_patcher(
     model_name: str,
     weight_dtype: str = "default",
-    place: Place | None = None,
+    placement: Placement | None = None,
     disable_dynamic: bool = False,
 ):
     """The AR's patcher; the factory that current hosts rebuild it with on another device."""
@@ -337,27 +346,27 @@ def load_ar_patcher(
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
-    there = place or default_place()
+    there = placement or default_placement()
     kept = precision(component, weight_dtype, there.load, few_rows=True)
     require_layers(there, config.layers, component.title)
     built = {"device": "meta", "dtype": kept.storage}
-    ranges = [
-        layer_range(config, numbers, part.load, operations=kept.at(part.load).operations, **built)
-        for numbers, part in there.further
+    segments = [
+        layer_segment(config, numbers, part.load, operations=kept.at(part.load).operations, **built)
+        for numbers, part in there.segments
     ]
-    network = HostARModel(config, ranges=ranges, operations=kept.operations, **built)
-    load_weights(network, component, weight_dtype, VISION_PREFIXES, ranges)
+    network = HostARModel(config, segments=segments, operations=kept.operations, **built)
+    load_weights(network, component, weight_dtype, VISION_PREFIXES, segments)
 
     still = disable_dynamic or _may_run_graphs(network, there)
-    patcher = make_patcher(network, there, still, ranges)
-    patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, place))
+    patcher = make_patcher(network, there, still, segments)
+    patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, placement))
     return patcher
 
 
-def _may_run_graphs(network: HostARModel, place: Place) -> bool:
+def _may_run_graphs(network: HostARModel, placement: Placement) -> bool:
     """Whether to have a patcher whose weights stay where they are, as graphs of steps ask: where
     the device has the room. Dynamic ones fetch each weight anew, which costs more than it reads."""
-    if not runs_graphs(place.load):
+    if not runs_graphs(placement.load):
         return False
-    room = comfy.model_management.get_total_memory(place.load)
+    room = comfy.model_management.get_total_memory(placement.load)
     return nbytes(network) <= SHARE_OF_WEIGHTS * room

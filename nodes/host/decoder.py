@@ -20,17 +20,17 @@ from ...glm_core.decoder.model import (
     DecoderConfig,
     ReferenceKeysValues,
     StepInvariants,
-    block_range,
+    block_segment,
 )
 from ...glm_core.decoder.schedule import ScheduleConfig
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
-from ...glm_core.split import LayerRange, current
+from ...glm_core.split import LayerSegment, on_device
 from .conditioning import REFERENCES, conditions
-from .devices import Place, default_place
+from .devices import Placement, default_placement
 from .memory import memory_for
-from .patchers import ListsRanges, make_patcher, require_layers
+from .patchers import ListsSegments, make_patcher, require_layers
 from .reference_cache import CacheReader, ReferencesCondition
 from .weights import Precision, check_keys, load_weights, open_model, precision
 
@@ -44,7 +44,7 @@ class HostDecoder(Decoder):
         dtype: torch.dtype,
         device: Any,
         operations: Any,
-        ranges: Sequence[LayerRange] = (),
+        segments: Sequence[LayerSegment] = (),
     ) -> None:
         super().__init__(
             config,
@@ -52,10 +52,10 @@ class HostDecoder(Decoder):
             dtype=dtype,
             operations=operations,
             attention=optimized_attention,
-            ranges=ranges,
+            segments=segments,
         )
         self.dtype = dtype
-        self.reuse = StepReuse()
+        self.reuse = StepInvariantsCache()
 
     def forward(
         self,
@@ -112,7 +112,7 @@ MOST_KEPT = 16
 """Conditionings or tiles whose invariants are held; packs that move their tiles make new ones."""
 
 
-class StepReuse:
+class StepInvariantsCache:
     """Keeps `StepInvariants` from one step of a run to the next.
 
     They are found again by value: the conditioning's states and the (cropped) token ids, which
@@ -159,21 +159,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
-class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
+class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
     """What a MODEL of this pack holds."""
 
     def __init__(self, model_config: "ModelConfig", device: Any = None) -> None:
         super().__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
-        self.ranges = self.diffusion_model.ranges
+        self.segments = self.diffusion_model.segments
         self.schedule = model_config.schedule
         self.checkpoint = model_config.checkpoint
         self.readers: list[CacheReader] = []
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Of the network alone, which of a split one would be a part."""
-        if self.ranges:
+        if self.segments:
             raise GLMImageError(
                 "A decoder that a device plan has split cannot be saved; load it without the plan."
             )
@@ -227,7 +227,7 @@ class GLMImageModel(ListsRanges, comfy.model_base.BaseModel):
         the model sampling's own `timestep()` is the shifted one, in units that patches change."""
         patcher = self.current_patcher
         self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
-        with current(x.device):
+        with on_device(x.device):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
 
     def process_timestep(
@@ -273,11 +273,11 @@ class ModelConfig(comfy.supported_models_base.BASE):
         latents: LatentFormat,
         kept: Precision,
         checkpoint: tuple[str, str],
-        ranges: Sequence[LayerRange],
+        segments: Sequence[LayerSegment],
     ) -> None:
         self.latent_format = lambda: latents  # BASE calls it, as it would a class
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
-        super().__init__({"config": config, "dtype": kept.storage, "ranges": ranges})
+        super().__init__({"config": config, "dtype": kept.storage, "segments": segments})
         self.schedule = schedule
         self.checkpoint = checkpoint
         self.set_inference_dtype(
@@ -289,7 +289,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
 def load_decoder(
     model_name: str,
     weight_dtype: str = "default",
-    place: Place | None = None,
+    placement: Placement | None = None,
     disable_dynamic: bool = False,
 ):
     """A MODEL; also the factory that current hosts rebuild it with on another device.
@@ -304,10 +304,10 @@ def load_decoder(
     config = DecoderConfig.from_dict(component.config)
     check_keys(component, Decoder, config)
 
-    there = place or default_place()
+    there = placement or default_placement()
     require_layers(there, config.num_layers, component.title)
     kept = precision(component, weight_dtype, there.load)
-    ranges = _block_ranges(config, there, kept)
+    segments = _block_segments(config, there, kept)
     model = GLMImageModel(
         ModelConfig(
             config,
@@ -315,17 +315,17 @@ def load_decoder(
             _latent_format(component, config),
             kept,
             checkpoint=(model_name, weight_dtype),
-            ranges=ranges,
+            segments=segments,
         ),
         device="meta",
     )
-    load_weights(model.diffusion_model, component, weight_dtype, ranges=ranges, root=ROOT)
+    load_weights(model.diffusion_model, component, weight_dtype, segments=segments, root=ROOT)
 
     model.device = there.offload
-    patcher = make_patcher(model, there, disable_dynamic, ranges)
+    patcher = make_patcher(model, there, disable_dynamic, segments)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
     patcher.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, _run)
-    patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, place))
+    patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, placement))
     return patcher
 
 
@@ -343,16 +343,18 @@ def _run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     patcher = guider.model_patcher
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
-    devices = (patcher.load_device, *(part.home for part in patcher.model.ranges))
+    devices = (patcher.load_device, *(part.compute_device for part in patcher.model.segments))
     needs = dict.fromkeys(devices, need)
     with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
         return executor(noise, *args, **kwargs)
 
 
-def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[LayerRange]:
+def _block_segments(
+    config: DecoderConfig, placement: Placement, kept: Precision
+) -> list[LayerSegment]:
     kept = kept.under(ROOT)
     return [
-        block_range(
+        block_segment(
             config,
             numbers,
             there.load,
@@ -362,7 +364,7 @@ def _block_ranges(config: DecoderConfig, place: Place, kept: Precision) -> list[
             attention=optimized_attention,
             prefix=ROOT,
         )
-        for numbers, there in place.further
+        for numbers, there in placement.segments
     ]
 
 

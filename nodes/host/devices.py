@@ -10,18 +10,18 @@ from ...glm_core.placement.plan import AUTO, CPU, NAME, Device, Part, Plan
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """What a loader does with its network.
 
     load, offload: where it computes, and where its weights wait.
     limit: bytes of its weights that may lie on the load device; None for all that fit.
-    further: layers that are put elsewhere, and where; the network keeps those before them.
+    segments: layers that are put elsewhere, and where; the network keeps those before them.
     """
 
     load: torch.device
     offload: torch.device
     limit: int | None = None
-    further: tuple[tuple[range, "Place"], ...] = ()
+    segments: tuple[tuple[range, "Placement"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,33 @@ class DevicePlan:
     plan: Plan
     devices: Mapping[str, torch.device]
 
-    def place(self, stage: str) -> Place | None:
+    def placement(self, stage: str) -> Placement | None:
         """None for a stage that the planned checkpoint does not have."""
-        first, *others = [self._place(part) for part in self.plan.of_stage(stage)] or [None]
+        first, *others = [self._placement(part) for part in self.plan.of_stage(stage)] or [None]
         if not others:
             return first
         ranges = [part.layers for part in self.plan.of_stage(stage)]
-        return Place(
+        return Placement(
             first.load, first.offload, first.limit, tuple(zip(ranges[1:], others, strict=True))
         )
 
-    def _place(self, part: Part) -> Place:
+    def _placement(self, part: Part) -> Placement:
         limit = part.resident if self.plan.least and part.offloaded else None
-        return place_on(self.devices[part.device], limit)
+        return placement_on(self.devices[part.device], limit)
 
 
-def place_on(device: torch.device, limit: int | None = None) -> Place:
+def placement_on(device: torch.device, limit: int | None = None) -> Placement:
     """With weights waiting in host memory, or where they compute if the user has all of them stay
     there (--highvram, --gpu-only)."""
     waits_on_host = comfy.model_management.is_device_cpu(
         comfy.model_management.unet_offload_device()
     )
-    return Place(device, torch.device("cpu") if waits_on_host else device, limit)
+    return Placement(device, torch.device("cpu") if waits_on_host else device, limit)
 
 
-def default_place() -> Place:
+def default_placement() -> Placement:
     """ComfyUI's own choice for a diffusion model."""
-    return place_on(comfy.model_management.get_torch_device())
+    return placement_on(comfy.model_management.get_torch_device())
 
 
 def machine() -> dict[str, torch.device]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...glm_core.errors import GLMImageError
 from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from ...glm_core.glyph.texts import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
-from ...glm_core.split import current
-from .devices import Place
+from ...glm_core.split import on_device
+from .devices import Placement
 from .memory import memory_for
 from .weights import Precision, check_keys, load_weights, open_model, precision
 
@@ -73,7 +73,7 @@ class GlyphModel(nn.Module):
         needed = 8 * self.transformer.config.num_heads * longest**2
         device = self.execution_device
         with (
-            current(device),
+            on_device(device),
             memory_for("The glyph encoder", {device: needed}, "use shorter texts"),
         ):
             states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
@@ -90,7 +90,7 @@ class GlyphModel(nn.Module):
         return self.transformer.load_state_dict(sd, strict=False)
 
 
-def load_glyph_encoder(model_name: str, place: Place | None = None) -> comfy.sd.CLIP:
+def load_glyph_encoder(model_name: str, placement: Placement | None = None) -> comfy.sd.CLIP:
     """
     Args:
         place: where a device plan puts it; None leaves it to ComfyUI.
@@ -98,22 +98,26 @@ def load_glyph_encoder(model_name: str, place: Place | None = None) -> comfy.sd.
     Raises:
         GLMImageError: the component is missing or broken.
     """
-    return _load_clip(model_name, place)
+    return _load_clip(model_name, placement)
 
 
-def load_glyph_patcher(model_name: str, place: Place | None = None, disable_dynamic: bool = False):
+def load_glyph_patcher(
+    model_name: str, placement: Placement | None = None, disable_dynamic: bool = False
+):
     """The CLIP's patcher; the factory that current hosts rebuild it with on another device."""
-    return _load_clip(model_name, place, disable_dynamic).patcher
+    return _load_clip(model_name, placement, disable_dynamic).patcher
 
 
 def _load_clip(
-    model_name: str, place: Place | None, disable_dynamic: bool = False
+    model_name: str, placement: Placement | None, disable_dynamic: bool = False
 ) -> comfy.sd.CLIP:
     component = open_model("glyph", model_name)
     config = GlyphConfig.from_dict(component.config)
     check_keys(component, GlyphEncoder, config)
 
-    where = {"load_device": place.load, "offload_device": place.offload} if place else {}
+    where = (
+        {"load_device": placement.load, "offload_device": placement.offload} if placement else {}
+    )
     device = where.get("load_device", comfy.model_management.text_encoder_device())
     chosen = precision(component, "default", device)
     target = _Target(
@@ -127,7 +131,7 @@ def _load_clip(
         model_options={"dtype": chosen.storage, **where},
         **({"disable_dynamic": disable_dynamic} if dynamic else {}),
     )
-    clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name, place))
+    clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name, placement))
     return clip
 
 

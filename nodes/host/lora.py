@@ -11,7 +11,7 @@ from comfy.weight_adapter import LoRAAdapter
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.lora import lora_key_map, read_lora, require_match, unmatched_keys
 from ...glm_core.quant.linear import PackedLinear
-from .patchers import with_ranges
+from .patchers import with_segments
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _require_shapes(path: Path, patcher: Any, patches: dict[str, Any]) -> None:
 
 def _matrix(patcher: Any, name: str) -> tuple[int, int]:
     """Rows and columns of a layer's weight, in whichever of a split model's patchers it lies."""
-    for part in with_ranges(patcher):
+    for part in with_segments(patcher):
         with suppress(AttributeError):
             layer = part.model.get_submodule(name)
             if isinstance(layer, PackedLinear):

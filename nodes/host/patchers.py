@@ -3,45 +3,48 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import comfy.hooks
 import comfy.model_patcher
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
-from ...glm_core.split import LayerRange
-from .devices import Place
-from .quant import PackedPatcher, is_packed
-from .telling_patcher import TellingPatcher
+from ...glm_core.quant.linear import lay_out
+from ...glm_core.split import LayerSegment
+from .devices import Placement
+from .quant import is_packed
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
-RANGES = "glm_ranges"
+SEGMENTS = "glm_segments"
 LIMIT = "glm_limit"
+ON_PARTIAL_UNLOAD = "glm_on_partial_unload"
+"""A kind of callback beside the host's own, called with the patcher before weights are moved."""
 
 
 def make_patcher(
     model: nn.Module,
-    place: Place,
+    placement: Placement,
     disable_dynamic: bool = False,
-    ranges: Sequence[LayerRange] = (),
+    segments: Sequence[LayerSegment] = (),
 ) -> ModelPatcher:
     """ComfyUI's patcher; its dynamic one (hosts since 0.4) where that is on and allowed.
 
     Args:
-        ranges: layers that lie apart from the model, as `place.further` has them.
+        segments: layers that lie apart from the model, as `placement.segments` has them.
     """
-    where = {"load_device": place.load, "offload_device": place.offload}
-    if ranges:
+    where = {"load_device": placement.load, "offload_device": placement.offload}
+    if segments:
         patcher = SplitPatcher(model, **where, size=nbytes(model))
         parts = [
             make_patcher(part, there, disable_dynamic=True)
-            for part, (_, there) in zip(ranges, place.further, strict=True)
+            for part, (_, there) in zip(segments, placement.segments, strict=True)
         ]
-        patcher.set_additional_models(RANGES, parts)
-    elif place.limit is not None:
+        patcher.set_additional_models(SEGMENTS, parts)
+    elif placement.limit is not None:
         patcher = LimitedPatcher(model, **where)
     else:
         return _kind(model, disable_dynamic)(model, **where)
-    patcher.set_attachments(LIMIT, place.limit)
+    patcher.set_attachments(LIMIT, placement.limit)
     return patcher
 
 
@@ -49,11 +52,34 @@ def _kind(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
     if is_packed(model):
         return PackedPatcher
     chosen = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    return TellingPatcher if disable_dynamic or chosen is ModelPatcher else chosen
+    return NotifyingPatcher if disable_dynamic or chosen is ModelPatcher else chosen
 
 
 def nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+class NotifyingPatcher(ModelPatcher):
+    """What is kept beside the weights may be larger than the part that the host takes away."""
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.get_all_callbacks(ON_PARTIAL_UNLOAD):
+            callback(self)
+        return super().partially_unload(*args, **kwargs)
+
+
+class PackedPatcher(NotifyingPatcher):
+    """Lays out packed weights for the device before it loads any; hosts' dynamic patchers, which
+    know no `set_weight`, do not serve them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The other mode keeps patched matrices and copies them over the packed bytes.
+        self.hook_mode = comfy.hooks.EnumHookMode.MinVram
+
+    def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
+        lay_out(self.model, self.load_device)
+        super().load(device_to, *args, **kwargs)
 
 
 class LimitedPatcher(PackedPatcher):
@@ -76,14 +102,14 @@ class SplitPatcher(LimitedPatcher):
     """
 
     @property
-    def ranges(self) -> list[ModelPatcher]:
-        return self.get_additional_models_with_key(RANGES)
+    def segments(self) -> list[ModelPatcher]:
+        return self.get_additional_models_with_key(SEGMENTS)
 
     def add_patches(
         self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list:
         own, added = dict(patches), []
-        for part in self.ranges:
+        for part in self.segments:
             keys = part.model.state_dict().keys()
             theirs = {key: own.pop(key) for key in list(own) if _weight(key) in keys}
             added += part.add_patches(theirs, strength_patch, strength_model)
@@ -91,13 +117,13 @@ class SplitPatcher(LimitedPatcher):
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
         """Of this patcher's own weights, for the model's lists all."""
-        theirs = {key for part in self.ranges for key in part.model.state_dict()}
+        theirs = {key for part in self.segments for key in part.model.state_dict()}
         state = super().model_state_dict(filter_prefix)
         return {key: value for key, value in state.items() if key not in theirs}
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
         patches = super().get_key_patches(filter_prefix)
-        for part in self.ranges:
+        for part in self.segments:
             patches |= part.get_key_patches(filter_prefix)
         return patches
 
@@ -126,14 +152,14 @@ def _weight(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def with_ranges(patcher: ModelPatcher) -> list[ModelPatcher]:
-    """A patcher and those of its ranges, which have to be loaded together."""
-    return [patcher, *patcher.get_additional_models_with_key(RANGES)]
+def with_segments(patcher: ModelPatcher) -> list[ModelPatcher]:
+    """A patcher and those of its segments, which have to be loaded together."""
+    return [patcher, *patcher.get_additional_models_with_key(SEGMENTS)]
 
 
-def stretches(patcher: ModelPatcher, total: int) -> list[tuple[range, torch.device]]:
-    """Which of a model's layers compute where: first its own, then its ranges'."""
-    parts = patcher.get_additional_models_with_key(RANGES)
+def layer_devices(patcher: ModelPatcher, total: int) -> list[tuple[range, torch.device]]:
+    """Which of a model's layers compute where: first its own, then its segments'."""
+    parts = patcher.get_additional_models_with_key(SEGMENTS)
     own = parts[0].model.numbers.start if parts else total
     return [
         (range(own), patcher.load_device),
@@ -142,32 +168,64 @@ def stretches(patcher: ModelPatcher, total: int) -> list[tuple[range, torch.devi
 
 
 def all_patches(patcher: ModelPatcher) -> dict[str, list]:
-    """Of a model, its ranges included: a copy."""
+    """Of a model, its segments included: a copy."""
     return {
-        key: list(entries) for part in with_ranges(patcher) for key, entries in part.patches.items()
+        key: list(entries)
+        for part in with_segments(patcher)
+        for key, entries in part.patches.items()
     }
 
 
-class ListsRanges:
+def same_patches(ours: dict[str, list], theirs: dict[str, list]) -> bool:
+    """Whether two patchers' weights are changed alike; a LoRA loaded again counts as the same."""
+    return ours.keys() == theirs.keys() and all(
+        len(ours[key]) == len(theirs[key]) and all(map(_same_patch, ours[key], theirs[key]))
+        for key in ours
+    )
+
+
+def _same_patch(ours: tuple, theirs: tuple) -> bool:
+    (strength, patch, weight_strength, *_), (other_strength, other, other_weight, *_) = ours, theirs
+    if (strength, weight_strength) != (other_strength, other_weight):
+        return False
+    return patch is other or (
+        type(patch) is type(other) and _same_value(_parts(patch), _parts(other))
+    )
+
+
+def _parts(patch: Any) -> Any:
+    """What an adapter of the host is made of; other patches are plain values."""
+    return getattr(patch, "weights", patch)
+
+
+def _same_value(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
+    if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
+        return len(ours) == len(theirs) and all(map(_same_value, ours, theirs))
+    return bool(ours == theirs)
+
+
+class ListsSegments:
     """A patcher's model whose state dict lists the layers that lie apart: what reads names from
     it, such as a LoRA loader, finds them all."""
 
-    ranges: Iterable[LayerRange] = ()
+    segments: Iterable[LayerSegment] = ()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
-        for part in self.ranges:
+        for part in self.segments:
             state.update(part.state_dict(**kwargs))
         return state
 
 
-def require_layers(place: Place, total: int, what: str) -> None:
+def require_layers(placement: Placement, total: int, what: str) -> None:
     """
     Raises:
         GLMImageError: the plan splits a model of another number of layers.
     """
-    if place.further and place.further[-1][0].stop != total:
+    if placement.segments and placement.segments[-1][0].stop != total:
         raise GLMImageError(
-            f"The device plan splits {place.further[-1][0].stop} layers and this {what} has "
+            f"The device plan splits {placement.segments[-1][0].stop} layers and this {what} has "
             f"{total}; choose the same model in GLM-Image Device Plan."
         )

@@ -8,10 +8,10 @@ import comfy.model_management
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import COMPONENTS, Component
 from ...glm_core.files.opening import open_component
-from ...glm_core.placement.plan import GIB, parse_split, place
+from ...glm_core.placement.plan import GIB, parse_split, plan_stages
 from ...glm_core.placement.stages import Request, stages
 from ...glm_core.placement.table import plan_table
-from .devices import DevicePlan, default_place, machine, rooms
+from .devices import DevicePlan, default_placement, machine, rooms
 from .paths import find_model, model_names
 from .vae import working_dtype
 from .weights import precision
@@ -44,12 +44,12 @@ def make_plan(
         raise GLMImageError("reserve_gb is nan; use GiB from 0 on.")
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
-    compute = precision(main, weight_dtype, default_place().load).compute
+    compute = precision(main, weight_dtype, default_placement().load).compute
     vae = working_dtype(comfy.model_management.vae_device())
     request = Request(*size, batch_size, references, compute, vae)
     needs = stages(components, weight_dtype, request)
     layers = {stage.name: len(stage.layers) for stage in needs}
-    plan = place(
+    plan = plan_stages(
         needs,
         rooms(int(reserve_gb * GIB)),
         strategy=strategy,

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.hooks
 import comfy.ops
 import comfy.utils
 import torch
@@ -13,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...glm_core.files.component import QUANTISATION
-from ...glm_core.quant.linear import PackedLinear, lay_out
-from .telling_patcher import TellingPatcher
+from ...glm_core.quant.linear import PackedLinear
 
 # ---- packed int8 and int4 ----------------------------------------------------------------------
 
@@ -83,20 +81,6 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         else:
             self.weight = nn.Parameter(packed, requires_grad=False)
         return None
-
-
-class PackedPatcher(TellingPatcher):
-    """Lays out packed weights for the device before it loads any; hosts' dynamic patchers, which
-    know no `set_weight`, do not serve them."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The other mode keeps patched matrices and copies them over the packed bytes.
-        self.hook_mode = comfy.hooks.EnumHookMode.MinVram
-
-    def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
-        lay_out(self.model, self.load_device)
-        super().load(device_to, *args, **kwargs)
 
 
 def is_packed(network: nn.Module) -> bool:

@@ -15,10 +15,10 @@ from ...glm_core.decoder.reference_cache import FP8, ReferenceCache, make_cache
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement.memory import cache_bytes
 from ...glm_core.placement.plan import gib
-from ...glm_core.split import current
-from .devices import Place, place_on
+from ...glm_core.split import on_device
+from .devices import Placement, placement_on
 from .memory import memory_for
-from .patchers import all_patches, make_patcher, stretches, with_ranges
+from .patchers import all_patches, layer_devices, make_patcher, same_patches, with_segments
 from .progress import check_interrupt, progress_bar
 
 STORES = ("auto", "gpu", "cpu")
@@ -142,7 +142,7 @@ class HostReferenceCache:
     def __init__(self, cache: ReferenceCache, decoder: Any, streamed: bool) -> None:
         self.sets = len(cache.blocks[0].sets)
         self.patchers, readers = [], []
-        for numbers, device in stretches(decoder, len(cache.blocks)):
+        for numbers, device in layer_devices(decoder, len(cache.blocks)):
             part = ReferenceCache(cache.blocks[numbers.start : numbers.stop])
             self.patchers.append(_cache_patcher(part, device, streamed))
             readers.append((numbers, CacheReader(part, device, streamed)))
@@ -186,7 +186,7 @@ class HostReferenceCache:
         if (
             decoder.model.checkpoint != self._checkpoint
             or _injections(decoder) != self._injections
-            or not _same_patches(all_patches(decoder), self._patches)
+            or not same_patches(all_patches(decoder), self._patches)
         ):
             raise GLMImageError(
                 "The reference cache was made with another decoder or with other LoRAs than the "
@@ -238,7 +238,8 @@ def compute_cache(
     _require_room(nbytes, host, fp8)
     blocks = network.config.num_layers
     shares = [
-        (nbytes * len(numbers) // blocks, device) for numbers, device in stretches(decoder, blocks)
+        (nbytes * len(numbers) // blocks, device)
+        for numbers, device in layer_devices(decoder, blocks)
     ]
 
     # All references go through a block together.
@@ -246,10 +247,10 @@ def compute_cache(
     needs = dict.fromkeys((device for _, device in shares), working)
     helps = "use smaller or fewer references"
     with (
-        current(decoder.load_device),
+        on_device(decoder.load_device),
         memory_for("The reference cache", needs, helps, split="decoder_split"),
     ):
-        comfy.model_management.load_models_gpu(with_ranges(decoder), memory_required=working)
+        comfy.model_management.load_models_gpu(with_segments(decoder), memory_required=working)
         cache = make_cache(
             network,
             references,
@@ -275,7 +276,7 @@ def compute_cache(
 
 def _placed(decoder: Any) -> list[tuple[range, torch.device]] | None:
     """Where a split decoder's blocks are; one that is not split may be brought elsewhere."""
-    parts = stretches(decoder, decoder.model.diffusion_model.config.num_layers)
+    parts = layer_devices(decoder, decoder.model.diffusion_model.config.num_layers)
     return parts if len(parts) > 1 else None
 
 
@@ -284,39 +285,9 @@ def _injections(decoder: Any) -> list[Any]:
     return [entry for entries in decoder.injections.values() for entry in entries]
 
 
-def _same_patches(ours: dict[str, list], theirs: dict[str, list]) -> bool:
-    """Whether two patchers' weights are changed alike; a LoRA loaded again counts as the same."""
-    return ours.keys() == theirs.keys() and all(
-        len(ours[key]) == len(theirs[key]) and all(map(_same_patch, ours[key], theirs[key]))
-        for key in ours
-    )
-
-
-def _same_patch(ours: tuple, theirs: tuple) -> bool:
-    (strength, patch, weight_strength, *_), (other_strength, other, other_weight, *_) = ours, theirs
-    if (strength, weight_strength) != (other_strength, other_weight):
-        return False
-    return patch is other or (
-        type(patch) is type(other) and _same_value(_parts(patch), _parts(other))
-    )
-
-
-def _parts(patch: Any) -> Any:
-    """What an adapter of the host is made of; other patches are plain values."""
-    return getattr(patch, "weights", patch)
-
-
-def _same_value(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
-    if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
-        return len(ours) == len(theirs) and all(map(_same_value, ours, theirs))
-    return bool(ours == theirs)
-
-
 def _cache_patcher(cache: ReferenceCache, device: torch.device, streamed: bool) -> Any:
     if not streamed:
-        return load_cache_patcher(cache, device, place_on(device).offload)
+        return load_cache_patcher(cache, device, placement_on(device).offload)
     pinned = comfy.model_management.device_supports_non_blocking(device)
     if pinned and not comfy.model_management.is_device_cpu(device):
         for parameter in cache.parameters():
@@ -335,7 +306,7 @@ def load_cache_patcher(
 
     Never a dynamic one, which streams a layer's weights into that layer's own forward.
     """
-    patcher = make_patcher(cache, Place(device, offload), disable_dynamic=True)
+    patcher = make_patcher(cache, Placement(device, offload), disable_dynamic=True)
     patcher.cached_patcher_init = (_copy_patcher, (cache, device, offload))
     return patcher
 

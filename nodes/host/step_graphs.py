@@ -8,7 +8,7 @@ import comfy.patcher_extension
 import torch
 
 from ...glm_core.ar.step import EagerRunner, Recorder, ReplayRunner, Runner
-from .telling_patcher import ON_PARTIAL_UNLOAD
+from .patchers import ON_PARTIAL_UNLOAD
 
 
 class StepGraphs:
@@ -70,7 +70,7 @@ def is_resident(patcher: Any) -> bool:
     if dynamic is not None and dynamic():
         return False
     model = patcher.model
-    if model.ranges:
+    if model.segments:
         return False
     patched_late = any(
         getattr(module, "weight_function", None) or getattr(module, "bias_function", None)

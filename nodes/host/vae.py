@@ -15,7 +15,7 @@ from ...glm_core.errors import GLMImageError
 from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
-from .devices import Place
+from .devices import Placement
 from .memory import memory_for
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
@@ -23,7 +23,7 @@ from .weights import Precision, check_keys, load_weights, open_model, remember_d
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 
-def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
+def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VAE:
     """
     Args:
         place: where a device plan puts it; None leaves it to ComfyUI.
@@ -31,7 +31,7 @@ def load_vae(model_name: str, place: Place | None = None) -> comfy.sd.VAE:
     Raises:
         GLMImageError: the component is missing or broken, or not of ComfyUI's latent size.
     """
-    patcher = load_vae_patcher(model_name, place)
+    patcher = load_vae_patcher(model_name, placement)
     network = patcher.model
     with _without_warnings():  # an empty VAE has all that its methods need, and warns of no network
         vae = HostVAE(sd={})
@@ -68,7 +68,9 @@ class HostVAE(comfy.sd.VAE):
         return memory_for("The VAE", {self.device: need}, helps)
 
 
-def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynamic: bool = False):
+def load_vae_patcher(
+    model_name: str, placement: Placement | None = None, disable_dynamic: bool = False
+):
     """The VAE's patcher; the factory that current hosts rebuild it with on another device."""
     component = open_model("vae", model_name)
     config = VAEConfig.from_dict(component.config)
@@ -81,7 +83,7 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
     check_keys(component, AutoencoderKL, config)
 
     management = comfy.model_management
-    there = place or Place(management.vae_device(), management.vae_offload_device())
+    there = placement or Placement(management.vae_device(), management.vae_offload_device())
     dtype = working_dtype(there.load)
     operations = Precision(dtype, dtype, device=there.load).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
@@ -89,7 +91,7 @@ def load_vae_patcher(model_name: str, place: Place | None = None, disable_dynami
     remember_dtypes(network)
 
     patcher = make_patcher(network, there, disable_dynamic)
-    patcher.cached_patcher_init = (load_vae_patcher, (model_name, place))
+    patcher.cached_patcher_init = (load_vae_patcher, (model_name, placement))
     return patcher
 
 

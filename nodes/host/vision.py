@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
-from ...glm_core.split import current
+from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import OTHER_PREFIXES, VisionConfig, VisionEncoder
 from ...glm_core.vision.pixels import ImageConfig, vision_pixels
-from .devices import Place, default_place
+from .devices import Placement, default_placement
 from .memory import memory_for
 from .patchers import make_patcher
 from .weights import check_keys, load_weights, open_model, precision
@@ -22,19 +22,19 @@ class HostVision:
     """Turns images into semantic tokens; text to image never loads it."""
 
     def __init__(
-        self, component: Component, model_name: str, weight_dtype: str, place: Place | None
+        self, component: Component, model_name: str, weight_dtype: str, placement: Placement | None
     ) -> None:
         """place: the text model's, in whole or of its first layers."""
         self.image_config = ImageConfig.from_dict(component.processor.image)
         self.model_name = model_name
         self.weight_dtype = weight_dtype
-        self.place = place
-        device = (place or default_place()).load
+        self.placement = placement
+        device = (placement or default_placement()).load
         self.dtype = precision(component, weight_dtype, device).compute
 
     @cached_property
     def patcher(self) -> Any:
-        return load_vision_patcher(self.model_name, self.weight_dtype, self.place)
+        return load_vision_patcher(self.model_name, self.weight_dtype, self.placement)
 
     def encode(self, images: Tensor) -> Tensor:
         """float [B, H, W, 3] between 0 and 1, sides multiples of 32 -> int32 [B, H / 32, W / 32]"""
@@ -42,7 +42,7 @@ class HostVision:
         pixels = vision_pixels(images, self.image_config)
         needed = self.memory_required(pixels.shape)
         with (
-            current(device),
+            on_device(device),
             memory_for("The AR model's vision tower", {device: needed}, "use a smaller image"),
         ):
             comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
@@ -57,7 +57,7 @@ class HostVision:
 def load_vision_patcher(
     model_name: str,
     weight_dtype: str = "default",
-    place: Place | None = None,
+    placement: Placement | None = None,
     disable_dynamic: bool = False,
 ) -> Any:
     """The vision encoder's patcher; the factory that current hosts rebuild it with.
@@ -69,11 +69,11 @@ def load_vision_patcher(
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 
-    there = place or default_place()
+    there = placement or default_placement()
     kept = precision(component, weight_dtype, there.load)
     network = VisionEncoder(config, device="meta", dtype=kept.storage, operations=kept.operations)
     load_weights(network, component, weight_dtype, OTHER_PREFIXES)
 
     patcher = make_patcher(network, there, disable_dynamic)
-    patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype, place))
+    patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype, placement))
     return patcher

@@ -15,7 +15,7 @@ from ...glm_core.files.opening import open_component
 from ...glm_core.files.weight_dtypes import WEIGHT_DTYPES, is_layer_matrix
 from ...glm_core.quant.linear import pack_layers
 from ...glm_core.quant.packing import FORMATS, quantise
-from ...glm_core.split import LayerRange
+from ...glm_core.split import LayerSegment
 from .paths import find_model
 from .quant import HostPackedLinear, fp8_operations, with_formats
 
@@ -137,7 +137,7 @@ def load_weights(
     component: Component,
     weight_dtype: str = "default",
     ignored: tuple[str, ...] = (),
-    ranges: Sequence[LayerRange] = (),
+    segments: Sequence[LayerSegment] = (),
     root: str = "",
 ) -> nn.Module:
     """Give a network made on the meta device its weights, as views of the mapped file.
@@ -145,8 +145,8 @@ def load_weights(
     What is quantised here is so matrix by matrix: no second copy of the model is ever held.
 
     Args:
-        ranges: its layers that lie apart, which are given theirs.
-        root: what stands before the checkpoint's keys in those of the ranges.
+        segments: its layers that lie apart, which are given theirs.
+        root: what stands before the checkpoint's keys in those of the segments.
     """
     state = component.state_dict(ignored)
     quantisation, named = _quantisation(component, weight_dtype)
@@ -161,11 +161,11 @@ def load_weights(
         state = with_formats(state, layers)
     # The decoder's passes are of thousands of tokens, the AR's mostly of one.
     packing = (quantisation, component.name == "ar") if quantisation in FORMATS else None
-    for part in ranges:
+    for part in segments:
         theirs = [key for key in state if part.holds(root + key)]
         packed = [root + layer for layer in layers if part.holds(f"{root}{layer}.")]
         _give(part, {root + key: state.pop(key) for key in theirs}, packed, packing)
-    own = [layer for layer in layers if not any(part.holds(f"{root}{layer}.") for part in ranges)]
+    own = [layer for layer in layers if not any(part.holds(f"{root}{layer}.") for part in segments)]
     return _give(network, state, own, packing)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from full_size import components
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.placement.plan import GIB, Device, Plan, Stage, parse_split, place
+from glm_image.glm_core.placement.plan import GIB, Device, Plan, Stage, parse_split, plan_stages
 from glm_image.glm_core.placement.stages import Request, stages
 from glm_image.glm_core.placement.table import plan_table
 
@@ -14,7 +14,7 @@ def plan(gpus, weights="default", strategy="auto", size=1024, batch=1, reference
     """The hub's model on GPUs of so many GiB, and a CPU."""
     request = Request(size, size, batch, references)
     machine = [Device(f"gpu:{i}", int((gib - RESERVE) * GIB)) for i, gib in enumerate(gpus)]
-    return place(
+    return plan_stages(
         stages(components(), weights, request),
         [*machine, Device("cpu", 64 * GIB)],
         strategy=strategy,
@@ -228,7 +228,7 @@ def test_a_wrong_split_is_one_sentence(text: str, sentence: str) -> None:
 
 def test_ranges_are_in_proportion_to_the_room() -> None:
     stage = Stage("ar", (GIB,) * 12, rest=0, work=0)
-    parts = place([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 9 * GIB)]).parts
+    parts = plan_stages([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 9 * GIB)]).parts
     assert [(part.device, part.layers) for part in parts] == [
         ("gpu:1", range(9)),
         ("gpu:0", range(9, 12)),
@@ -237,7 +237,7 @@ def test_ranges_are_in_proportion_to_the_room() -> None:
 
 def test_where_all_together_fall_short_each_streams_its_share() -> None:
     stage = Stage("ar", (GIB,) * 12, rest=0, work=0)
-    parts = place([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 4 * GIB)]).parts
+    parts = plan_stages([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 4 * GIB)]).parts
     assert [part.layers for part in parts] == [range(6), range(6, 12)]
     assert [part.offloaded for part in parts] == [3 * GIB, 3 * GIB]  # two, and the buffer's one
 
@@ -245,14 +245,16 @@ def test_where_all_together_fall_short_each_streams_its_share() -> None:
 def test_a_device_whose_room_the_other_weights_take_is_given_a_layer_too() -> None:
     """The first one also holds what is in no layer, and here can hold only one layer beside it."""
     stage = Stage("ar", (GIB,) * 40, rest=9 * GIB, work=0)
-    parts = place([stage], [Device(f"gpu:{i}", 10 * GIB) for i in range(5)]).parts
+    parts = plan_stages([stage], [Device(f"gpu:{i}", 10 * GIB) for i in range(5)]).parts
     assert [len(part.layers) for part in parts] == [1, 10, 10, 10, 9]
     assert sum(part.weights for part in parts) == stage.weights
 
 
 def test_a_card_without_room_that_nothing_uses_is_no_shortage() -> None:
     stage = Stage("ar", (GIB,) * 4, rest=0, work=0)
-    plan = place([stage], [Device("gpu:0", 9 * GIB), Device("gpu:1", -GIB)], strategy="fastest")
+    plan = plan_stages(
+        [stage], [Device("gpu:0", 9 * GIB), Device("gpu:1", -GIB)], strategy="fastest"
+    )
     assert not plan.notes
     assert "gpu:1: unused, 0.0 GiB free" in plan_table(plan)
 
@@ -262,7 +264,7 @@ def test_a_card_without_room_that_nothing_uses_is_no_shortage() -> None:
 
 def test_table() -> None:
     stage = Stage("ar", (3 * GIB,) * 4, rest=GIB, work=GIB // 2)
-    found = place(
+    found = plan_stages(
         [stage, Stage("vae", (), GIB, GIB)],
         [Device("gpu:0", 6 * GIB), Device("gpu:1", 8 * GIB), Device("cpu", 64 * GIB)],
         pins={"vae": "gpu:7"},

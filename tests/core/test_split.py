@@ -1,4 +1,4 @@
-"""Split networks: bit for bit the whole one, with a device that shows every missing hop."""
+"""Split networks: bit for bit the whole one, with a device that shows every missing move."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,16 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from ar_pair import pair as ar_pair
-from glm_image.glm_core.ar import cache as kv_cache
-from glm_image.glm_core.ar import model as ar_model
 from glm_image.glm_core.ar.cache import SPAN, BlockPass, StepPass, step_mask
 from glm_image.glm_core.ar.logits import SamplingOptions
-from glm_image.glm_core.ar.model import ARModel, layer_range, rope_table
+from glm_image.glm_core.ar.model import ARModel, layer_segment, rope_table
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import Forced
-from glm_image.glm_core.decoder import model as decoder_module
-from glm_image.glm_core.decoder.model import Decoder, block_range
-from glm_image.glm_core.split import LayerRange, hop
+from glm_image.glm_core.decoder.model import Decoder, block_segment
+from glm_image.glm_core.split import LayerSegment
 from test_decoder import inputs, pair
 from test_decoder_references import cached, reference_images
 from torch import nn
@@ -26,22 +23,22 @@ CUTS = {"patch of 1": [(1,), (2,), (1, 2)], "small": [(1,)]}
 SPLITS = [(shape, cuts) for shape, all_cuts in CUTS.items() for cuts in all_cuts]
 
 
-def split_decoder(whole: Decoder, cuts: tuple[int, ...], home: torch.device = CPU) -> Decoder:
-    """The same weights with the blocks from each cut on in a range of their own at `home`."""
+def split_decoder(whole: Decoder, cuts: tuple[int, ...], device: torch.device = CPU) -> Decoder:
+    """The same weights with the blocks from each cut on in a segment of their own on `device`."""
     numbers = numbers_of(cuts, whole.config.num_layers)
     with torch.device("meta"):
-        ranges = [block_range(whole.config, some, home) for some in numbers]
-        ours = Decoder(whole.config, ranges=ranges)
-    for module in (ours, *ranges):
+        segments = [block_segment(whole.config, some, device) for some in numbers]
+        ours = Decoder(whole.config, segments=segments)
+    for module in (ours, *segments):
         give_weights(module, whole.state_dict())
     return ours
 
 
-def split_ar(whole: ARModel, cuts: tuple[int, ...], home: torch.device = CPU) -> ARModel:
+def split_ar(whole: ARModel, cuts: tuple[int, ...], device: torch.device = CPU) -> ARModel:
     numbers = numbers_of(cuts, whole.config.layers)
-    ranges = [layer_range(whole.config, some, home, device="meta") for some in numbers]
-    ours = ARModel(whole.config, device="meta", ranges=ranges)
-    for module in (ours, *ranges):
+    segments = [layer_segment(whole.config, some, device, device="meta") for some in numbers]
+    ours = ARModel(whole.config, device="meta", segments=segments)
+    for module in (ours, *segments):
         give_weights(module, whole.state_dict())
     return ours
 
@@ -52,8 +49,8 @@ def numbers_of(cuts: tuple[int, ...], total: int) -> list[range]:
 
 def give_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     mine = {key: state[key] for key in module.state_dict()}
-    if isinstance(module, LayerRange):
-        mine = {key: value.to(module.home) for key, value in mine.items()}
+    if isinstance(module, LayerSegment):
+        mine = {key: value.to(module.compute_device) for key, value in mine.items()}
     module.load_state_dict(mine, assign=True)
 
 
@@ -100,18 +97,18 @@ def split_networks() -> dict:
 
 
 @pytest.mark.parametrize("network", ["decoder", "ar"])
-def test_ranges_have_the_networks_keys_and_are_not_in_it(network: str) -> None:
+def test_segments_have_the_networks_keys_and_are_not_in_it(network: str) -> None:
     whole, split = split_networks()[network]
-    keys = [set(module.state_dict()) for module in (split, *split.ranges)]
+    keys = [set(module.state_dict()) for module in (split, *split.segments)]
     assert set.union(*keys) == set(whole.state_dict())
     assert sum(map(len, keys)) == len(whole.state_dict())
     parameters = {id(p) for p in split.parameters()}
-    assert not any(id(p) in parameters for part in split.ranges for p in part.parameters())
+    assert not any(id(p) in parameters for part in split.segments for p in part.parameters())
 
 
-def test_a_range_takes_a_hosts_prefix() -> None:
+def test_a_segment_takes_a_hosts_prefix() -> None:
     whole, _ = pair("patch of 1")
-    part = block_range(whole.config, range(1, 3), CPU, prefix="diffusion_model.")
+    part = block_segment(whole.config, range(1, 3), CPU, prefix="diffusion_model.")
     assert next(iter(part.state_dict())).startswith("diffusion_model.transformer_blocks.1.")
     assert part.holds("diffusion_model.transformer_blocks.2.attn1.to_q.weight")
     assert not part.holds("diffusion_model.transformer_blocks.20.attn1.to_q.weight")
@@ -132,44 +129,39 @@ def test_block_patches_see_the_numbers_of_the_whole() -> None:
     assert seen == [(0, 3), (1, 3), (2, 3)]
 
 
-# ---- no hop is missing ---------------------------------------------------------------------------
+# ---- no move between devices is missing ----------------------------------------------------------
 
 
-class ComesBack(TorchFunctionMode):
-    """Lets numbers come back from the meta device, which has none: as zeros.
+class Moves(TorchFunctionMode):
+    """Counts the moves of tensors to another device, and leaves one of them out.
 
-    Everything else there is torch's own: an operation over tensors of two devices is an error.
+    Numbers may come back from the meta device, which has none: as zeros. Everything else there is
+    torch's own: an operation over tensors of two devices is an error.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to and args[0].is_meta and args[1:] == (CPU,):
-            return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-class Hops:
-    """Counts hops, and leaves one of them out."""
-
     def __init__(self, missing: int | None = None) -> None:
+        super().__init__()
         self.missing = missing
         self.count = 0
 
-    def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
-        needed = x.device != device
-        self.count += needed
-        return x if needed and self.count == self.missing else hop(x, device)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and isinstance(args[1], torch.device):
+            x, device = args
+            self.count += x.device != device
+            if x.device != device and self.count == self.missing:
+                return x
+            if x.is_meta and device == CPU:
+                return torch.zeros(x.shape, dtype=x.dtype)
+        return func(*args, **(kwargs or {}))
 
 
-def every_hop_is_needed(monkeypatch, modules: list, run: Callable[[], object]) -> int:
-    """Run it whole, then with each hop left out in turn, which must fail; how many there are."""
+def every_move_is_needed(run: Callable[[], object]) -> int:
+    """Run it whole, then with each move left out in turn, which must fail; how many there are."""
 
     def run_without(missing: int | None) -> int:
-        hops = Hops(missing)
-        for module in modules:
-            monkeypatch.setattr(module, "hop", hops)
-        with ComesBack():
+        with Moves(missing) as moves:
             run()
-        return hops.count
+        return moves.count
 
     total = run_without(None)
     for missing in range(1, total + 1):
@@ -179,30 +171,30 @@ def every_hop_is_needed(monkeypatch, modules: list, run: Callable[[], object]) -
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
-def test_no_hop_of_the_decoder_is_missing(monkeypatch, cuts: tuple[int, ...]) -> None:
+def test_no_move_of_the_decoder_is_missing(cuts: tuple[int, ...]) -> None:
     whole, _ = pair("patch of 1")
-    split = split_decoder(whole, cuts, home=META)
+    split = split_decoder(whole, cuts, device=META)
     args = inputs(whole.config, rows=2, cols=2)
-    found = every_hop_is_needed(monkeypatch, [decoder_module], lambda: split(**args))
+    found = every_move_is_needed(lambda: split(**args))
     assert found == 2 * len(cuts) + 3 + 1  # cos and sin a range; img, txt, vec; img back
 
 
-def test_no_hop_of_the_decoder_over_a_reference_is_missing(monkeypatch) -> None:
+def test_no_move_of_the_decoder_over_a_reference_is_missing() -> None:
     whole, _ = pair("patch of 1")
-    split = split_decoder(whole, (1,), home=META)
+    split = split_decoder(whole, (1,), device=META)
     (image, _) = reference_images(whole.config)
 
     def run() -> None:
         pairs = list(split.reference_keys_values(image["x"], image["tokens"], image["size"]))
         assert [key.device for key, _ in pairs] == [CPU, META, META]
 
-    assert every_hop_is_needed(monkeypatch, [decoder_module], run) == 2 + 3
+    assert every_move_is_needed(run) == 2 + 3
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3,), (1, 3)])
 @pytest.mark.parametrize("step", [True, False], ids=["step", "block"])
-def test_no_hop_of_the_ar_model_is_missing(monkeypatch, cuts: tuple[int, ...], step: bool) -> None:
-    split = split_ar(ar_pair("deep").model, cuts, home=META)
+def test_no_move_of_the_ar_model_is_missing(cuts: tuple[int, ...], step: bool) -> None:
+    split = split_ar(ar_pair("deep").model, cuts, device=META)
     ids = torch.zeros(1, 1 if step else 3, dtype=torch.int64)
     rope = rope_table(split.config, torch.arange(ids.shape[1]).expand(3, -1), torch.float32)
     cache = split.new_cache(1, SPAN, CPU, torch.float32)
@@ -219,6 +211,6 @@ def test_no_hop_of_the_ar_model_is_missing(monkeypatch, cuts: tuple[int, ...], s
     def run() -> None:
         assert split(ids, rope, reading, torch.float32).device == CPU
 
-    found = every_hop_is_needed(monkeypatch, [ar_model, kv_cache], run)
+    found = every_move_is_needed(run)
     each = 3 if step else 1  # rope; a step's position and mask: once for every range
     assert found == each * len(cuts) + 2  # and the states there and back

@@ -73,7 +73,7 @@ def blocks(model: Any) -> list[nn.Module]:
     network = model.model.diffusion_model
     return [
         *network.transformer_blocks,
-        *(block for part in network.ranges for block in part.layers),
+        *(block for part in network.segments for block in part.layers),
     ]
 
 

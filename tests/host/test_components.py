@@ -12,7 +12,7 @@ from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import weights
-from glm_image.nodes.host.telling_patcher import TellingPatcher
+from glm_image.nodes.host.patchers import NotifyingPatcher
 from helpers import relative_error, same, stages
 from safetensors.torch import save_file
 from tape import Tape
@@ -250,7 +250,7 @@ def test_every_patcher_can_be_rebuilt_from_its_factory(run, component: str) -> N
     patcher = patchers(run)[component]
     factory, arguments = patcher.cached_patcher_init
     rebuilt = factory(*arguments, disable_dynamic=True)
-    assert type(rebuilt) in (ModelPatcher, TellingPatcher)  # neither is dynamic
+    assert type(rebuilt) in (ModelPatcher, NotifyingPatcher)  # neither is dynamic
     assert rebuilt.model is not patcher.model
     ours, theirs = patcher.model.state_dict(), rebuilt.model.state_dict()
     assert ours.keys() == theirs.keys()

@@ -13,14 +13,14 @@ from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from glm_image.glm_core.placement.plan import GIB, Device
-from glm_image.glm_core.split import current
+from glm_image.glm_core.split import on_device
 from glm_image.nodes.host import decoder, devices, plan
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
-from glm_image.nodes.host.devices import Place
+from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.encode import encode_references
 from glm_image.nodes.host.glyph import load_glyph_encoder
-from glm_image.nodes.host.patchers import LimitedPatcher, make_patcher, with_ranges
+from glm_image.nodes.host.patchers import LimitedPatcher, make_patcher, with_segments
 from glm_image.nodes.host.vae import load_vae
 from helpers import planned, same, stages
 from torch import Tensor
@@ -88,7 +88,7 @@ def test_without_a_gpu_everything_is_on_the_cpu(nodes) -> None:
     assert {part.device for part in found.plan.parts} == {"cpu"}
     assert "ar asks for gpu:0 and gpu:1, which this machine does not have" in table
     assert "decoder asks for gpu:1, which this machine does not have" in table
-    assert found.place("ar") == Place(CPU, CPU)
+    assert found.placement("ar") == Placement(CPU, CPU)
 
 
 @pytest.fixture
@@ -111,11 +111,11 @@ def test_stages_go_to_the_devices_of_the_plan(nodes, two_gpus) -> None:
     assert names == [["auto", "cpu", "gpu:0", "gpu:1"]] * 4
     found, _ = planned(nodes, vae="cpu", glyph="gpu:1", decoder_split="gpu:1=0-0,gpu:0=1-1")
     first, second = (torch.device("meta", i) for i in range(2))
-    assert found.place("vae").load == CPU
-    assert found.place("glyph").load == second
-    decoder = found.place("decoder")
+    assert found.placement("vae").load == CPU
+    assert found.placement("glyph").load == second
+    decoder = found.placement("decoder")
     assert decoder.load == second
-    assert [(numbers, there.load) for numbers, there in decoder.further] == [(range(1, 2), first)]
+    assert [(numbers, there.load) for numbers, there in decoder.segments] == [(range(1, 2), first)]
 
 
 def test_what_comfyui_can_evict_counts_as_free(monkeypatch, whole) -> None:
@@ -218,7 +218,7 @@ def test_every_range_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None
     comfy.model_management.unload_all_models()
     decode(nodes, whole, split[1], steps=1)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
-    parts = with_ranges(split[1])
+    parts = with_segments(split[1])
     assert len(parts) == 2
     assert all(any(part.is_clone(other) for other in loaded) for part in parts)
     sizes = [part.loaded_size() for part in parts]
@@ -230,7 +230,7 @@ def test_every_range_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None
 
 def test_a_clone_has_clones_of_the_ranges(split) -> None:
     for patcher in (split[0].patcher, split[1]):
-        (part,), (cloned,) = with_ranges(patcher)[1:], with_ranges(patcher.clone())[1:]
+        (part,), (cloned,) = with_segments(patcher)[1:], with_segments(patcher.clone())[1:]
         assert cloned is not part
         assert cloned.model is part.model
 
@@ -267,10 +267,10 @@ def test_the_native_lora_loader_reaches_every_range(nodes, whole, split, native_
         comfy.sd.load_lora_for_models(patcher, None, native_lora, 1.0, 0.0)[0]
         for patcher in (split[1], whole.model)
     )
-    own, (part,) = model.patches, with_ranges(model)[1:]
+    own, (part,) = model.patches, with_segments(model)[1:]
     assert list(own) == ["diffusion_model.transformer_blocks.0.ff.net.2.weight"]
     assert list(part.patches) == ["diffusion_model.transformer_blocks.1.ff.net.2.weight"]
-    assert not with_ranges(split[1])[1].patches
+    assert not with_segments(split[1])[1].patches
     expected = decode(nodes, whole, expected_model)
     assert not same(expected, whole.latent["samples"])
     assert same(decode(nodes, whole, model), expected)
@@ -299,7 +299,7 @@ def test_our_lora_loader_reaches_every_range_of_the_ar_model(whole, split) -> No
     assert sorted(added) == sorted(set(weights))
     numbers = [
         {key.split("layers.")[1].split(".")[0] for key in part.patches if "layers." in key}
-        for part in with_ranges(model)
+        for part in with_segments(model)
     ]
     assert numbers == [{"0"}, {"1"}]
 
@@ -325,7 +325,7 @@ def test_a_split_model_is_rebuilt_split_from_its_factory(split, part: str) -> No
     factory, arguments = patcher.cached_patcher_init
     rebuilt = factory(*arguments, disable_dynamic=True)
     assert type(rebuilt) is type(patcher)
-    assert len(with_ranges(rebuilt)) == 2
+    assert len(with_segments(rebuilt)) == 2
 
 
 # ---- least memory --------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_split_model_is_rebuilt_split_from_its_factory(split, part: str) -> No
 def test_a_limited_patcher_leaves_the_rest_in_host_memory(nodes, whole) -> None:
     patcher = load(nodes, "Decoder", "small", "default")
     limit = patcher.model_size() // 2
-    limited = make_patcher(patcher.model, Place(CPU, CPU, limit))
+    limited = make_patcher(patcher.model, Placement(CPU, CPU, limit))
     assert type(limited) is LimitedPatcher
     for _ in range(2):  # and no more of it the second time
         limited.clone().partially_load(CPU, 1e32)
@@ -342,24 +342,24 @@ def test_a_limited_patcher_leaves_the_rest_in_host_memory(nodes, whole) -> None:
     limited.detach()
 
 
-def run_all(nodes, whole, place: Place | None) -> list:
+def run_all(nodes, whole, placement: Placement | None) -> list:
     """Every stage anew with `place`; the patchers, when all has come out as it should."""
-    ar = load_ar("small", place=place)
+    ar = load_ar("small", placement=placement)
     tokens, _ = ar.sample(PROMPT, *SIZE, whole.seed, 1, SamplingOptions())
     assert same(tokens.tokens, whole.tokens.tokens)
-    clip = load_glyph_encoder("small", place)
+    clip = load_glyph_encoder("small", placement)
     glyphs, _ = nodes["GLMImageGlyphEncode"].execute(clip, PROMPT).result
     assert same(glyphs[0][0], whole.positive[0][0])
-    model = load_decoder("small", place=place)
+    model = load_decoder("small", placement=placement)
     assert same(decode(nodes, whole, model), whole.latent["samples"])
-    vae = load_vae("small", place)
+    vae = load_vae("small", placement)
     assert same(vae.decode(whole.latent["samples"]), whole.image)
     return [ar.patcher, clip.patcher, model, vae.patcher]
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_stages_of_which_little_may_lie_on_the_device(nodes, whole, limit: int) -> None:
-    ar, _, model, vae = run_all(nodes, whole, Place(CPU, CPU, limit))
+    ar, _, model, vae = run_all(nodes, whole, Placement(CPU, CPU, limit))
     assert all(patcher.loaded_size() <= limit for patcher in (ar, model, vae))
 
 
@@ -430,10 +430,12 @@ def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monk
     """For what works on the current device wherever its tensors lie: graphs, streams, Triton."""
     there = torch.device("cpu", 0)
     # A latent that has come to the CPU does not say its number, as one on an accelerator does.
-    monkeypatch.setattr(decoder, "current", lambda device: current(torch.device(device.type, 0)))
-    place = Place(there, CPU)
-    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
-    clip, seen = load_glyph_encoder("small", place=place), {}
+    monkeypatch.setattr(
+        decoder, "on_device", lambda device: on_device(torch.device(device.type, 0))
+    )
+    placement = Placement(there, CPU)
+    ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
+    clip, seen = load_glyph_encoder("small", placement=placement), {}
     handles = [
         layer.register_forward_pre_hook(lambda *_, n=name: seen.update({n: [*entered]}))
         for name, layer in layers_of(ar, model, clip).items()
@@ -453,9 +455,9 @@ def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monk
 
 def test_a_ranges_device_is_the_current_one_while_its_layers_run(nodes, whole, entered) -> None:
     there, seen = torch.device("cpu", 0), []
-    place = Place(CPU, CPU, further=((range(1, 2), Place(there, CPU)),))
-    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
-    layers = [with_ranges(patcher)[1].model.layers[0] for patcher in (ar.patcher, model)]
+    placement = Placement(CPU, CPU, segments=((range(1, 2), Placement(there, CPU)),))
+    ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
+    layers = [with_segments(patcher)[1].model.layers[0] for patcher in (ar.patcher, model)]
     for layer in (*layers, ar.patcher.model.lm_head, model.model.diffusion_model.proj_out):
         layer.register_forward_pre_hook(lambda *_, a=layer in layers: seen.append((a, [*entered])))
     nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)

@@ -14,10 +14,10 @@ from glm_image.glm_core.placement.plan import GIB
 from glm_image.nodes.host import devices
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
-from glm_image.nodes.host.devices import Place
+from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.encode import encode_references
 from glm_image.nodes.host.memory import memory_for
-from glm_image.nodes.host.patchers import with_ranges
+from glm_image.nodes.host.patchers import with_segments
 from helpers import same, stages
 
 PROMPT = "a door with 'PULL' on it"
@@ -147,14 +147,14 @@ def room(monkeypatch) -> dict[torch.device, int]:
 @pytest.fixture(scope="module")
 def split_run(run):
     """The same run with a block of the AR model and of the decoder on each of two devices."""
-    place = Place(CPU, CPU, further=((range(1, 2), Place(OTHER, CPU)),))
-    ar, model = load_ar("small", place=place), load_decoder("small", place=place)
+    placement = Placement(CPU, CPU, segments=((range(1, 2), Placement(OTHER, CPU)),))
+    ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
     return replace(run, ar=ar, model=model)
 
 
 def last_layer(stage: str, run) -> torch.nn.Module:
     patcher = run.ar.patcher if stage == "The AR model" else run.model
-    return with_ranges(patcher)[1].model.layers[0]
+    return with_segments(patcher)[1].model.layers[0]
 
 
 SPLIT = {"The AR model": "ar", "The decoder": "decoder", "The reference cache": "decoder"}
@@ -213,7 +213,9 @@ def test_the_sentence_has_the_bytes_of_the_full_device(room) -> None:
 
 
 def test_each_device_needs_the_kv_cache_of_its_own_layers(run) -> None:
-    ar = load_ar("deep", place=Place(CPU, CPU, further=((range(1, 4), Place(OTHER, CPU)),)))
+    ar = load_ar(
+        "deep", placement=Placement(CPU, CPU, segments=((range(1, 4), Placement(OTHER, CPU)),))
+    )
     layer = memory.kv_cache(ar.config, 2, 100, ar.dtype)
     work = memory.ar(ar.config, 50, ar.dtype)
     assert ar.config.layers == 4

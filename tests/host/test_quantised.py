@@ -28,8 +28,8 @@ from glm_image.glm_core.quant.packing import FORMATS
 from glm_image.nodes.host import step_graphs
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
-from glm_image.nodes.host.devices import Place
-from glm_image.nodes.host.patchers import with_ranges
+from glm_image.nodes.host.devices import Placement
+from glm_image.nodes.host.patchers import with_segments
 from helpers import planned, relative_error, same, stages
 from safetensors.torch import load_file, save_file
 from tape import Recorder
@@ -81,7 +81,7 @@ def logits(ar, *, memory: float | None = None) -> Tensor:
     """Teacher-forced logits [L, codebook] of a short sequence; under a memory limit, if given."""
     comfy.model_management.unload_all_models()
     if memory is None:
-        comfy.model_management.load_models_gpu(with_ranges(ar.patcher))
+        comfy.model_management.load_models_gpu(with_segments(ar.patcher))
     else:
         ar.patcher.patch_model(ar.patcher.load_device, lowvram_model_memory=memory)
     try:
@@ -416,7 +416,7 @@ def output(nodes, run, model) -> Tensor:
 def test_a_split_file_is_the_whole_one(nodes, run, files, dtype, kind) -> None:
     name = files[STAGES[kind], dtype]
     whole, split = load(nodes, kind, name), load_split(nodes, kind, name)
-    assert len(with_ranges(patcher_of(split))) == 2
+    assert len(with_segments(patcher_of(split))) == 2
     assert same(output(nodes, run, split), output(nodes, run, whole))
     if kind == "AR":
         ours, theirs = (
@@ -430,7 +430,7 @@ def test_a_split_file_is_the_whole_one(nodes, run, files, dtype, kind) -> None:
 def test_a_plan_counts_each_ranges_bytes_in_the_file(nodes, files, dtype, kind) -> None:
     name = files[STAGES[kind], dtype]
     parts = split_plan(nodes, name).plan.of_stage(STAGES[kind])
-    patchers = with_ranges(patcher_of(load_split(nodes, kind, name)))
+    patchers = with_segments(patcher_of(load_split(nodes, kind, name)))
     for part, patcher in zip(parts, patchers, strict=True):
         held = sum(weight.nbytes for weight in patcher.model.parameters())
         assert part.weights == pytest.approx(held, rel=1e-3 if dtype == "fp8" else 0)  # its scales
@@ -447,11 +447,11 @@ def test_a_lora_of_a_later_range_is_as_on_the_whole_model(
 ) -> None:
     """Also with every layer streamed, to which it is added on the way."""
     lora, name = write_lora(run, block=1), files[STAGES[kind], dtype]
-    place = Place(CPU, CPU, limit)
-    split_place = replace(place, further=((range(1, 2), place),))
+    placement = Placement(CPU, CPU, limit)
+    split_place = replace(placement, segments=((range(1, 2), placement),))
     outputs = []
-    for there in (place, split_place):
-        model = {"AR": load_ar, "Decoder": load_decoder}[kind](name, place=there)
+    for there in (placement, split_place):
+        model = {"AR": load_ar, "Decoder": load_decoder}[kind](name, placement=there)
         plain = output(nodes, run, model)
         if kind == "AR":
             _, patched = with_lora(nodes, lora, None, model)
@@ -462,7 +462,7 @@ def test_a_lora_of_a_later_range_is_as_on_the_whole_model(
         assert same(output(nodes, run, model), plain)
     assert same(*outputs)
     layers = {"AR": AR_LAYER, "Decoder": f"diffusion_model.{DECODER_LAYER}"}
-    changed = [list(part.patches) for part in with_ranges(patcher_of(patched))]
+    changed = [list(part.patches) for part in with_segments(patcher_of(patched))]
     assert changed == [[], [layers[kind].replace(".0.", ".1.") + ".weight"]]
 
 
@@ -476,7 +476,7 @@ def scale_of(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", STAGES)
 def test_scales_go_where_their_range_goes(nodes, files, kind) -> None:
     """fp8's are beside the numbers in the host's tensor; ours are among the bytes."""
-    own, part = with_ranges(patcher_of(load_split(nodes, kind, files[STAGES[kind], "fp8"])))
+    own, part = with_segments(patcher_of(load_split(nodes, kind, files[STAGES[kind], "fp8"])))
     part.patch_model(META)
     homes = [
         {
@@ -496,11 +496,11 @@ def test_each_range_multiplies_fp8_as_its_own_device_can(nodes, files, monkeypat
         comfy.model_management, "supports_fp8_compute", lambda device=None: device == able
     )
     for first, second in ((CPU, able), (able, CPU)):
-        place = Place(first, CPU, further=((range(1, 2), Place(second, CPU)),))
+        placement = Placement(first, CPU, segments=((range(1, 2), Placement(second, CPU)),))
         model = {"AR": load_ar, "Decoder": load_decoder}[kind](
-            files[STAGES[kind], "fp8"], place=place
+            files[STAGES[kind], "fp8"], placement=placement
         )
-        for patcher, device in zip(with_ranges(patcher_of(model)), (first, second), strict=True):
+        for patcher, device in zip(with_segments(patcher_of(model)), (first, second), strict=True):
             layers = [m for m in patcher.model.modules() if getattr(m, "layout_type", None)]
             assert layers
             assert all(layer._full_precision_mm == (device != able) for layer in layers)
