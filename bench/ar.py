@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from glm_core.ar.cache import BlockPass, attend_to_span, span_of, step_mask
-from glm_core.ar.logits import SamplingOptions
 from glm_core.ar.model import ARModel, rope_table
 from glm_core.ar.prompt import Prompt
-from glm_core.ar.replay import CudaGraphs
-from glm_core.ar.sampler import Run, sample_tokens
-from glm_core.ar.step import EagerRunner, ReplayRunner, Runner, StepShape
+from glm_core.ar.replay import CudaGraphs, EagerRunner, ReplayRunner, Runner
+from glm_core.ar.sampler import SamplingRun, sample_tokens
+from glm_core.ar.step import SamplingOptions, StepShape, set_target, step
 from glm_core.data.grids import Grid, preview_grid, text_positions, token_grid
 from glm_core.quant.packing import FORMATS
 from scripts.measure_quantised import quantised
@@ -66,10 +65,10 @@ class ARBench:
             return EagerRunner()
         return ReplayRunner(partial(CudaGraphs, self.bench.device))
 
-    def run(self, batch: int = 1, **how) -> Run:
+    def run(self, batch: int = 1, **how) -> SamplingRun:
         options = how.pop("options", SamplingOptions())
         how.setdefault("runner", self.runner)
-        return Run(0, batch, options, self.bench.device, self.dtype, **how)
+        return SamplingRun(0, batch, options, self.bench.device, self.dtype, **how)
 
     def generate(self, grid: Grid, batch: int, cells: int, greedy: bool = False) -> Tensor:
         """`transformers.generate`, told not to write what is no semantic token."""
@@ -128,10 +127,10 @@ class ARBench:
 
     def step_rows(self, grid: Grid) -> Iterator[Row]:
         """One token in the middle of the large grid, and what of it the linear layers take."""
-        step, linears = self.our_step(grid, 1), self.linear_layers()
+        ours, linears = self.our_step(grid, 1), self.linear_layers()
         theirs = self.their_step(self.middle(grid))
-        yield self.bench.row("AR step", step, theirs, floor_seconds=self.least_seconds())
-        yield self.bench.row("AR step, beside its linear layers alone", step, linears)
+        yield self.bench.row("AR step", ours, theirs, floor_seconds=self.least_seconds())
+        yield self.bench.row("AR step, beside its linear layers alone", ours, linears)
         yield self.bench.row("transformers' step, beside the linear layers alone", theirs, linears)
 
     @staticmethod
@@ -161,13 +160,10 @@ class ARBench:
         buffers = runner.buffers(model, shape)
         positions = text_positions(shape.length).to(self.bench.device)
         buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
-        buffers.aim(at - PROMPT_LENGTH + 1, 0, at, width)
+        set_target(buffers, at - PROMPT_LENGTH + 1, 0, at, width)
         span = span_of(at + width)
 
-        def step() -> None:
-            runner.run(lambda: buffers.step(model, span), span)
-
-        return step
+        return lambda: runner.run(lambda: step(model, buffers, span), span)
 
     def their_step(self, at: int) -> Callable[[], Tensor]:
         """transformers' forward of one id on a cache of `at` positions, and its own sampling."""
@@ -179,7 +175,7 @@ class ARBench:
         one = torch.zeros(1, 1, dtype=torch.long, device=device)
         here = torch.full((3, 1, 1), at, device=device)
 
-        def step() -> Tensor:
+        def read_one() -> Tensor:
             logits = self.reference(
                 input_ids=one, position_ids=here, past_key_values=cache, use_cache=True
             ).logits[:, -1]
@@ -190,7 +186,7 @@ class ARBench:
             scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
             return torch.multinomial(scores.softmax(dim=-1), 1)
 
-        return step
+        return read_one
 
     def attention_row(self, grid: Grid) -> Row:
         """The last step's attention in all layers, beside the same by products and a softmax."""

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..glm_core.ar.logits import SamplingOptions
+from ..glm_core.ar.step import SamplingOptions
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens

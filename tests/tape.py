@@ -1,8 +1,8 @@
-"""A recording of a step on the CPU, in the place of a CUDA graph.
+"""A recording of a step on the CPU, in place of a CUDA graph.
 
-It keeps what a graph keeps, the operations with the addresses they read and write, so whatever a
-step takes from the host, be it a number or a shape, is baked in and shows as wrong tokens. It
-refuses to let a step read the device.
+Like a graph it records operations with the addresses they read and write. Whatever a step takes
+from Python, a number or a shape, is fixed in the recording and shows as wrong tokens. A step that
+reads a value back from the device fails.
 """
 
 import torch
@@ -17,7 +17,7 @@ class DeviceReadError(Exception):
 
 
 class Tape(TorchDispatchMode):
-    """A step's operations; calling the tape does them again on the same memory."""
+    """A step's operations; calling the tape runs them again on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -37,9 +37,9 @@ class Tape(TorchDispatchMode):
 
     def __call__(self):
         for func, args, kwargs, outputs in self.calls:
-            for kept, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
-                    kept.copy_(new)
+            for recorded, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(recorded, torch.Tensor) and recorded.data_ptr() != new.data_ptr():
+                    recorded.copy_(new)
 
 
 class Recorder:

@@ -1,6 +1,6 @@
-"""The AR model's KV cache, and the two ways a pass meets it: a block of ids, or a static step.
+"""The AR model's KV cache, and the two kinds of attention pass over it: a block of ids, or a step.
 
-A pass writes its keys and values and attends to all that has been written so far.
+A pass writes its own keys and values, and attends to all positions written so far.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPAN = 256
-"""A step attends to a multiple of this many positions, so that few shapes serve a whole image."""
+"""A step attends to a multiple of this many positions: few shapes serve a whole image."""
 
 
 class KVCache:
-    """Keys and values, allocated once, those of each layer where it computes.
+    """Keys and values, allocated once, each layer's on the device where it computes.
 
-    Zeros, for a step weighs positions that nobody has written with 0, and 0 * NaN is NaN.
+    They begin as zeros: a step gives unwritten positions the weight 0, and 0 * NaN is NaN.
 
-    layers: for each a view [(k, v), B, kv_heads, length, D].
+    layers: for each layer a view [(k, v), B, kv_heads, length, D].
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class KVCache:
         *,
         dtype: torch.dtype,
     ) -> None:
-        """segments: devices and how many layers in a row each computes."""
+        """segments: devices, and how many layers in a row each computes."""
         self.length = length
         self._data = [
             torch.zeros((layers, 2, batch, kv_heads, length, head_dim), device=device, dtype=dtype)
@@ -46,23 +46,23 @@ class KVCache:
         return sum(data.nbytes for data in self._data)
 
     def copy_prefix(self, other: "KVCache", length: int) -> None:
-        """Begin with the first `length` positions of `other`, of this batch or of batch 1."""
+        """Copy the first `length` positions of `other`, whose batch is the same or 1."""
         for mine, theirs in zip(self._data, other._data, strict=True):
             mine[..., :length, :] = theirs[..., :length, :]
 
 
-class Pass(Protocol):
-    """What attention is given: the cache, and where this pass stands in it."""
+class AttentionPass(Protocol):
+    """What the layers attend with: the cache, and the positions that this pass reads."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
 
-    def to(self, device: torch.device) -> "Pass":
-        """The same pass for layers that compute there."""
+    def to(self, device: torch.device) -> "AttentionPass":
+        """The same pass for layers that compute on that device."""
 
 
 class BlockPass:
-    """Ids that continue a sequence of `start` positions, each attending to itself and before."""
+    """Ids after `start` positions of a sequence; each attends to itself and all before it."""
 
     def __init__(self, cache: KVCache, start: int) -> None:
         self.cache = cache
@@ -76,7 +76,7 @@ class BlockPass:
         written = self.cache.layers[layer][..., :end, :]
         written[0, :, :, self.start :] = k
         written[1, :, :, self.start :] = v
-        # Every query head its own keys: no kernel but CUDA's unmasked one shares them as fast.
+        # Keys are repeated for every query head: with a mask, no kernel is as fast on shared ones.
         keys, values = written.repeat_interleave(heads // k.shape[1], dim=2)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -88,11 +88,11 @@ class BlockPass:
         return out.transpose(1, 2).flatten(2)
 
     def to(self, device: torch.device) -> "BlockPass":
-        """Its mask is made anew where it is needed."""
+        """The mask is made anew on the device."""
         return BlockPass(self.cache, self.start)
 
     def _causal(self, length: int, device: torch.device) -> Tensor | None:
-        """[L, start + L], made once a pass; where the block starts a sequence there is none."""
+        """bool [L, start + L], made once a pass; a block at the start of a sequence needs none."""
         if self.start == 0 or length == 1:
             return None
         if self._mask is None:
@@ -103,11 +103,11 @@ class BlockPass:
 
 @dataclass(frozen=True)
 class StepPass:
-    """Some ids for every sample at positions that only the device knows: nothing depends on them.
+    """A few ids for every sample, at positions in device memory: no shape depends on them.
 
     Args:
         position: int64 [L], of ids that follow each other.
-        mask: 0 or -inf in the model's dtype [L * heads / kv_heads, span], see `step_mask`.
+        mask: 0 or -inf in the model's dtype, [L * heads / kv_heads, span], see `step_mask`.
     """
 
     cache: KVCache
@@ -120,7 +120,7 @@ class StepPass:
         keys.index_copy_(2, self.position, k.transpose(1, 2))
         values.index_copy_(2, self.position, v.transpose(1, 2))
         span = self.mask.shape[-1]
-        # The heads that share keys stand as queries of one head: their keys are read once.
+        # Heads that share keys become queries of one head, so that the keys are read once.
         q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
         together = q.reshape(batch, kv_heads, -1, head_dim)
         out = attend_to_span(together, keys[:, :, :span], values[:, :, :span], self.mask)
@@ -131,19 +131,19 @@ class StepPass:
 
 
 def attend_to_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Few queries, q [B, H, Q, D], to many keys, k and v [B, H, span, D]: [B, H, Q, D].
+    """Few queries, q [B, H, Q, D], over many keys, k and v [B, H, span, D]: [B, H, Q, D].
 
-    Two products and a softmax over all scores may be faster in bf16, which `make bench` tells, but
-    they round every score to it.
+    Two products and a softmax may be faster in bf16 (`make bench` shows it), but they round every
+    score to bf16.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:
-    """What ids at `position` (int64 [L]) see of the first `span` positions: [L * sharing, span].
+    """The mask of ids at `position`, int64 [L], over `span` positions: [L * sharing, span].
 
     Args:
-        sharing: heads that share keys, which stand as so many queries of each id.
+        sharing: how many heads share keys; each id has so many queries.
     """
     unseen = torch.arange(span, device=position.device) > position[:, None]
     mask = torch.zeros(unseen.shape, dtype=dtype, device=position.device)
@@ -152,5 +152,5 @@ def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> 
 
 
 def span_of(positions: int) -> int:
-    """The fewest positions, a multiple of `SPAN`, that hold so many."""
+    """`positions` rounded up to a multiple of `SPAN`."""
     return -(-positions // SPAN) * SPAN

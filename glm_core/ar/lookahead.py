@@ -1,8 +1,9 @@
-"""Guesses for a row that is not written yet, by which one pass may write several of its cells.
+"""Guesses for a row that is not written yet, so that one step may write several of its cells.
 
 Jacobi decoding (Santilli et al., "Accelerating Transformer Inference for Translation via Parallel
-Decoding", ACL 2023) with each position's own noise: a cell's draw is fixed by what comes before it,
-so a guess that equals its own draw is the token that cell by cell would have been written.
+Decoding", ACL 2023) with each position's own noise: a cell's draw depends only on the cells before
+it. A guess that equals the draw after right guesses is therefore the token that would have been
+written cell by cell.
 """
 
 import torch
@@ -12,16 +13,17 @@ from ..data.grids import Grid
 
 
 def guess_row(above: Tensor | None, preview: Tensor | None, grid: Grid, row: int) -> Tensor | None:
-    """A row of a grid from what is finished: the row above it, or the preview under it.
+    """Guess a row from finished cells: the row above it and the preview.
 
-    The row above, where the preview shows the same in both rows; else the preview's own token.
+    Where the preview shows the same token for both rows, the guess is the cell above; elsewhere it
+    is the preview's token.
 
     Args:
         above: int64 [B, columns], None for the first row.
         preview: int64 [B, ph, pw] of the same image, None where there is none.
 
     Returns:
-        int64 [B, columns], or None where there is nothing to guess from.
+        int64 [B, columns], or None if there is nothing to guess from.
     """
     if preview is None:
         return above
@@ -39,8 +41,9 @@ def _under(preview: Tensor, grid: Grid, row: int) -> Tensor:
 
 
 def accepted(draws: Tensor, guesses: Tensor) -> Tensor:
-    """How many of the draws [B, W] are final in every sample, given the guesses [B, W] that they
-    were drawn after: those up to the first that was guessed wrong, and that one. int64 [].
+    """How many of the draws [B, W], made after the guesses [B, W], are final in every sample.
+
+    Those up to the first that was guessed wrong, and that one itself: int64 [].
     """
     right = (draws == guesses).all(dim=0)[:-1]  # whatever the last guess was, nothing followed it
     return right.long().cumprod(dim=0).sum() + 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GLMImageError
 from ..split import LayerSegment, on_device, own_layers
-from .cache import KVCache, Pass
+from .cache import AttentionPass, KVCache
 from .row_linear import RowOperations
 
 
@@ -162,7 +162,7 @@ class ARModel(nn.Module):
         )
 
     def forward(
-        self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype, tail: int = 1
+        self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype, tail: int = 1
     ) -> Tensor:
         """Read ids into the cache.
 
@@ -215,7 +215,9 @@ class TextModel(nn.Module):
         )
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
 
-    def forward(self, ids: Tensor, rope: Tensor, reading: Pass, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype
+    ) -> Tensor:
         """ids [B, L] to hidden states [B, L, hidden_size]"""
         x = self.embed_tokens(ids).to(dtype)
         angles = _angles(rope)
@@ -265,7 +267,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, operations=operations, **layer)
         self.post_mlp_layernorm = norm()
 
-    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, reading)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
@@ -288,7 +290,7 @@ class Attention(nn.Module):
         self.v_proj = operations.Linear(config.hidden_size, kv_width, **layer)
         self.o_proj = operations.Linear(width, config.hidden_size, **layer | {"bias": False})
 
-    def forward(self, x: Tensor, angles: Angles, reading: Pass) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
         # Views instead of einops, here where a step's time is Python's: [B, L, heads, D]
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))

@@ -1,23 +1,42 @@
-"""The next cells of every sample, as a step whose shapes and addresses never change.
+"""Writing tokens one after the other: prefill, step and draw, over buffers allocated once.
 
-What moves from step to step (which cells, at which positions, with which noise) is in buffers on
-the device, so the same step can be recorded once, as a CUDA graph, and replayed for a whole image.
+A step reads the id before its cell, attends to the cache, draws, and writes the token. Which cell,
+at which position and with which noise are numbers in buffers on the device. So every step has the
+same shapes and addresses and waits for nothing: it can be recorded once and replayed, see
+`replay.py`.
 """
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .cache import StepPass, step_mask
-from .logits import SamplingOptions, draw_token
+from ..errors import GLMImageError
+from .cache import BlockPass, KVCache, StepPass, step_mask
 from .lookahead import accepted
 from .model import ARModel
+from .philox import gumbel
 
-log = logging.getLogger(__name__)
+MIN_TEMPERATURE = 1e-30  # logits divided by less overflow float32
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The checkpoint's defaults; temperature 0 takes the likeliest token, top_k 0 keeps all."""
+
+    temperature: float = 0.9
+    top_p: float = 0.75
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE):
+            raise GLMImageError(
+                f"temperature is {self.temperature}: use 0 (greedy), or {MIN_TEMPERATURE} or more."
+            )
+        if not 0 <= self.top_p <= 1:
+            raise GLMImageError(f"top_p is {self.top_p}: use a value between 0 and 1.")
+        if self.top_k < 0:
+            raise GLMImageError(f"top_k is {self.top_k}: use 0 (off) or more.")
 
 
 @dataclass(frozen=True)
@@ -27,10 +46,10 @@ class StepShape:
     Args:
         cells: of all grids together.
         columns: of the widest grid.
-        length: positions that the cache has room for, a multiple of `kv_cache.SPAN`; the step that
-            writes the last cell reaches `width - 1` beyond it.
+        length: positions that the cache has room for, a multiple of `cache.SPAN`.
         dtype: what to compute in.
-        width: cells that a step draws, all but the first after guesses, see `lookahead.py`.
+        width: cells that a step draws; all but the first are drawn after guesses, see
+            `lookahead.py`.
     """
 
     batch: int
@@ -43,161 +62,191 @@ class StepShape:
     width: int = 1
 
 
+@dataclass(frozen=True, eq=False)
 class StepBuffers:
-    """A run's state on the device.
+    """The state of a sampling run, on the device.
 
-    What a step of several cells reaches beyond the last cell or column is there and never read.
+    `tokens` and `noise` are padded, so that a step of several cells may reach beyond the last one.
 
-    tokens: int64 [B, cells + width - 1], in the order in which they are written; cells of the row
+    tokens: int64 [B, cells + width - 1], in the order in which they are written. Cells of the row
         being written that are not final hold guesses.
-    rope: [2, length, head_dim], see `ar_model.rope_table`.
-    noise: float32 [B, columns + width - 1, codebook] of the row being written; None where greedy.
-    final: int64 [], of the cells that the last step drew, how many are final in every sample.
+    rope: [2, length, head_dim], see `model.rope_table`.
+    noise: float32 [B, columns + width - 1, codebook], of the row being written; None if greedy.
+    cell, column, position: int64 [width], of the cells to draw; `position` is that of the id
+        before each.
+    remaining: int64 [], how many cells from the first on may be written.
+    final: int64 [], how many of the cells that the last step drew are final in every sample.
     """
 
-    def __init__(self, model: ARModel, shape: StepShape) -> None:
-        config, beyond = model.config, shape.width - 1
-        place = {"device": shape.device, "dtype": shape.dtype}
-        whole = {"device": shape.device, "dtype": torch.int64}
-        self.shape = shape
-        self.cache = model.new_cache(shape.batch, shape.length, **place)
-        self.tokens = torch.zeros(shape.batch, shape.cells + beyond, **whole)
-        self.rope = torch.zeros(2, shape.length, config.head_dim, **place)
-        self.noise = (
-            torch.zeros(shape.batch, shape.columns + beyond, config.codebook, device=shape.device)
-            if shape.options.temperature
-            else None
+    shape: StepShape
+    cache: KVCache
+    tokens: Tensor
+    rope: Tensor
+    noise: Tensor | None
+    cell: Tensor
+    column: Tensor
+    position: Tensor
+    remaining: Tensor
+    final: Tensor
+    offsets: Tensor  # 0, 1, ... width - 1
+
+    @classmethod
+    def allocate(cls, model: ARModel, shape: StepShape) -> "StepBuffers":
+        config, padding = model.config, shape.width - 1
+        floats = {"device": shape.device, "dtype": shape.dtype}
+        integers = {"device": shape.device, "dtype": torch.int64}
+        noise = (shape.batch, shape.columns + padding, config.codebook)
+        return cls(
+            shape,
+            cache=model.new_cache(shape.batch, shape.length, **floats),
+            tokens=torch.zeros(shape.batch, shape.cells + padding, **integers),
+            rope=torch.zeros(2, shape.length, config.head_dim, **floats),
+            noise=torch.zeros(noise, device=shape.device) if shape.options.temperature else None,
+            cell=torch.zeros(shape.width, **integers),
+            column=torch.zeros(shape.width, **integers),
+            position=torch.zeros(shape.width, **integers),
+            remaining=torch.zeros((), **integers),
+            final=torch.ones((), **integers),
+            offsets=torch.arange(shape.width, **integers),
         )
-        # The cells to draw, their columns, and the positions of the ids before them.
-        self.cell, self.column, self.position = torch.zeros(3, shape.width, **whole)
-        self.left = torch.zeros((), **whole)  # cells from the first on that may be written
-        self.final = torch.ones((), **whole)
-        self._ahead = torch.arange(shape.width, **whole)
-
-    def aim(self, cell: int, column: int, position: int, left: int) -> None:
-        """Set what the next `step` draws; wait for nothing.
-
-        Args:
-            cell, column, position: of the first cell; `position` is that of the id before it.
-            left: cells from there on that are to be written; those after them keep their tokens.
-        """
-        torch.add(self._ahead, cell, out=self.cell)
-        torch.add(self._ahead, column, out=self.column)
-        torch.add(self._ahead, position, out=self.position)
-        self.left.fill_(left)
-
-    def step(self, model: ARModel, span: int) -> None:
-        """Read the ids at `position`, and draw the tokens of `cell`.
-
-        It reads and writes buffers alone, so it may be run again, and asks the device nothing.
-
-        Args:
-            span: how many positions of the cache to attend to; more than the last `position`.
-        """
-        ids = self.tokens.index_select(1, self.cell - 1)
-        rope = self.rope.index_select(1, self.position)
-        sharing = model.config.heads // model.config.kv_heads
-        mask = step_mask(self.position, sharing, span, self.shape.dtype)
-        reading = StepPass(self.cache, self.position, mask)
-        logits = model(ids, rope, reading, self.shape.dtype, self.shape.width)
-        if self.shape.width == 1:
-            self.draw(logits)
-        else:
-            self._draw_ahead(logits)
-
-    def draw(self, logits: Tensor) -> None:
-        """Draw the token of the first cell from its logits [B, 1, codebook]."""
-        drawn = self._drawn(logits, self.column[:1])
-        self.tokens.index_copy_(1, self.cell[:1], drawn)
-
-    def _draw_ahead(self, logits: Tensor) -> None:
-        """Draw all cells, each given the guesses before it: what is not final is the next guess."""
-        drawn = self._drawn(logits, self.column)
-        guesses = self.tokens.index_select(1, self.cell)
-        self.final.copy_(torch.minimum(accepted(drawn, guesses), self.left))
-        kept = torch.where(self._ahead < self.left, drawn, guesses)
-        self.tokens.index_copy_(1, self.cell, kept)
-
-    def _drawn(self, logits: Tensor, columns: Tensor) -> Tensor:
-        noise = None if self.noise is None else self.noise.index_select(1, columns)
-        return draw_token(logits, noise, self.shape.options)
 
 
-class Runner(Protocol):
-    """Who holds a run's buffers and runs its steps. A host's may replay what it has recorded."""
-
-    def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
-        """Buffers of that shape; an earlier run may have used them, but left no NaN."""
-
-    def run(self, step: Callable[[], None], span: int) -> None:
-        """Run a step of the buffers given last; steps of the same span are the same work."""
+# ---- prefill -----------------------------------------------------------------------------------
 
 
-class EagerRunner:
-    """Buffers made anew for each run, steps run as they come."""
+def prefill(model: ARModel, ids: Tensor, buffers: StepBuffers) -> Tensor:
+    """Read a prompt once for all samples.
 
-    def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
-        return StepBuffers(model, shape)
+    Args:
+        ids: int64 [1, L].
 
-    def run(self, step: Callable[[], None], span: int) -> None:
-        step()
-
-
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes a step, does its work or not, and gives a function that does it again."""
-
-
-class ReplayRunner:
-    """Records a step once for each span and replays it, also for later prompts of that shape.
-
-    What is recorded holds addresses, so it is dropped when the shape, the options or the place of
-    any weight is another than when it was made.
+    Returns:
+        Logits [B, 1, codebook] of the first cell.
     """
-
-    def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
-        """new_recorder: called anew after each `drop`, before the first recording."""
-        self._new_recorder = new_recorder
-        self.drop()
-
-    def drop(self) -> None:
-        """Let go of the buffers and of all that was recorded."""
-        self._made_for: tuple | None = None
-        self._buffers: StepBuffers | None = None
-        self._seen: set[int] = set()
-        self._record: Recorder | None = None
-        self._recorded: dict[int, Callable[[], None]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Of the cache that is held, beside which the other buffers are small."""
-        return 0 if self._buffers is None else self._buffers.cache.nbytes
-
-    def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
-        made_for = shape, tuple(weight.data_ptr() for weight in model.parameters())
-        if self._buffers is None or made_for != self._made_for:
-            self.drop()
-            self._buffers, self._made_for = StepBuffers(model, shape), made_for
-        return self._buffers
-
-    def run(self, step: Callable[[], None], span: int) -> None:
-        if span not in self._seen:  # the first one finds what a recording may not: kernels, room
-            self._seen.add(span)
-            step()
-            return
-        if span not in self._recorded:
-            self._recorded[span] = self._recording(step)
-        self._recorded[span]()
-
-    def _recording(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What does the step again: the step itself where the device refuses to record it."""
-        try:
-            self._record = self._record or self._new_recorder()
-            return self._record(step)
-        except RuntimeError as error:
-            log.warning("The AR model's steps run without graphs, slower: %s", error)
-            self._record = _as_it_is  # until all is dropped: the next span would be refused too
-            return step
+    shape, length = buffers.shape, ids.shape[1]
+    cache = model.new_cache(1, length, shape.device, shape.dtype)
+    logits = model(ids, buffers.rope[:, :length], BlockPass(cache, 0), shape.dtype)
+    buffers.cache.copy_prefix(cache, length)
+    return logits.expand(shape.batch, -1, -1)
 
 
-def _as_it_is(step: Callable[[], None]) -> Callable[[], None]:
-    return step
+def read_cells(model: ARModel, buffers: StepBuffers, cells: range, start: int) -> Tensor:
+    """Read cells that are written already, in one pass.
+
+    Args:
+        cells: those that the cache does not hold yet.
+        start: the position of the first of them.
+
+    Returns:
+        Logits [B, 1, codebook] of the cell after them.
+    """
+    ids = buffers.tokens[:, cells.start : cells.stop]
+    rope = buffers.rope[:, start : start + len(cells)]
+    return model(ids, rope, BlockPass(buffers.cache, start), buffers.shape.dtype)
+
+
+# ---- step --------------------------------------------------------------------------------------
+
+
+def set_target(buffers: StepBuffers, cell: int, column: int, position: int, remaining: int) -> None:
+    """Set what the next step draws; waits for nothing.
+
+    Args:
+        cell, column, position: of the first cell; `position` is that of the id before it.
+        remaining: cells from the first on that are to be written; those after keep their tokens.
+    """
+    torch.add(buffers.offsets, cell, out=buffers.cell)
+    torch.add(buffers.offsets, column, out=buffers.column)
+    torch.add(buffers.offsets, position, out=buffers.position)
+    buffers.remaining.fill_(remaining)
+
+
+def step(model: ARModel, buffers: StepBuffers, span: int) -> None:
+    """Write the target cells: one, or as many as were guessed right.
+
+    Args:
+        span: how many positions of the cache to attend to; more than the last position.
+    """
+    decode = decode_one_token if buffers.shape.width == 1 else decode_ahead
+    decode(model, buffers, span)
+
+
+def decode_one_token(model: ARModel, buffers: StepBuffers, span: int) -> None:
+    """Read the id before the target cell, draw the cell's token, and write it."""
+    write_token(buffers, next_logits(model, buffers, span))
+
+
+def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
+    """`decode_one_token` for several cells, each drawn after the guesses before it.
+
+    Draws that are not final are written too: they are the next guesses.
+    """
+    drawn = draw(buffers, next_logits(model, buffers, span), buffers.column)
+    guesses = buffers.tokens.index_select(1, buffers.cell)
+    buffers.final.copy_(torch.minimum(accepted(drawn, guesses), buffers.remaining))
+    tokens = torch.where(buffers.offsets < buffers.remaining, drawn, guesses)
+    buffers.tokens.index_copy_(1, buffers.cell, tokens)
+
+
+def next_logits(model: ARModel, buffers: StepBuffers, span: int) -> Tensor:
+    """Logits [B, width, codebook] of the target cells, given the ids before them."""
+    shape, config = buffers.shape, model.config
+    ids = buffers.tokens.index_select(1, buffers.cell - 1)
+    rope = buffers.rope.index_select(1, buffers.position)
+    mask = step_mask(buffers.position, config.heads // config.kv_heads, span, shape.dtype)
+    attention = StepPass(buffers.cache, buffers.position, mask)
+    return model(ids, rope, attention, shape.dtype, shape.width)
+
+
+# ---- draw --------------------------------------------------------------------------------------
+
+
+def set_noise(
+    buffers: StepBuffers, keys: Tensor, grid: int, row: int, columns: int, codebook: int
+) -> None:
+    """Fill in the Gumbel noise of a row, one sample at a time, which bounds the memory.
+
+    Args:
+        keys: int64 [B, 2], see `philox.sample_keys`.
+        grid: the grid's number in the random address.
+    """
+    if buffers.noise is None:
+        return
+    numbers = torch.arange(columns, device=keys.device)
+    for noise, key in zip(buffers.noise, keys, strict=True):
+        noise[:columns] = gumbel(key[None], grid, row, numbers, codebook)[0]
+
+
+def write_token(buffers: StepBuffers, logits: Tensor) -> None:
+    """Draw the first target cell from its logits [B, 1, codebook], and write it."""
+    buffers.tokens.index_copy_(1, buffers.cell[:1], draw(buffers, logits, buffers.column[:1]))
+
+
+def draw(buffers: StepBuffers, logits: Tensor, columns: Tensor) -> Tensor:
+    """Tokens int64 [B, W] from the logits [B, W, codebook] of cells in these columns."""
+    noise = None if buffers.noise is None else buffers.noise.index_select(1, columns)
+    return draw_token(logits, noise, buffers.shape.options)
+
+
+def draw_token(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
+    """Gumbel-max: ids int64 [...] from logits and noise [..., n]; without noise the likeliest."""
+    if noise is None:
+        return logits.argmax(dim=-1)
+    return (filter_logits(logits, options) + noise).argmax(dim=-1)
+
+
+def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Temperature, then top-k, then top-p, as transformers' logits warpers: float32 [..., n].
+
+    Candidates that drop out become -inf. The temperature must not be 0.
+    """
+    logits = logits.float() / options.temperature
+    if options.top_k:
+        kth = logits.topk(min(options.top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if options.top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return logits

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
-from ...glm_core.ar.logits import SamplingOptions
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.replay import CudaGraphs
-from ...glm_core.ar.sampler import Run, sample_from_references, sample_layout, sample_tokens
+from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
+from ...glm_core.ar.step import SamplingOptions
 from ...glm_core.data.grids import preview_grid, token_grid
 from ...glm_core.data.layout import (
     cells_outside,
@@ -50,7 +50,7 @@ from .weights import check_keys, load_weights, open_model, precision
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
 
 SHARE_OF_WEIGHTS = 0.8
-"""How much of a device's memory the AR's weights may take and leave room for what a run needs."""
+"""Of a device's memory; the rest is for the KV cache, the buffers and other programs."""
 
 
 class HostARModel(ListsSegments, ARModel):
@@ -101,13 +101,13 @@ class HostAR:
         """The preview, then the large grid, `batch_size` times for each layout.
 
         Args:
-            layout: its locked cells are kept.
-            tokens, mask: large grids of which only the cells under the mask are drawn.
-            lookahead: see `ar_sampler.Run`.
+            layout: its locked cells are forced.
+            tokens, mask: large grids; only their cells under the mask are drawn anew.
+            lookahead: see `sampler.SamplingRun`.
 
         Raises:
-            GLMImageError: the prompt is empty, the size has no grid, or what is to be kept is not
-                of this model, of that size or of one batch.
+            GLMImageError: the prompt is empty, the size has no grid, or the layout or the tokens
+                are of another model, another size or another batch.
         """
         self._require_region(tokens, mask, height, width)
         layouts = 1 if layout is None else len(layout.preview)
@@ -145,8 +145,8 @@ class HostAR:
     ) -> SemanticTokens:
         """The large grid alone: with references there is no preview stage.
 
-        Sample i is shown set i modulo their number, so that `batch_size` goes through all sets.
-        Prompts of different sets differ in length, so each sample of several sets is run alone.
+        Sample i is shown set i modulo their number. Prompts of different sets differ in length:
+        where there are several sets, each sample is a run of its own.
 
         Raises:
             GLMImageError: as `sample`, or the references are of another codebook.
@@ -212,33 +212,34 @@ class HostAR:
         lookahead: int,
         **forced: Forced | None,
     ) -> Any:
-        """What one of `ar_sampler`'s functions writes with this model."""
+        """Load the model, and run one of the functions of `sampler`."""
         grid = token_grid(*size)
         length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
-        kept = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
-        block = max(len(prompt), samples * max(kept, lookahead))
+        given = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
+        block = max(len(prompt), samples * max(given, lookahead))
         needs = self.memory_required(samples, length, block)
-        held = self.graphs.held_for((sampler, samples, grid, span_of(length), options, lookahead))
+        shape = (sampler, samples, grid, span_of(length), options, lookahead)
+        allocated = self.graphs.allocated_for(shape)
         progress = TokenProgress(self.palette)
         with (
             on_device(self.patcher.load_device),
             memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"),
         ):
             comfy.model_management.load_models_gpu(
-                with_segments(self.patcher), memory_required=max(max(needs.values()) - held, 0)
+                with_segments(self.patcher), memory_required=max(max(needs.values()) - allocated, 0)
             )
-            run = self._how(seed, samples, options, lookahead, progress)
+            run = self._sampling_run(seed, samples, options, lookahead, progress)
             return sampler(self.patcher.model, prompt, grid, run, **forced)
 
-    def _how(
+    def _sampling_run(
         self,
         seed: int,
         samples: int,
         options: SamplingOptions,
         lookahead: int,
         progress: TokenProgress,
-    ) -> Run:
-        return Run(
+    ) -> SamplingRun:
+        return SamplingRun(
             seed,
             samples,
             options,
@@ -285,18 +286,18 @@ class HostAR:
         info = {"prompt": prompt, "seed": seed, **vars(options)}
         return SemanticTokens(_stored(tokens), self.config.codebook, height, width, info)
 
-    def _layout(self, preview: Tensor, kept: Layout | None, height: int, width: int) -> Layout:
-        """A preview as it was written, with the locks of the layout that it kept."""
-        locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if kept is None else kept.locked
+    def _layout(self, preview: Tensor, given: Layout | None, height: int, width: int) -> Layout:
+        """A preview with the locks of the layout that was given, if any."""
+        locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if given is None else given.locked
         return Layout(_stored(preview), locked, self.config.codebook, height, width)
 
     def memory_required(self, batch: int, length: int, block: int) -> dict[torch.device, int]:
-        """Bytes beside the weights, of each device that the model's layers are on: the widest
-        activations of a pass, and the KV cache of the layers there.
+        """Bytes beside the weights, by device: the widest activations of a pass, and the KV cache
+        of the layers that compute there.
 
         Args:
-            block: the most ids that one pass may read: a prompt, or forced or guessed cells of
-                all samples.
+            block: the most ids that one pass may read: the prompt's, or the forced or guessed cells
+                of all samples.
         """
         layer = memory.kv_cache(self.config, batch, length, self.dtype)
         work = memory.ar(self.config, block, self.dtype)
@@ -315,7 +316,7 @@ def load_ar(
 ) -> HostAR:
     """
     Args:
-        place: where a device plan puts it; None leaves it to ComfyUI.
+        placement: where a device plan puts it; None leaves it to ComfyUI.
 
     Raises:
         GLMImageError: the component is missing or broken.
@@ -341,7 +342,7 @@ def load_ar_patcher(
     placement: Placement | None = None,
     disable_dynamic: bool = False,
 ):
-    """The AR's patcher; the factory that current hosts rebuild it with on another device."""
+    """The AR's patcher. Current hosts call this again to build it on another device."""
     component = open_model("ar", model_name)
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
@@ -364,8 +365,10 @@ def load_ar_patcher(
 
 
 def _may_run_graphs(network: HostARModel, placement: Placement) -> bool:
-    """Whether to have a patcher whose weights stay where they are, as graphs of steps ask: where
-    the device has the room. Dynamic ones fetch each weight anew, which costs more than it reads."""
+    """Whether the device has graphs, and room for all weights to stay in place, which graphs need.
+
+    A dynamic patcher would stream the weights, which costs more than reading them.
+    """
     if not runs_graphs(placement.load):
         return False
     room = comfy.model_management.get_total_memory(placement.load)

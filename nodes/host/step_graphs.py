@@ -7,64 +7,61 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
-from ...glm_core.ar.step import EagerRunner, Recorder, ReplayRunner, Runner
+from ...glm_core.ar.replay import EagerRunner, Recorder, ReplayRunner, Runner
 from .patchers import ON_PARTIAL_UNLOAD
 
 
 class StepGraphs:
-    """Chooses how a patcher's steps are run, and forgets its graphs when weights move."""
+    """Chooses how a patcher's steps run, and drops its graphs when weights move."""
 
     def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
         self._replay = ReplayRunner(new_recorder)
         self._made_for: Hashable = None
 
     def watch(self, patcher: Any) -> None:
-        """Called once; clones of the patcher inherit the callbacks."""
+        """Notice when the patcher's weights move. Call it once: clones inherit the callbacks."""
         calls = comfy.patcher_extension.CallbacksMP
         patcher.add_callback(calls.ON_DETACH, self._on_detach)
-        # Graphs hold addresses, of scales too, that come anew when weights are put in place.
+        # A load gives weights and scales new addresses, and graphs hold the old ones.
         patcher.add_callback(calls.ON_LOAD, lambda *_: self._replay.drop())
         patcher.add_callback(ON_PARTIAL_UNLOAD, lambda _: self._replay.drop())
 
-    def held_for(self, run: Hashable) -> int:
-        """Bytes of what a run will need that are held from one like it; what another left goes.
+    def allocated_for(self, shape: Hashable) -> int:
+        """Bytes still allocated from an earlier run of the same shape; others' buffers are freed.
 
-        Called before weights are loaded, which need room beside the buffers.
+        Call it before weights are loaded, for they need room beside the buffers.
 
         Args:
-            run: what the shapes of its buffers depend on.
+            shape: what the shapes of the run's buffers depend on.
         """
-        if run != self._made_for:
+        if shape != self._made_for:
             self._replay.drop()
-        self._made_for = run
+        self._made_for = shape
         return self._replay.nbytes
 
     def runner(self, patcher: Any) -> Runner:
-        """For the run that begins now, after the patcher was loaded."""
+        """For a run that begins now; the patcher must be loaded."""
         if runs_graphs(patcher.load_device) and is_resident(patcher):
             return self._replay
         self._replay.drop()
         return EagerRunner()
 
     def _on_detach(self, patcher: Any, unpatch_all: bool) -> None:
-        if (
-            unpatch_all
-        ):  # a clone that is deleted detaches too, and leaves the weights where they are
+        if unpatch_all:  # else a clone was deleted, and the weights stay where they are
             self._replay.drop()
 
 
 def runs_graphs(device: torch.device) -> bool:
-    """CUDA's and ROCm's devices, which torch reaches under one name."""
+    """Whether steps can be graphs: on CUDA and ROCm, which torch has under one name."""
     management = comfy.model_management
     return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
 
 
 def is_resident(patcher: Any) -> bool:
-    """Whether every weight lies on the load device and no layer fetches or patches one as it runs.
+    """Whether every weight is on the load device, and no layer fetches or patches one as it runs.
 
-    A split model's do not, and its hops could not be recorded.
-
-    Hosts with dynamic patchers (since 0.4) move weights during a run.
+    It is false for split models, whose moves between devices cannot be recorded, and for dynamic
+    patchers (hosts since 0.4), which move weights during a run.
     """
     dynamic = getattr(patcher, "is_dynamic", None)
     if dynamic is not None and dynamic():

@@ -6,10 +6,10 @@ from functools import cache
 
 import reference
 import torch
-from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.ar.model import ARConfig, ARModel
 from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
-from glm_image.glm_core.ar.sampler import Run, sample_layout, sample_tokens
+from glm_image.glm_core.ar.sampler import SamplingRun, sample_layout, sample_tokens
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.files.opening import open_component
 from glm_image.glm_core.vision.encoder import (
     OTHER_PREFIXES,
@@ -53,8 +53,8 @@ class Pair:
 DEFAULTS = SamplingOptions()
 
 
-def run(seed: int = 0, batch: int = 1, options: SamplingOptions = DEFAULTS, **how) -> Run:
-    return Run(seed, batch, options, **PLACE, **how)
+def run(seed: int = 0, batch: int = 1, options: SamplingOptions = DEFAULTS, **how) -> SamplingRun:
+    return SamplingRun(seed, batch, options, **PLACE, **how)
 
 
 @cache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid, token_grid
 from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError

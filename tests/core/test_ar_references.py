@@ -7,9 +7,9 @@ import pytest
 import reference
 import torch
 from ar_pair import pair, run
-from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
 from glm_image.glm_core.ar.sampler import sample_from_references
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import text_positions, upsample_tokens
 from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError

@@ -1,4 +1,4 @@
-"""Sampling: the reference's greedy tokens and probabilities, and draws that nothing else moves."""
+"""Sampling: greedy tokens and probabilities are the reference's; nothing else moves a draw."""
 
 import itertools
 
@@ -8,9 +8,9 @@ import torch
 from ar_pair import PLACE, pair, run
 from glm_image.glm_core.ar import sampler as ar_sampler
 from glm_image.glm_core.ar import step as ar_step
-from glm_image.glm_core.ar.logits import SamplingOptions, draw_token, filter_logits
 from glm_image.glm_core.ar.philox import gumbel, sample_keys
 from glm_image.glm_core.ar.sampler import sample_tokens
+from glm_image.glm_core.ar.step import SamplingOptions, draw_token, filter_logits
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import UNKNOWN, Forced
 from glm_image.glm_core.errors import GLMImageError
@@ -128,7 +128,7 @@ def recorded_noise(both, prompt, monkeypatch, **kwargs):
     return torch.cat(noise, dim=1)
 
 
-def test_the_noise_is_the_same_whatever_the_prompt_and_what_is_forced(monkeypatch):
+def test_the_noise_depends_neither_on_the_prompt_nor_on_forced_cells(monkeypatch):
     both = pair("small")
     free = recorded_noise(both, "x", monkeypatch)
     assert torch.equal(free, recorded_noise(both, "a much longer prompt", monkeypatch))
@@ -141,7 +141,7 @@ def test_the_noise_is_the_same_whatever_the_prompt_and_what_is_forced(monkeypatc
 
 
 def test_exactly_as_many_tokens_as_cells_and_none_beyond_the_codebook():
-    """Also where the model would rather end the image: its head is bent towards the end token."""
+    """Also if the model prefers to end the image: its head is scaled towards the end token."""
     both = pair("small")
     head = both.model.lm_head.weight
     before = head.clone()
@@ -170,7 +170,7 @@ def test_options_out_of_range(options, said):
 
 
 class Clock:
-    """Time that passes in the model's steps alone, so that a busy machine changes nothing."""
+    """A clock that only the model's steps advance, so that a busy machine changes nothing."""
 
     def __init__(self, monkeypatch, model_class, step_seconds: float) -> None:
         self.now = 0.0
@@ -201,8 +201,8 @@ def test_progress_counts_every_cell_and_ends_at_the_total(monkeypatch):
     assert len(done) < total / 4
 
 
-def test_what_is_shown_is_what_is_known(monkeypatch):
-    """With a report for every cell: all before it are known, and after it the forced ones."""
+def test_the_shown_grids_hold_exactly_the_known_cells(monkeypatch):
+    """With a report for every cell: all cells before it are known, and after it the forced ones."""
     monkeypatch.setattr(ar_sampler, "REPORT_SECONDS", 0)
     mask = torch.zeros(2, 3, dtype=torch.bool)
     mask[1] = True

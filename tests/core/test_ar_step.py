@@ -1,11 +1,17 @@
-"""The static step: recorded once and replayed, it writes what running it anew writes."""
+"""The static step: a replayed recording writes the tokens that running the step writes."""
 
 import pytest
 import reference
 import torch
 from ar_pair import PLACE, pair
-from glm_image.glm_core.ar.logits import SamplingOptions
-from glm_image.glm_core.ar.step import ReplayRunner, StepBuffers, StepShape
+from glm_image.glm_core.ar.replay import ReplayRunner
+from glm_image.glm_core.ar.step import (
+    SamplingOptions,
+    StepBuffers,
+    StepShape,
+    set_target,
+    step,
+)
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import Forced
 from tape import DeviceReadError, Recorder, Tape
@@ -27,7 +33,7 @@ def forced_half(grid, codebook):
 def buffers_of(model, batch=1, cells=9, columns=3, length=256, width=1, top_p=0.75):
     options = SamplingOptions(top_p=top_p)
     shape = StepShape(batch, cells, columns, length, options, **PLACE, width=width)
-    return StepBuffers(model, shape)
+    return StepBuffers.allocate(model, shape)
 
 
 @pytest.mark.parametrize("shape", reference.SHAPES)
@@ -59,7 +65,7 @@ def test_forced_cells_between_replayed_steps(lookahead):
         assert torch.equal(ours, expected)
 
 
-def test_another_size_batch_or_option_is_recorded_anew():
+def test_another_size_batch_or_option_needs_a_new_recording():
     both, recorder = pair("small"), Recorder()
     runner = ReplayRunner(lambda: recorder)
     changes = [
@@ -81,8 +87,8 @@ def test_another_size_batch_or_option_is_recorded_anew():
     assert len(recorder.tapes) == recorded
 
 
-def test_weights_that_moved_are_recorded_anew():
-    """As a LoRA or an unloading leaves them: at another address, with other values."""
+def test_moved_weights_need_a_new_recording():
+    """A LoRA or an unloading leaves weights at another address, with other values."""
     both, recorder = pair("small"), Recorder()
     runner, how = ReplayRunner(lambda: recorder), {"seed": 4}
     both.layout(PROMPT, (4, 4), **how, runner=runner)
@@ -97,7 +103,7 @@ def test_weights_that_moved_are_recorded_anew():
     assert len(recorder.tapes) == 4  # two spans, before and after
 
 
-def test_what_is_dropped_is_freed():
+def test_drop_frees_buffers_and_recordings():
     runner = ReplayRunner(Recorder)
     both = pair("small")
     both.layout(PROMPT, (4, 4), runner=runner)
@@ -108,8 +114,8 @@ def test_what_is_dropped_is_freed():
     assert not runner._recorded
 
 
-def test_what_is_recorded_after_a_drop_is_of_another_recorder():
-    """Whose graphs' memory ends with the last of them."""
+def test_each_drop_asks_for_a_new_recorder():
+    """The memory of a recorder's graphs is freed with the last of them."""
     recorders: list[Recorder] = []
 
     def new_recorder() -> Recorder:
@@ -122,7 +128,7 @@ def test_what_is_recorded_after_a_drop_is_of_another_recorder():
     assert [len(recorder.tapes) for recorder in recorders] == [2, 2]
 
 
-def test_where_a_device_refuses_to_record_steps_run_as_they_come(caplog):
+def test_steps_run_unrecorded_if_the_device_refuses_to_record(caplog):
     both, tried = pair("small"), []
 
     def refusing(step):
@@ -141,42 +147,42 @@ def test_where_a_device_refuses_to_record_steps_run_as_they_come(caplog):
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_step_that_reads_the_device_is_caught(width):
-    """The guard itself: a step that asks the device for its position fails on the tape."""
+    """A test of the tape: a step that reads its position from the device fails on it."""
     model = pair("small").model
     buffers = buffers_of(model, width=width)
 
     with pytest.raises(DeviceReadError), Tape():
         int(buffers.position[0])
-    buffers.aim(4, 1, 20, left=1)
+    set_target(buffers, 4, 1, 20, remaining=1)
     with Tape():
-        buffers.step(model, 256)
+        step(model, buffers, 256)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_run_again_of_a_step_changes_nothing(batch):
+def test_running_a_step_twice_changes_nothing(batch):
     model = pair("wide").model
     buffers = buffers_of(model, batch)
     buffers.noise.uniform_()
-    buffers.aim(4, 1, 20, left=1)
-    buffers.step(model, 256)
+    set_target(buffers, 4, 1, 20, remaining=1)
+    step(model, buffers, 256)
     tokens, cache = buffers.tokens.clone(), torch.stack(buffers.cache.layers)
-    buffers.step(model, 256)
+    step(model, buffers, 256)
     assert torch.equal(tokens, buffers.tokens)
     assert torch.equal(cache, torch.stack(buffers.cache.layers))
 
 
-def test_a_step_writes_no_cell_that_is_not_left():
-    """What lies there is forced, of the next row, or beyond the grid."""
+def test_a_step_writes_no_more_cells_than_remain():
+    """The cells after them are forced, of the next row, or beyond the grid."""
     model = pair("wide").model
     buffers = buffers_of(model, width=5, top_p=1.0)
     buffers.tokens.fill_(1)
     buffers.noise[..., 2] = 1e4  # every draw is 2
-    buffers.aim(3, 0, 20, left=2)
-    buffers.step(model, 256)
+    set_target(buffers, 3, 0, 20, remaining=2)
+    step(model, buffers, 256)
     assert buffers.tokens.tolist() == [[1, 1, 1, 2, 2, *[1] * 8]]
     assert int(buffers.final) == 1
-    buffers.step(model, 256)
-    assert int(buffers.final) == 2  # the second was guessed right now, and the third is not left
+    step(model, buffers, 256)
+    assert int(buffers.final) == 2  # the second was guessed right now, and no third one remains
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -184,16 +190,16 @@ def test_no_shape_depends_on_the_position(width):
     model = pair("small").model
     buffers = buffers_of(model, cells=300, columns=16, length=512, width=width)
     shapes = []
-    for position, left in ((257, 9), (400, 2), (508, 1)):
-        buffers.aim(position - 230, 2, position, left)
+    for position, remaining in ((257, 9), (400, 2), (508, 1)):
+        set_target(buffers, position - 230, 2, position, remaining)
         tape = Tape()
         with tape:
-            buffers.step(model, 512)
+            step(model, buffers, 512)
         shapes.append([tuple(o.shape) for call in tape.calls for o in call[3]])
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_what_an_earlier_run_left_in_the_buffers_does_not_show():
+def test_tokens_do_not_depend_on_what_an_earlier_run_left_in_the_buffers():
     both, runner = pair("small"), ReplayRunner(Recorder)
     first = both.tokens(PROMPT, (4, 4), seed=1, runner=runner)
     both.tokens("quite another prompt of another length", (4, 4), seed=2, runner=runner)

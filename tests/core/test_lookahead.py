@@ -4,9 +4,9 @@ import pytest
 import reference
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.ar.lookahead import accepted, guess_row
-from glm_image.glm_core.ar.sampler import Run
+from glm_image.glm_core.ar.sampler import SamplingRun
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.errors import GLMImageError
@@ -83,4 +83,4 @@ def test_a_row_is_guessed_from_above_and_from_the_preview():
 
 def test_a_window_of_no_cell_is_refused():
     with pytest.raises(GLMImageError, match="lookahead is 0"):
-        Run(0, 1, SamplingOptions(), torch.device("cpu"), torch.float32, lookahead=0)
+        SamplingRun(0, 1, SamplingOptions(), torch.device("cpu"), torch.float32, lookahead=0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ar_pair import pair as ar_pair
 from glm_image.glm_core.ar.cache import SPAN, BlockPass, StepPass, step_mask
-from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.ar.model import ARModel, layer_segment, rope_table
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import Forced
 from glm_image.glm_core.decoder.model import Decoder, block_segment

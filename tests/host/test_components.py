@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
-from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import weights
 from glm_image.nodes.host.patchers import NotifyingPatcher

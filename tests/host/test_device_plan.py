@@ -9,7 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core.ar.logits import SamplingOptions
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from glm_image.glm_core.placement.plan import GIB, Device

@@ -15,8 +15,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar.cache import BlockPass
-from glm_image.glm_core.ar.logits import SamplingOptions
 from glm_image.glm_core.ar.model import rope_table
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import text_positions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.component import QUANTISATION

@@ -1,13 +1,13 @@
-"""When steps are replayed, and that nothing of a recording outlives what it was made for.
+"""When steps are replayed, and when recordings are dropped.
 
-There is no GPU: a tape of operations stands for the CUDA graph, in the place where one is made.
+There is no GPU: a tape of operations replaces the CUDA graph.
 """
 
 import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
-from glm_image.glm_core.ar.step import EagerRunner, ReplayRunner
+from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
 from glm_image.nodes.host import ar as ar_module
 from glm_image.nodes.host import step_graphs
 from helpers import same
@@ -20,7 +20,7 @@ LAYER = "model.language_model.layers.0.mlp.down_proj"
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    """Every AR model loaded in the test records on tapes, as on a GPU it would record graphs."""
+    """Every AR model that the test loads records tapes, as it would record graphs on a GPU."""
     recorder = Recorder()
     monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda device: recorder)
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
@@ -37,7 +37,7 @@ def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1, lookahead: int
     return node.execute(ar, PROMPT, *sampling, lookahead=lookahead).result[0].tokens
 
 
-def test_replayed_tokens_are_the_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:
+def test_replayed_tokens_equal_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:
     eager, ar = load(nodes), load(nodes)
     eager.graphs.runner = lambda patcher: EagerRunner()
     rows, columns = ar.patcher.model.get_submodule(LAYER).weight.shape
@@ -83,8 +83,8 @@ def test_unloading_the_model_drops_recordings_and_buffers(nodes, recorder) -> No
     assert not ar.graphs._replay._recorded
 
 
-def test_weights_that_go_in_part_take_recordings_and_buffers_along(nodes, recorder) -> None:
-    """The buffers may be more than what the host asks for, which it cannot see."""
+def test_a_partial_unloading_drops_recordings_and_buffers(nodes, recorder) -> None:
+    """The host cannot see the buffers, which may take more than it wants to free."""
     ar = load(nodes)
     expected = sample(nodes, ar, 1)
     assert ar.graphs._replay.nbytes
@@ -93,7 +93,9 @@ def test_weights_that_go_in_part_take_recordings_and_buffers_along(nodes, record
     assert same(sample(nodes, ar, 1), expected)
 
 
-def test_room_is_asked_for_what_is_not_held_yet(nodes, recorder, monkeypatch) -> None:
+def test_memory_is_requested_only_for_what_is_not_allocated_yet(
+    nodes, recorder, monkeypatch
+) -> None:
     ar, asked = load(nodes), []
     load_models = comfy.model_management.load_models_gpu
 
@@ -111,8 +113,10 @@ def test_room_is_asked_for_what_is_not_held_yet(nodes, recorder, monkeypatch) ->
     assert larger > first
 
 
-def test_where_its_weights_fit_a_patcher_leaves_them_in_place(nodes, monkeypatch) -> None:
-    """On hosts that would stream them, for what is streamed cannot be recorded."""
+def test_weights_that_fit_the_device_get_a_patcher_that_leaves_them_in_place(
+    nodes, monkeypatch
+) -> None:
+    """Also on hosts that stream weights: streamed weights cannot be recorded."""
 
     class Dynamic(comfy.model_patcher.ModelPatcher):
         pass
