@@ -80,7 +80,7 @@ class Page:
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
 
-    def set_inputs(self, **values: int) -> None:
+    def set_inputs(self, **values: int | str) -> None:
         """Types values into every input of these names; masks, of any size, keep theirs."""
         self._evaluate(
             """values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
@@ -106,8 +106,21 @@ class Page:
         )
         return tuple(shown.json_value())
 
-    def picture(self, file: Path) -> None:
-        """Writes a small JPEG of the whole graph, without the page's bars around it."""
+    def wait_until_idle(self) -> None:
+        """Waits until nothing is queued and the page has drawn that."""
+        self._evaluate(
+            """async () => {
+                const waits = async () => (await (await fetch('/prompt')).json()).exec_info
+                while ((await waits()).queue_remaining) await new Promise(d => setTimeout(d, 200))
+                await new Promise(done => setTimeout(done, 1000))
+            }"""
+        )
+
+    def picture(self, file: Path, side: int = PICTURE_SIDE) -> None:
+        """Writes a JPEG of the whole graph, at most `side` pixels wide and high.
+
+        The page's bars are left out.
+        """
         left, top, right, bottom = self._evaluate(
             """() => {
                 const boxes = app.graph.groups.map(group => group.boundingRect)
@@ -122,7 +135,7 @@ class Page:
         )
         clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
         image = Image.open(io.BytesIO(self.browser_page.screenshot(clip=clip)))
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        image.thumbnail((side, side))
         image.convert("RGB").save(file, quality=80)
 
     def _evaluate(self, script: str, argument=None):
@@ -130,25 +143,29 @@ class Page:
 
 
 @contextmanager
-def open_page(address: str) -> Iterator[Page]:
+def open_page(address: str, scale: float = 1) -> Iterator[Page]:
+    """The page of the server at `address`, drawn with `scale` pixels to each of its own."""
     client = Client(address)
     for name, value in SETTINGS.items():
         client.post(f"/settings/{name}", value)
     with sync_playwright() as playwright:
-        browser, page = _open(playwright, address)
+        browser, page = _open(playwright, address, scale)
         try:
             yield page
         finally:
             browser.close()
 
 
-def _open(playwright: Playwright, address: str, tries: int = 3) -> tuple[Browser, Page]:
+def _open(
+    playwright: Playwright, address: str, scale: float, tries: int = 3
+) -> tuple[Browser, Page]:
     """A browser that shows the page; one that crashes as it starts is started anew."""
     browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=FLAGS)
     try:
-        return browser, Page(browser.new_page(viewport=VIEWPORT), address)
+        page = browser.new_page(viewport=VIEWPORT, device_scale_factor=scale)
+        return browser, Page(page, address)
     except Error as error:
         browser.close()
         if "has been closed" not in error.message or tries == 1:
             raise
-    return _open(playwright, address, tries - 1)
+    return _open(playwright, address, scale, tries - 1)

@@ -4,10 +4,12 @@ Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, pro
 understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
 saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
 the tiny model knows no styles, and one reference only. `ARGS="NAME ..."` makes only those.
+`graph` is one more name: the README's picture of the page with a finished graph.
 """
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -18,10 +20,15 @@ from training.scene import Scene, place_item
 
 from . import demo, environment
 from .client import Client, Prompt
+from .page import open_page
 
 FOLDER = environment.ROOT / "workflows"
 HEIGHT, GAP = 384, 8  # pixels, of each picture in a row and between two
 IN_A_ROW = 3
+GRAPH = environment.ROOT / "docs" / "images" / "graph.jpg"
+GRAPH_SIDE = 1800  # pixels, the longer one
+GRAPH_SCALE = 1.5
+GRAPH_TIMEOUT_S = 120
 
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
@@ -54,17 +61,34 @@ PROMPTS = {
 
 
 def main(names: list[str]) -> None:
-    if unknown := set(names) - PROMPTS.keys():
+    if unknown := set(names) - PROMPTS.keys() - {GRAPH.stem}:
         raise SystemExit(f"There are no prompts for {', '.join(sorted(unknown))}.")
     model = demo.prepare_model(None)
     with demo.demo_server(environment.host(), model) as address:
         drawn = demo.BASE / "input" / "drawn.png"
         Image.fromarray(render(_scene())).save(drawn)
-        for name in names or PROMPTS:
+        for name in names or (*PROMPTS, GRAPH.stem):
+            if name == GRAPH.stem:
+                photograph_graph(address, model)
+                continue
             prompt = asked(name, model, drawn.name)
             shown = [Image.open(drawn)] if _loads_image(prompt) else []
             shown += made(Client(address), prompt)
             sheet(shown).save(FOLDER / f"{name}.jpg", quality=88)
+
+
+def photograph_graph(address: str, model: str) -> None:
+    """Runs the text-to-image graph, without its note, in the real page and writes `GRAPH`."""
+    graph = json.loads((FOLDER / "text_to_image.json").read_text())
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] != "MarkdownNote"]
+    os.environ["CHROMIUM"] = environment.chromium()
+    with open_page(address, GRAPH_SCALE) as page:
+        page.open_file(json.dumps(graph), "text_to_image.json")
+        page.set_inputs(model_name=model, value=demo.TINY_PROMPT, width=512, height=512, steps=20)
+        page.run()
+        page.wait_for_image("SaveImage", GRAPH_TIMEOUT_S)
+        page.wait_until_idle()
+        page.picture(GRAPH, GRAPH_SIDE)
 
 
 def asked(name: str, model: str, image: str) -> Prompt:

@@ -1,20 +1,36 @@
-"""What the documents point to is there."""
+"""What the documents point to exists: files, and headings in them."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from scripts.plot_results import PLOT, draw
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files(document) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+def test_links_lead_somewhere(document) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", document.read_text())
     for link in (link for link in links if ":" not in link):
-        assert (document.parent / link).exists(), link
+        file, _, heading = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        assert not heading or heading in headings(target.read_text()), link
+
+
+def headings(text: str) -> set[str]:
+    """The names by which GitHub links to a document's headings."""
+    lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in lines}
 
 
 def test_there_are_documents() -> None:
-    assert {"README.md", "ARCHITECTURE.md"} <= {path.name for path in DOCUMENTS}
+    found = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
+    assert {"README.md", "ARCHITECTURE.md", "docs/devices.md"} <= found
+
+
+def test_the_plot_shows_the_results() -> None:
+    assert PLOT.read_text() == draw(), "run python -m scripts.plot_results"
