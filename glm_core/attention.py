@@ -1,4 +1,4 @@
-"""Attention where no host supplies one."""
+"""Attention for networks that no host gives its own."""
 
 from typing import Any
 
@@ -7,20 +7,14 @@ from einops import rearrange
 from torch import Tensor
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    """Scaled dot-product attention with the call of ComfyUI's `optimized_attention`.
+def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+    """Scaled dot-product attention, called as ComfyUI's `optimized_attention`.
 
     Args:
-        q, k, v: [B, heads, L, D], as the host's functions take them with `skip_reshape=True`.
-        mask: boolean or additive, broadcastable to [B, heads, L_q, L_k].
-        kwargs: what a host's function takes besides (`skip_reshape`, `transformer_options`).
+        q, k, v: [B, heads, L, D], as ComfyUI's functions take them with `skip_reshape=True`.
+        heads: a part of that call, as the other options are; the shapes say it here.
 
     Returns:
         [B, L_q, heads * D]
     """
-    if not kwargs.get("skip_reshape", False):
-        q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=heads) for x in (q, k, v))
-    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(out, "b h l d -> b l (h d)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")

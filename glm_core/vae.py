@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GLMImageError
+from .layers import Layers
 
 EPS = 1e-6  # of every GroupNorm; AutoencoderKL has no config for it
 
-# What this file does not build, and the value that says it is absent. diffusers' defaults differ,
-# so that a missing key is another network.
+# What this file does not build, and the config value that turns it off. A missing key is refused:
+# it means diffusers' default, which turns most of these on.
 FIXED = {
     "mid_block_add_attention": False,
     "use_quant_conv": False,
@@ -82,12 +84,19 @@ class VAEConfig:
 class AutoencoderKL(nn.Module):
     """Latents here are the network's own: `latents_mean` and `latents_std` are not applied."""
 
-    def __init__(self, config: VAEConfig, *, device=None, dtype=None, operations=nn) -> None:
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+    ) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype, "operations": operations}
+        layers = Layers(operations, device, dtype)
         self.config = config
-        self.encoder = Encoder(config, **kw)
-        self.decoder = Decoder(config, **kw)
+        self.encoder = Encoder(config, layers)
+        self.decoder = Decoder(config, layers)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in -1..1 -> the posterior's mode [B, C, H / downscale, W / downscale]."""
@@ -100,23 +109,19 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig, *, device, dtype, operations) -> None:
+    def __init__(self, config: VAEConfig, layers: Layers) -> None:
         super().__init__()
-        conv = {"padding": 1, "device": device, "dtype": dtype}
-        kw = {"device": device, "dtype": dtype, "operations": operations}
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = operations.Conv2d(config.in_channels, widths[0], 3, **conv)
+        self.conv_in = layers.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(
-                previous, width, config.layers_per_block, groups, last=i == len(widths) - 1, **kw
+                previous, width, config.layers_per_block, groups, layers, last=i == len(widths) - 1
             )
             for i, (previous, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
-        self.mid_block = MidBlock(widths[-1], groups, **kw)
-        self.conv_norm_out = operations.GroupNorm(
-            groups, widths[-1], eps=EPS, device=device, dtype=dtype
-        )
-        self.conv_out = operations.Conv2d(widths[-1], 2 * config.latent_channels, 3, **conv)
+        self.mid_block = MidBlock(widths[-1], groups, layers)
+        self.conv_norm_out = layers.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = layers.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -126,28 +131,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VAEConfig, *, device, dtype, operations) -> None:
+    def __init__(self, config: VAEConfig, layers: Layers) -> None:
         super().__init__()
-        conv = {"padding": 1, "device": device, "dtype": dtype}
-        kw = {"device": device, "dtype": dtype, "operations": operations}
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = operations.Conv2d(config.latent_channels, widths[0], 3, **conv)
-        self.mid_block = MidBlock(widths[0], groups, **kw)
+        self.conv_in = layers.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, layers)
         self.up_blocks = nn.ModuleList(
             UpBlock(
                 previous,
                 width,
                 config.layers_per_block + 1,
                 groups,
+                layers,
                 last=i == len(widths) - 1,
-                **kw,
             )
             for i, (previous, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
-        self.conv_norm_out = operations.GroupNorm(
-            groups, widths[-1], eps=EPS, device=device, dtype=dtype
-        )
-        self.conv_out = operations.Conv2d(widths[-1], config.out_channels, 3, **conv)
+        self.conv_norm_out = layers.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = layers.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
@@ -158,11 +159,11 @@ class Decoder(nn.Module):
 
 class DownBlock(nn.Module):
     def __init__(
-        self, channels: int, width: int, layers: int, groups: int, *, last: bool, **kw: Any
+        self, channels: int, width: int, count: int, groups: int, layers: Layers, *, last: bool
     ) -> None:
         super().__init__()
-        self.resnets = _resnets(channels, width, layers, groups, **kw)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, **kw)])
+        self.resnets = _resnets(channels, width, count, groups, layers)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, layers)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
@@ -172,11 +173,11 @@ class DownBlock(nn.Module):
 
 class UpBlock(nn.Module):
     def __init__(
-        self, channels: int, width: int, layers: int, groups: int, *, last: bool, **kw: Any
+        self, channels: int, width: int, count: int, groups: int, layers: Layers, *, last: bool
     ) -> None:
         super().__init__()
-        self.resnets = _resnets(channels, width, layers, groups, **kw)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(width, **kw)])
+        self.resnets = _resnets(channels, width, count, groups, layers)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width, layers)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
@@ -185,9 +186,9 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, width: int, groups: int, **kw: Any) -> None:
+    def __init__(self, width: int, groups: int, layers: Layers) -> None:
         super().__init__()
-        self.resnets = _resnets(width, width, 2, groups, **kw)
+        self.resnets = _resnets(width, width, 2, groups, layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.resnets:
@@ -195,24 +196,21 @@ class MidBlock(nn.Module):
         return x
 
 
-def _resnets(channels: int, width: int, layers: int, groups: int, **kw: Any) -> nn.ModuleList:
+def _resnets(channels: int, width: int, count: int, groups: int, layers: Layers) -> nn.ModuleList:
     return nn.ModuleList(
-        ResnetBlock(channels if i == 0 else width, width, groups, **kw) for i in range(layers)
+        ResnetBlock(channels if i == 0 else width, width, groups, layers) for i in range(count)
     )
 
 
 class ResnetBlock(nn.Module):
-    def __init__(
-        self, channels: int, width: int, groups: int, *, device, dtype, operations
-    ) -> None:
+    def __init__(self, channels: int, width: int, groups: int, layers: Layers) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.norm1 = operations.GroupNorm(groups, channels, eps=EPS, **kw)
-        self.conv1 = operations.Conv2d(channels, width, 3, padding=1, **kw)
-        self.norm2 = operations.GroupNorm(groups, width, eps=EPS, **kw)
-        self.conv2 = operations.Conv2d(width, width, 3, padding=1, **kw)
+        self.norm1 = layers.GroupNorm(groups, channels, eps=EPS)
+        self.conv1 = layers.Conv2d(channels, width, 3, padding=1)
+        self.norm2 = layers.GroupNorm(groups, width, eps=EPS)
+        self.conv2 = layers.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = (
-            operations.Conv2d(channels, width, 1, **kw) if channels != width else nn.Identity()
+            layers.Conv2d(channels, width, 1) if channels != width else nn.Identity()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,9 +222,9 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves the sides. The one row and column of padding are below and to the right."""
 
-    def __init__(self, width: int, *, device, dtype, operations) -> None:
+    def __init__(self, width: int, layers: Layers) -> None:
         super().__init__()
-        self.conv = operations.Conv2d(width, width, 3, stride=2, device=device, dtype=dtype)
+        self.conv = layers.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -235,9 +233,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles the sides."""
 
-    def __init__(self, width: int, *, device, dtype, operations) -> None:
+    def __init__(self, width: int, layers: Layers) -> None:
         super().__init__()
-        self.conv = operations.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
+        self.conv = layers.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

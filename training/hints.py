@@ -17,7 +17,7 @@ from diffusers import GlmImageTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from glm_core.decoder.model import rotary, rotate
+from glm_core.decoder.embeddings import rotary, rotate
 
 from .codes import EDGE, SLOTS
 from .glyphs import CHARACTERS

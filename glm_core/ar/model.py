@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import GLMImageError
+from ..layers import Layers
 from ..split import LayerSegment, on_device, own_layers
 from .cache import AttentionPass, KVCache
 from .row_linear import RowOperations
@@ -103,7 +104,7 @@ def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tenso
 
     The frequencies are cut into `mrope_section` pieces, which take their position from the axes
     (t, h, w) in turn. Computed in float32 and then cast, as the reference does. The first half's
-    sines are negative, and features beyond rotary_dim have cosine 1 and sine 0: they pass.
+    sines are negative. Features beyond rotary_dim are not rotated: their cosine is 1, their sine 0.
     """
     exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.rotary_dim)
@@ -111,14 +112,14 @@ def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tenso
     pieces = angles.split(config.mrope_section, dim=-1)
     angles = torch.cat([piece[i % 3] for i, piece in enumerate(pieces)], dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    passed = (0, config.head_dim - config.rotary_dim)
-    cos = F.pad(torch.cat([cos, cos], dim=-1), passed, value=1.0)
-    sin = F.pad(torch.cat([-sin, sin], dim=-1), passed)
+    unrotated = (0, config.head_dim - config.rotary_dim)
+    cos = F.pad(torch.cat([cos, cos], dim=-1), unrotated, value=1.0)
+    sin = F.pad(torch.cat([-sin, sin], dim=-1), unrotated)
     return torch.stack([cos, sin]).to(dtype)
 
 
 Angles = tuple[Tensor, Tensor]
-"""A `rope_table` as layers take it: cosines and signed sines, each [L, 1, head_dim]."""
+"""A `rope_table` in the shape for layers: cosines and signed sines, each [L, 1, head_dim]."""
 
 
 def _angles(rope: Tensor) -> Angles:
@@ -129,10 +130,10 @@ def _angles(rope: Tensor) -> Angles:
 def apply_rope(x: Tensor, angles: Angles, rotary_dim: int) -> Tensor:
     """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2)."""
     cos, sin = angles
-    first, second, passed = x.split(
+    first, second, unrotated = x.split(
         (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
     )
-    return torch.addcmul(x * cos, torch.cat([second, first, passed], dim=-1), sin)
+    return torch.addcmul(x * cos, torch.cat([second, first, unrotated], dim=-1), sin)
 
 
 class ARModel(nn.Module):
@@ -149,17 +150,15 @@ class ARModel(nn.Module):
     ) -> None:
         """
         Args:
-            operations: the layers to build from.
-            segments: its last layers, which lie apart (`layer_segment`); none for a whole model.
+            operations: the classes of layers to build from, see `Layers`.
+            segments: the last layers of a split model, from `layer_segment`.
         """
         super().__init__()
         self.config = config
         self.segments = tuple(segments)
-        layer = {"device": device, "dtype": dtype, "operations": operations}
-        self.model = nn.ModuleDict({"language_model": TextModel(config, self.segments, **layer)})
-        self.lm_head = operations.Linear(
-            config.hidden_size, config.visual_size, bias=False, device=device, dtype=dtype
-        )
+        layers = Layers(operations, device, dtype)
+        self.model = nn.ModuleDict({"language_model": TextModel(config, self.segments, layers)})
+        self.lm_head = layers.Linear(config.hidden_size, config.visual_size, bias=False)
 
     def forward(
         self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype, tail: int = 1
@@ -167,11 +166,11 @@ class ARModel(nn.Module):
         """Read ids into the cache.
 
         Args:
-            ids: int64 [B, L], of the cache's batch.
-            rope: [2, L, head_dim], the ids' part of `rope_table`.
+            ids: int64 [B, L], with the cache's batch size.
+            rope: [2, L, head_dim], the `rope_table` of these ids.
             reading: where they stand in the cache, which is in `dtype`.
             dtype: what to compute in; weights may be stored in another.
-            tail: how many of the last ids to give the logits after.
+            tail: after how many of the last ids to return logits.
 
         Returns:
             Logits over the legal ids: [B, tail, codebook].
@@ -182,7 +181,7 @@ class ARModel(nn.Module):
     def new_cache(
         self, batch: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """An empty cache for so many samples and positions; `device` is the model's own."""
+        """An empty cache of `batch` samples and `length` positions; `device` is the model's."""
         c = self.config
         own = (device, own_layers(c.layers, self.segments))
         others = ((segment.compute_device, len(segment.layers)) for segment in self.segments)
@@ -197,23 +196,15 @@ class TextModel(nn.Module):
     """The decoder stack, from ids to normalised hidden states."""
 
     def __init__(
-        self,
-        config: ARConfig,
-        segments: tuple[LayerSegment, ...],
-        *,
-        device: Any,
-        dtype: Any,
-        operations: Any,
+        self, config: ARConfig, segments: tuple[LayerSegment, ...], layers: Layers
     ) -> None:
         super().__init__()
         self.segments = segments
-        layer = {"device": device, "dtype": dtype}
-        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **layer)
+        self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, i, operations=operations, **layer)
-            for i in range(own_layers(config.layers, segments))
+            Block(config, i, layers) for i in range(own_layers(config.layers, segments))
         )
-        self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
+        self.norm = layers.RMSNorm(config.hidden_size, eps=config.rms_eps)
 
     def forward(
         self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype
@@ -242,29 +233,26 @@ def layer_segment(
     dtype: torch.dtype | None = None,
     operations: Any = RowOperations,
 ) -> LayerSegment:
-    """Some of a model's layers, to lie apart from it; they compute `on` that device."""
-    kw = {"device": device, "dtype": dtype, "operations": operations}
+    """Some of a model's layers, as a segment of their own that computes on the device `on`."""
+    layers = Layers(operations, device, dtype)
     path = "model.language_model.layers"
-    return LayerSegment(path, numbers, on, lambda i: Block(config, i, **kw))
+    return LayerSegment(path, numbers, on, lambda i: Block(config, i, layers))
 
 
 class Block(nn.Module):
     """Attention and MLP, each between two norms."""
 
-    def __init__(
-        self, config: ARConfig, index: int, *, device: Any, dtype: Any, operations: Any
-    ) -> None:
+    def __init__(self, config: ARConfig, index: int, layers: Layers) -> None:
         super().__init__()
-        layer = {"device": device, "dtype": dtype}
 
         def norm() -> nn.Module:
-            return operations.RMSNorm(config.hidden_size, eps=config.rms_eps, **layer)
+            return layers.RMSNorm(config.hidden_size, eps=config.rms_eps)
 
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, index, operations=operations, **layer)
+        self.self_attn = Attention(config, index, layers)
         self.post_self_attn_layernorm = norm()
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, operations=operations, **layer)
+        self.mlp = MLP(config, layers)
         self.post_mlp_layernorm = norm()
 
     def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
@@ -276,22 +264,20 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache; queries and keys are rotated together."""
 
-    def __init__(
-        self, config: ARConfig, index: int, *, device: Any, dtype: Any, operations: Any
-    ) -> None:
+    def __init__(self, config: ARConfig, index: int, layers: Layers) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
         self.rotary_dim = config.rotary_dim
         width, kv_width = (n * config.head_dim for n in (config.heads, config.kv_heads))
-        layer = {"bias": config.attention_bias, "device": device, "dtype": dtype}
-        self.q_proj = operations.Linear(config.hidden_size, width, **layer)
-        self.k_proj = operations.Linear(config.hidden_size, kv_width, **layer)
-        self.v_proj = operations.Linear(config.hidden_size, kv_width, **layer)
-        self.o_proj = operations.Linear(width, config.hidden_size, **layer | {"bias": False})
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = layers.Linear(hidden, width, bias=bias)
+        self.k_proj = layers.Linear(hidden, kv_width, bias=bias)
+        self.v_proj = layers.Linear(hidden, kv_width, bias=bias)
+        self.o_proj = layers.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
-        # Views instead of einops, here where a step's time is Python's: [B, L, heads, D]
+        # Views [B, L, heads, D] instead of einops, whose Python code costs time in a step.
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -304,12 +290,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, gate and up fused, gate first."""
 
-    def __init__(self, config: ARConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: ARConfig, layers: Layers) -> None:
         super().__init__()
-        layer = {"bias": False, "device": device, "dtype": dtype}
         width = config.intermediate_size
-        self.gate_up_proj = operations.Linear(config.hidden_size, 2 * width, **layer)
-        self.down_proj = operations.Linear(width, config.hidden_size, **layer)
+        self.gate_up_proj = layers.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = layers.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import GLMImageError
+from ..layers import Layers
 from .texts import BYTE_OFFSET
 
 FEED_FORWARD = "gated-gelu"  # T5's name for a gate with the tanh approximation of GELU
@@ -70,14 +71,19 @@ class GlyphConfig:
 class GlyphEncoder(nn.Module):
     """ByT5 ids to one vector a byte. Nothing is masked: a batch holds texts of one length."""
 
-    def __init__(self, config: GlyphConfig, *, device=None, dtype=None, operations=nn) -> None:
+    def __init__(
+        self,
+        config: GlyphConfig,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+    ) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype, "operations": operations}
+        layers = Layers(operations, device, dtype)
         self.config = config
-        self.shared = operations.Embedding(
-            config.vocab_size, config.d_model, device=device, dtype=dtype
-        )
-        self.encoder = Stack(config, **kw)
+        self.shared = layers.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, d_model], in the dtype of the embedding's weights."""
@@ -85,16 +91,13 @@ class GlyphEncoder(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype, "operations": operations}
         self.config = config
         self.block = nn.ModuleList(
-            Block(config, holds_bias=i == 0, **kw) for i in range(config.num_layers)
+            Block(config, layers, holds_bias=i == 0) for i in range(config.num_layers)
         )
-        self.final_layer_norm = operations.RMSNorm(
-            config.d_model, eps=config.layer_norm_epsilon, device=device, dtype=dtype
-        )
+        self.final_layer_norm = layers.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         buckets = relative_position_buckets(
@@ -112,11 +115,13 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers, *, holds_bias: bool) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype, "operations": operations}
         self.layer = nn.ModuleList(
-            [AttentionLayer(config, holds_bias=holds_bias, **kw), FeedForwardLayer(config, **kw)]
+            [
+                AttentionLayer(config, layers, holds_bias=holds_bias),
+                FeedForwardLayer(config, layers),
+            ]
         )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -125,29 +130,27 @@ class Block(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers, *, holds_bias: bool) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.SelfAttention = Attention(config, holds_bias=holds_bias, operations=operations, **kw)
-        self.layer_norm = operations.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **kw)
+        self.SelfAttention = Attention(config, layers, holds_bias=holds_bias)
+        self.layer_norm = layers.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         return x + self.SelfAttention(self.layer_norm(x), bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GlyphConfig, *, holds_bias: bool, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers, *, holds_bias: bool) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
-        self.q = operations.Linear(config.d_model, inner, bias=False, **kw)
-        self.k = operations.Linear(config.d_model, inner, bias=False, **kw)
-        self.v = operations.Linear(config.d_model, inner, bias=False, **kw)
-        self.o = operations.Linear(inner, config.d_model, bias=False, **kw)
+        self.q = layers.Linear(config.d_model, inner, bias=False)
+        self.k = layers.Linear(config.d_model, inner, bias=False)
+        self.v = layers.Linear(config.d_model, inner, bias=False)
+        self.o = layers.Linear(inner, config.d_model, bias=False)
         if holds_bias:
-            self.relative_attention_bias = operations.Embedding(
-                config.relative_attention_num_buckets, config.num_heads, **kw
+            self.relative_attention_bias = layers.Embedding(
+                config.relative_attention_num_buckets, config.num_heads
             )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -161,23 +164,21 @@ class Attention(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.DenseReluDense = GatedGelu(config, operations=operations, **kw)
-        self.layer_norm = operations.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **kw)
+        self.DenseReluDense = GatedGelu(config, layers)
+        self.layer_norm = layers.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.DenseReluDense(self.layer_norm(x))
 
 
 class GatedGelu(nn.Module):
-    def __init__(self, config: GlyphConfig, *, device, dtype, operations) -> None:
+    def __init__(self, config: GlyphConfig, layers: Layers) -> None:
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.wi_0 = operations.Linear(config.d_model, config.d_ff, bias=False, **kw)
-        self.wi_1 = operations.Linear(config.d_model, config.d_ff, bias=False, **kw)
-        self.wo = operations.Linear(config.d_ff, config.d_model, bias=False, **kw)
+        self.wi_0 = layers.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = layers.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = layers.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
@@ -188,9 +189,9 @@ def relative_position_buckets(
 ) -> Tensor:
     """Bucket of key position minus query position: int64 [length, length].
 
-    Half of the buckets are for keys after the query. Of each half, one half holds a distance each
-    and the rest grow logarithmically up to `max_distance`. Source: T5 (arXiv:1910.10683) and
-    `T5Attention._relative_position_bucket` in transformers.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets
+    hold one distance each and the rest grow logarithmically up to `max_distance`. Source: T5
+    (arXiv:1910.10683) and `T5Attention._relative_position_bucket` in transformers.
     """
     position = torch.arange(length, device=device)
     relative = position[None, :] - position[:, None]

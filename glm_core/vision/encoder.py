@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..data.grids import Grid
 from ..errors import GLMImageError
+from ..layers import Layers
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
-"""Of this network's keys, in the AR model's checkpoint."""
+"""Prefixes of this network's keys in the AR model's checkpoint."""
 
-# Keys of the same component that are not of this network: the text model, and the way back from
-# codes to features, which is in the file but which nothing ever runs.
+# Prefixes of the other keys: the text model, and a layer from codes to features, which is unused.
 OTHER_PREFIXES = ("model.language_model.", "lm_head.", "model.vqmodel.post_quant_conv.")
 
 
@@ -97,17 +97,17 @@ class VisionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        layer = {"device": device, "dtype": dtype, "operations": operations}
+        layers = Layers(operations, device, dtype)
         self.model = nn.ModuleDict(
-            {"visual": VisionTransformer(config, **layer), "vqmodel": Quantiser(config, **layer)}
+            {"visual": VisionTransformer(config, layers), "vqmodel": Quantiser(config, layers)}
         )
 
     def forward(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Read images of one size.
 
         Args:
-            pixels: [B, channels, H, W], see `reference_image.vision_pixels`; the sides are
-                multiples of the patch size.
+            pixels: [B, channels, H, W], see `pixels.vision_pixels`; the sides are multiples of
+                the patch size.
             dtype: what to compute in; weights may be stored in another.
 
         Returns:
@@ -119,12 +119,11 @@ class VisionEncoder(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels to one feature a patch. There is no norm after the last block."""
 
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        layer = {"device": device, "dtype": dtype, "operations": operations}
-        self.embeddings = PositionTable(config, **layer)
-        self.patch_embed = PatchEmbed(config, **layer)
-        self.blocks = nn.ModuleList(Block(config, **layer) for _ in range(config.layers))
+        self.embeddings = PositionTable(config, layers)
+        self.patch_embed = PatchEmbed(config, layers)
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, h, w, hidden_size]."""
@@ -137,14 +136,12 @@ class VisionTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch; over whole images that is a strided convolution."""
+    """A linear map of each patch, as a strided convolution over the image."""
 
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
         side = config.patch_size
-        self.proj = operations.Conv2d(
-            config.channels, config.hidden_size, side, stride=side, device=device, dtype=dtype
-        )
+        self.proj = layers.Conv2d(config.channels, config.hidden_size, side, stride=side)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, h, w, hidden_size]."""
@@ -152,14 +149,12 @@ class PatchEmbed(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Learned positions of a square grid, stretched over the grid of the image at hand."""
+    """Learned positions of a square grid, resized to the image's grid."""
 
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
         self.side = config.position_side
-        self.position_embedding = operations.Embedding(
-            self.side**2, config.hidden_size, device=device, dtype=dtype
-        )
+        self.position_embedding = layers.Embedding(self.side**2, config.hidden_size)
 
     def forward(self, grid: Grid, device: torch.device) -> Tensor:
         """Sampled bilinearly at the cells' centres, in float32 as in the reference: [h, w, D]."""
@@ -174,15 +169,14 @@ class PositionTable(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over all patches, then an MLP, each behind a norm."""
+    """Attention over all patches, then an MLP, each after a norm."""
 
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        layer = {"device": device, "dtype": dtype}
-        self.norm1 = operations.LayerNorm(config.hidden_size, eps=config.eps, **layer)
-        self.norm2 = operations.LayerNorm(config.hidden_size, eps=config.eps, **layer)
-        self.attn = Attention(config, operations=operations, **layer)
-        self.mlp = MLP(config, operations=operations, **layer)
+        self.norm1 = layers.LayerNorm(config.hidden_size, eps=config.eps)
+        self.norm2 = layers.LayerNorm(config.hidden_size, eps=config.eps)
+        self.attn = Attention(config, layers)
+        self.mlp = MLP(config, layers)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -190,46 +184,43 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
         self.heads = config.heads
-        width = config.hidden_size
-        layer = {"bias": config.attention_bias, "device": device, "dtype": dtype}
-        self.qkv = operations.Linear(width, 3 * width, **layer)
-        self.proj = operations.Linear(width, width, **layer)
+        width, bias = config.hidden_size, config.attention_bias
+        self.qkv = layers.Linear(width, 3 * width, bias=bias)
+        self.proj = layers.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
-        return self.proj(sdpa(q, k, v, self.heads, skip_reshape=True))
+        return self.proj(sdpa(q, k, v, self.heads))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        layer = {"device": device, "dtype": dtype}
-        self.fc1 = operations.Linear(config.hidden_size, config.intermediate_size, **layer)
-        self.fc2 = operations.Linear(config.intermediate_size, config.hidden_size, **layer)
+        self.fc1 = layers.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Quantiser(nn.Module):
-    """Features to the ids of the codes they point at."""
+    """Features to the ids of their nearest codes."""
 
-    def __init__(self, config: VisionConfig, *, device: Any, dtype: Any, operations: Any) -> None:
+    def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        layer = {"device": device, "dtype": dtype}
         self.quantize = nn.ModuleDict(
-            {"embedding": operations.Embedding(config.codebook, config.code_dim, **layer)}
+            {"embedding": layers.Embedding(config.codebook, config.code_dim)}
         )
-        self.quant_conv = operations.Conv2d(config.hidden_size, config.code_dim, 1, **layer)
+        self.quant_conv = layers.Conv2d(config.hidden_size, config.code_dim, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, h, w, hidden_size] to int64 [B, h, w].
 
-        Both sides have length one, so the nearest code is the one of the largest inner product. In
-        float32: in bfloat16 many codes tie.
+        Features and codes have length one, so the nearest code has the largest inner product. It
+        is computed in float32, because in bfloat16 many codes tie.
         """
         x = self.quant_conv(rearrange(features, "b h w d -> b d h w"))
         x = F.normalize(rearrange(x, "b d h w -> b h w d").float(), dim=-1)
@@ -240,8 +231,8 @@ class Quantiser(nn.Module):
 def whole_table(embedding: nn.Module, device: torch.device) -> Tensor:
     """All rows of an embedding, float32 [rows, D].
 
-    Looked up and not read from `.weight`: a host may keep the weights on another device, in another
-    dtype or behind a LoRA, and only the layer's own forward knows.
+    They are looked up, not read from `.weight`: a host may keep the weights on another device, in
+    another dtype or without their LoRA, and only the layer's forward brings these together.
     """
     rows = torch.arange(embedding.num_embeddings, device=device)
     return embedding(rows).float()

@@ -1,4 +1,4 @@
-"""The diffusion decoder as a native MODEL: BaseModel, conditioning, memory, per-run reuse."""
+"""The diffusion decoder as a native MODEL: conditioning, memory, latent format and loading."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -15,91 +15,19 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...glm_core.decoder.model import (
-    Decoder,
-    DecoderConfig,
-    ReferenceKeysValues,
-    StepInvariants,
-    block_segment,
-)
+from ...glm_core.decoder.model import Decoder, DecoderConfig, block_segment
 from ...glm_core.decoder.schedule import ScheduleConfig
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
 from .conditioning import REFERENCES, conditions
+from .decoder_network import HostDecoder
 from .devices import Placement, default_placement
 from .memory import memory_for
 from .patchers import ListsSegments, make_patcher, require_layers
 from .reference_cache import CacheReader, ReferencesCondition
 from .weights import Precision, check_keys, load_weights, open_model, precision
-
-
-class HostDecoder(Decoder):
-    """The network behind ComfyUI's call, with the hooks and wrappers that other nodes use."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        dtype: torch.dtype,
-        device: Any,
-        operations: Any,
-        segments: Sequence[LayerSegment] = (),
-    ) -> None:
-        super().__init__(
-            config,
-            device=device,
-            dtype=dtype,
-            operations=operations,
-            attention=optimized_attention,
-            segments=segments,
-        )
-        self.dtype = dtype
-        self.reuse = StepInvariantsCache()
-
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | None = None,
-        control: Any = None,
-        transformer_options: dict | None = None,
-        tokens: Tensor | None = None,
-        size: tuple[int, int] | None = None,
-        references: ReferenceKeysValues | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """x [B, C, H, W], timesteps [B] unshifted, context [B, T, D], tokens [B, 1, H, W]."""
-        options = {} if transformer_options is None else transformer_options
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
-        )
-        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            self._forward, self, wrappers
-        ).execute(
-            x, timesteps, context, control, options, tokens=tokens, size=size, references=references
-        )
-
-    def _forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        control: Any,
-        transformer_options: dict,
-        tokens: Tensor,
-        size: tuple[int, int],
-        references: ReferenceKeysValues | None,
-    ) -> Tensor:
-        if control is not None:
-            raise GLMImageError(
-                "GLM-Image's decoder takes no ControlNet; remove the Apply ControlNet node."
-            )
-        p = self.config.patch_size
-        tokens = tokens[:, 0, ::p, ::p]
-        invariants = self.reuse.get(self, context, tokens, size, x.dtype)
-        return self.predict(x, timesteps, invariants, transformer_options, references)
-
 
 SMALLER_RUN = (
     "use a smaller size or batch, weight_dtype fp8_e4m3fn, int8 or int4, or a reference cache with "
@@ -108,59 +36,9 @@ SMALLER_RUN = (
 ROOT = "diffusion_model."
 """What ComfyUI puts before the network's keys."""
 
-MOST_KEPT = 16
-"""Conditionings or tiles whose invariants are held; packs that move their tiles make new ones."""
-
-
-class StepInvariantsCache:
-    """Keeps `StepInvariants` from one step of a run to the next.
-
-    They are found again by value: the conditioning's states and the (cropped) token ids, which
-    are small beside one step. Weights do not change within a run, unless hooks change them; then
-    nothing is kept. `clear` is called when sampling ends.
-
-    torch.compile leaves the search out: it branches on values and on how much is kept, which would
-    cut the step into pieces and compile some of them anew for every order of prompts.
-    """
-
-    def __init__(self) -> None:
-        self.enabled = True
-        self.clear()
-
-    def clear(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor, tuple, StepInvariants]] = []
-
-    @torch.compiler.disable
-    def get(
-        self,
-        decoder: Decoder,
-        glyphs: Tensor,
-        tokens: Tensor,
-        size: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> StepInvariants:
-        """As `Decoder.prepare`."""
-        if not self.enabled:
-            return decoder.prepare(glyphs, tokens, size, dtype)
-        for kept_glyphs, kept_tokens, made_for, invariants in self._kept:
-            if (
-                made_for == (size, dtype)
-                and _same(kept_glyphs, glyphs)
-                and _same(kept_tokens, tokens)
-            ):
-                return invariants
-        invariants = decoder.prepare(glyphs, tokens, size, dtype)
-        self._kept.append((glyphs, tokens.clone(), (size, dtype), invariants))
-        del self._kept[:-MOST_KEPT]
-        return invariants
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
-
 
 class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
-    """What a MODEL of this pack holds."""
+    """The model in this pack's MODEL."""
 
     def __init__(self, model_config: "ModelConfig", device: Any = None) -> None:
         super().__init__(
@@ -172,7 +50,7 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
         self.readers: list[CacheReader] = []
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Of the network alone, which of a split one would be a part."""
+        """Refuses a split decoder, since its network is only a part of it."""
         if self.segments:
             raise GLMImageError(
                 "A decoder that a device plan has split cannot be saved; load it without the plan."
@@ -188,10 +66,10 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
         return self.schedule.shift(*size, self.diffusion_model.config.patch_size)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Called by the sampler once a run for each conditioning, with its entries."""
+        """The network's arguments; the sampler asks once a run for each conditioning."""
         found = conditions(kwargs, kwargs["noise"].shape, self.diffusion_model.config)
         conds = {
-            # Regular, not CrossAttn, which would repeat the shorter of two texts to join them.
+            # CONDCrossAttn would repeat the shorter of two texts to batch them.
             "c_crossattn": comfy.conds.CONDRegular(found.glyphs),
             "tokens": comfy.conds.CONDNoiseShape(found.token_map),
             "size": comfy.conds.CONDConstant(found.size),
@@ -205,28 +83,29 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
                     "A reference cache cannot be used with LoRA hooks, which change the decoder "
                     "from step to step; load the LoRA into the MODEL instead."
                 )
-            # Of its own device, unless the MODEL was brought to another one after it was made.
+            # A copy, if the MODEL has moved to another device since the cache was made.
             conds["references"] = ReferencesCondition(cache.reader.to(kwargs["device"]))
             self.readers.append(cache.reader)
         return conds
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
-        """What `memory_required` is given before a run, when there are no conditions yet."""
+        """Shapes for `memory_required` before a run, when there are no conditions yet."""
         cache = kwargs.get(REFERENCES)
         return {} if cache is None else {"references": ReferencesCondition(cache.reader).size()}
 
     def end_run(self) -> None:
-        """Free what a run has kept."""
-        self.diffusion_model.reuse.clear()
+        """Free what a run has cached."""
+        self.diffusion_model.step_invariants.clear()
         for reader in self.readers:
             reader.end_run()
         self.readers.clear()
 
     def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`t` is sigma. It goes on in a tuple, which the host does not cast, to `process_timestep`:
-        the model sampling's own `timestep()` is the shifted one, in units that patches change."""
+        """`t` is sigma. It reaches `process_timestep` in a tuple, which the host does not cast.
+        The model sampling's own `timestep()` is shifted, in units that patches change."""
         patcher = self.current_patcher
-        self.diffusion_model.reuse.enabled = patcher is not None and patcher.current_hooks is None
+        without_hooks = patcher is not None and patcher.current_hooks is None
+        self.diffusion_model.step_invariants.enabled = without_hooks
         with on_device(x.device):
             return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
 
@@ -262,7 +141,7 @@ class LatentFormat(comfy.latent_formats.LatentFormat):
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
-    """What `BaseModel` builds itself from."""
+    """The settings that `BaseModel` builds itself from."""
 
     unet_extra_config: ClassVar[dict[str, Any]] = {}
 
@@ -271,19 +150,18 @@ class ModelConfig(comfy.supported_models_base.BASE):
         config: DecoderConfig,
         schedule: ScheduleConfig,
         latents: LatentFormat,
-        kept: Precision,
+        precision: Precision,
         checkpoint: tuple[str, str],
         segments: Sequence[LayerSegment],
     ) -> None:
-        self.latent_format = lambda: latents  # BASE calls it, as it would a class
+        self.latent_format = lambda: latents  # the host expects a class and calls it
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
-        super().__init__({"config": config, "dtype": kept.storage, "segments": segments})
+        storage, compute = precision.storage, precision.compute
+        super().__init__({"config": config, "dtype": storage, "segments": segments})
         self.schedule = schedule
         self.checkpoint = checkpoint
-        self.set_inference_dtype(
-            kept.storage, None if kept.compute == kept.storage else kept.compute
-        )
-        self.custom_operations = kept.operations
+        self.set_inference_dtype(storage, None if compute == storage else compute)
+        self.custom_operations = precision.operations
 
 
 def load_decoder(
@@ -292,10 +170,10 @@ def load_decoder(
     placement: Placement | None = None,
     disable_dynamic: bool = False,
 ):
-    """A MODEL; also the factory that current hosts rebuild it with on another device.
+    """A MODEL. Current hosts call this again to rebuild it on another device.
 
     Args:
-        place: where a device plan puts it; None leaves it to ComfyUI.
+        placement: where a device plan puts it; None leaves it to ComfyUI.
 
     Raises:
         GLMImageError: the component is missing or broken, or the plan is another model's.
@@ -304,41 +182,39 @@ def load_decoder(
     config = DecoderConfig.from_dict(component.config)
     check_keys(component, Decoder, config)
 
-    there = placement or default_placement()
-    require_layers(there, config.num_layers, component.title)
-    kept = precision(component, weight_dtype, there.load)
-    segments = _block_segments(config, there, kept)
-    model = GLMImageModel(
-        ModelConfig(
-            config,
-            ScheduleConfig.from_dict(component.scheduler),
-            _latent_format(component, config),
-            kept,
-            checkpoint=(model_name, weight_dtype),
-            segments=segments,
-        ),
-        device="meta",
+    chosen = placement or default_placement()
+    require_layers(chosen, config.num_layers, component.title)
+    weights = precision(component, weight_dtype, chosen.load)
+    segments = _block_segments(config, chosen, weights)
+    settings = ModelConfig(
+        config,
+        ScheduleConfig.from_dict(component.scheduler),
+        _latent_format(component, config),
+        weights,
+        checkpoint=(model_name, weight_dtype),
+        segments=segments,
     )
+    model = GLMImageModel(settings, device="meta")
     load_weights(model.diffusion_model, component, weight_dtype, segments=segments, root=ROOT)
 
-    model.device = there.offload
-    patcher = make_patcher(model, there, disable_dynamic, segments)
+    model.device = chosen.offload
+    patcher = make_patcher(model, chosen, disable_dynamic, segments)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, _end_run)
-    patcher.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, _run)
+    patcher.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, _sample)
     patcher.cached_patcher_init = (load_decoder, (model_name, weight_dtype, placement))
     return patcher
 
 
-def _run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Around a whole run of the host's, from the loading of the weights on.
+def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Wraps a whole run of the host's sampler, the loading of the weights included.
 
     Raises:
-        GLMImageError: the latent is no image's, or memory did not suffice.
+        GLMImageError: the latent is not an image's, or memory ran out.
     """
     if noise.ndim != 4:
         raise GLMImageError(
-            f"The latent has {noise.ndim} dimensions, as a video's, and GLM-Image paints images, "
-            "whose latents have 4; use the LATENT of GLM-Image Apply Tokens."
+            f"The latent has {noise.ndim} dimensions, as a video's, and an image's has 4; "
+            "use the LATENT of GLM-Image Apply Tokens."
         )
     guider = executor.class_obj
     patcher = guider.model_patcher
@@ -350,21 +226,21 @@ def _run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _block_segments(
-    config: DecoderConfig, placement: Placement, kept: Precision
+    config: DecoderConfig, placement: Placement, precision: Precision
 ) -> list[LayerSegment]:
-    kept = kept.under(ROOT)
+    precision = precision.under(ROOT)
     return [
         block_segment(
             config,
             numbers,
-            there.load,
+            segment.load,
             device="meta",
-            dtype=kept.storage,
-            operations=kept.at(there.load).operations,
+            dtype=precision.storage,
+            operations=precision.at(segment.load).operations,
             attention=optimized_attention,
             prefix=ROOT,
         )
-        for numbers, there in placement.segments
+        for numbers, segment in placement.segments
     ]
 
 
@@ -386,7 +262,7 @@ def require_decoder(patcher: Any) -> GLMImageModel:
     """The GLM-Image model in a MODEL.
 
     Raises:
-        GLMImageError: it is another one.
+        GLMImageError: it holds another model.
     """
     model = patcher.model
     if not isinstance(model, GLMImageModel):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from glm_image.glm_core.attention import sdpa
 from glm_image.glm_core.decoder.model import DROPPED, Decoder, DecoderConfig
 from glm_image.glm_core.errors import GLMImageError
 from reference import GlmImageTransformer2DModel
@@ -140,22 +141,21 @@ def test_latents_off_the_patch_grid_keep_their_size() -> None:
     assert ours(**args).shape == args["x"].shape
 
 
-def test_block_replacement_sees_and_changes_every_argument() -> None:
+def test_further_options_reach_the_attention_of_every_block() -> None:
     ours, _ = pair("small")
     args = inputs(ours.config, rows=4, cols=4)
-    seen = []
+    expected, seen = ours(**args), []
 
-    def replace(block_args: dict, extra: dict) -> dict:
-        options = block_args["transformer_options"]
-        seen.append((options["block_index"], options["total_blocks"], sorted(block_args)))
-        out = extra["original_block"](block_args)
-        return {"img": out["img"].flip(1), "txt": out["txt"]}
+    def attention(*states, option: object, **options) -> torch.Tensor:
+        seen.append(option)
+        return sdpa(*states, **options)
 
-    changed = ours(
-        **args, transformer_options={"patches_replace": {"dit": {("double_block", 1): replace}}}
-    )
-    assert seen == [(1, 2, ["img", "pe", "transformer_options", "txt", "vec"])]
-    assert relative_error(changed, ours(**args)) > 1e-3
+    for block in ours.transformer_blocks:
+        block.attn1.attention = attention
+    x, timestep = args.pop("x"), args.pop("timestep")
+    invariants = ours.prepare(**args, dtype=x.dtype)
+    assert torch.equal(ours.predict(x, timestep, invariants, option="mine"), expected)
+    assert seen == ["mine", "mine"]
 
 
 def test_full_size_keys_and_shapes_equal_the_reference() -> None:

@@ -105,8 +105,8 @@ def test_cached_equals_recomputing_inside_the_step() -> None:
     """What full cross-reference attention pays for at every step, the cache gives exactly."""
     ours, _ = pair("small")
     args, images = inputs(ours.config, 5, 4), reference_images(ours.config)
-    kept = cached(ours, images)
+    stored = cached(ours, images)
     for timestep in (999.0, 12.0):
         args["timestep"] = torch.full((2,), timestep)
         again = ours(**args, references=cached(ours, images))
-        assert torch.equal(ours(**args, references=kept), again)
+        assert torch.equal(ours(**args, references=stored), again)

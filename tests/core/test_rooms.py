@@ -8,6 +8,7 @@ GLM_CORE = Path(__file__).resolve().parents[2] / "glm_core"
 ORDER = (
     "errors",
     "attention",
+    "layers",
     "split",
     "data",
     "vision",

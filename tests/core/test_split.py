@@ -114,19 +114,18 @@ def test_a_segment_takes_a_hosts_prefix() -> None:
     assert not part.holds("diffusion_model.transformer_blocks.20.attn1.to_q.weight")
 
 
-def test_block_patches_see_the_numbers_of_the_whole() -> None:
+def test_blocks_are_run_under_the_numbers_of_the_whole(monkeypatch) -> None:
     whole, _ = pair("patch of 1")
-    seen = []
+    run_block, seen = Decoder.run_block, []
 
-    def replace(args: dict, extra: dict) -> dict:
-        options = args["transformer_options"]
-        seen.append((options["block_index"], options["total_blocks"]))
-        return extra["original_block"](args)
+    def numbered(self, index: int, *args):
+        seen.append(index)
+        return run_block(self, index, *args)
 
-    patches = {"dit": {("double_block", i): replace for i in range(3)}}
+    monkeypatch.setattr(Decoder, "run_block", numbered)
     args = inputs(whole.config, rows=2, cols=2)
-    split_decoder(whole, (1, 2))(**args, transformer_options={"patches_replace": patches})
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    assert torch.equal(split_decoder(whole, (1, 2))(**args), whole(**args))
+    assert seen == [0, 1, 2] * 2
 
 
 # ---- no move between devices is missing ----------------------------------------------------------

@@ -20,7 +20,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD
 from glm_image.glm_core.decoder import model as decoder
 from glm_image.glm_core.decoder.model import DROPPED, rotary
 from glm_image.glm_core.errors import GLMImageError
-from helpers import relative_error, same, stages
+from helpers import planned, relative_error, same, stages
 from torch import Tensor
 
 PROMPT = "a poster with the words 'ONE' and 'TWO'"
@@ -177,7 +177,7 @@ def test_what_does_not_change_between_steps_is_computed_once_and_then_freed(
     passes = 2  # the conditional and the unconditional one
     expected = dict.fromkeys((*INVARIANT, "rotary"), passes) | {"step": 5 * passes}
     assert Counter(calls) == expected
-    assert network.reuse._kept == []
+    assert network.step_invariants._entries == []
 
 
 def test_nothing_is_reused_under_weight_hooks(nodes, run) -> None:
@@ -215,6 +215,53 @@ def test_block_replacement_and_attention_override(nodes, run) -> None:
     blocks = len(run.model.model.diffusion_model.transformer_blocks)
     assert seen.count(1) == 2
     assert seen.count("attention") == 2 * blocks
+
+
+@pytest.mark.parametrize("split", ["", "cpu=0-0,cpu=1-1"], ids=["whole", "split"])
+def test_block_replacement_sees_and_changes_every_argument(nodes, run, split) -> None:
+    plan, _ = planned(nodes, decoder_split=split)
+    loaded = nodes["GLMImageLoadDecoder"].execute("small", "default", plan).result[0]
+    model, seen = loaded.clone(), []
+
+    def replace(args: dict, extra: dict) -> dict:
+        options = args["transformer_options"]
+        numbers = options["block_index"], options["total_blocks"], options["block_type"]
+        seen.append((*numbers, sorted(args)))
+        out = extra["original_block"](args)
+        return {"img": out["img"].flip(1), "txt": out["txt"]}
+
+    for block in (0, 1):
+        model.set_model_patch_replace(replace, "dit", "double_block", block)
+    changed = decode(nodes, run, model=model, steps=1, cfg=1.0)
+    names = ["img", "pe", "transformer_options", "txt", "vec"]
+    assert seen == [(block, 2, "double", names) for block in (0, 1)]
+    assert relative_error(changed, decode(nodes, run, steps=1, cfg=1.0)) > 1e-3
+
+
+@pytest.mark.parametrize("split", ["", "cpu=0-0,cpu=1-1"], ids=["whole", "split"])
+def test_patches_after_a_block_see_its_number_and_result(nodes, run, split) -> None:
+    plan, _ = planned(nodes, decoder_split=split)
+    loaded = nodes["GLMImageLoadDecoder"].execute("small", "default", plan).result[0]
+    model, seen = loaded.clone(), []
+
+    def replace(args: dict, extra: dict) -> dict:
+        seen.append(extra["original_block"](args))
+        return seen[-1]
+
+    def after(args: dict) -> dict:
+        out = seen.pop()
+        assert args["img"] is out["img"]
+        assert args["txt"] is out["txt"]
+        seen.append((args["block_index"], sorted(args)))
+        return {"img": args["img"].flip(1), "txt": args["txt"]}
+
+    for block in (0, 1):
+        model.set_model_patch_replace(replace, "dit", "double_block", block)
+    model.set_model_patch(after, "double_block")
+    changed = decode(nodes, run, model=model, steps=1, cfg=1.0)
+    names = ["block_index", "img", "pe", "transformer_options", "txt", "vec"]
+    assert seen == [(block, names) for block in (0, 1)]
+    assert relative_error(changed, decode(nodes, run, steps=1, cfg=1.0)) > 1e-3
 
 
 def test_easycache_runs_and_skips_steps(nodes, run) -> None:
