@@ -373,7 +373,7 @@ class TestSingleFiles:
 
     def test_config_of_another_model(self, saved, tmp_path):
         file = single_file(saved, "vae", tmp_path / "a.safetensors", config='{"model_type": "x"}')
-        assert "is not of GLM-Image's VAE" in refused(file, "vae")
+        assert "does not belong to GLM-Image's VAE" in refused(file, "vae")
 
 
 def mismatch(opened: Component, expected: dict[str, torch.Size]) -> str:
