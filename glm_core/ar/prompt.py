@@ -59,19 +59,11 @@ class PromptTokenizer:
         self, tokenizer_json: str, tokenizer_config: dict[str, Any], chat_template: str | None
     ) -> None:
         full = _load(tokenizer_json)
-        self._names = {}
-        for name in _CONTROL_TOKENS:
-            token = tokenizer_config.get(name)
-            token = token["content"] if isinstance(token, dict) else token
-            if token is None or full.token_to_id(token) is None:
-                raise GLMImageError(
-                    f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
-                    "processor of a GLM-Image checkpoint."
-                )
-            self._names[name] = token
+        self._names = _control_names(full, tokenizer_config)
         self._ids = {name: full.token_to_id(token) for name, token in self._names.items()}
         self._control = {t.content: i for i, t in full.get_added_tokens_decoder().items()}
         self._control |= dict(zip(self._names.values(), self._ids.values(), strict=True))
+        # Visual tokens are named like bos_token, with other numbers.
         visual = re.compile(re.sub(r"\d+", r"\\d+", re.escape(self._names["bos_token"])))
         reserved = self._control.keys() | set(filter(visual.fullmatch, full.get_vocab()))
         self._text = _load(_without(reserved, tokenizer_json))
@@ -124,7 +116,7 @@ class PromptTokenizer:
         remaining = iter(references)
         return [
             *(self._piece(piece, remaining) for piece in head),
-            self._text_ids(last + core + first),
+            self._text_ids(last + core + first),  # together, as a token may span their borders
             *(self._piece(piece, remaining) for piece in tail),
         ]
 
@@ -183,6 +175,21 @@ def _load(tokenizer_json: str) -> Tokenizer:
         return Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the only class that tokenizers raises
         raise GLMImageError(f"The AR model's tokenizer.json cannot be read: {error}") from error
+
+
+def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, str]:
+    """The names of `_CONTROL_TOKENS` in the tokenizer's vocabulary."""
+    names = {}
+    for name in _CONTROL_TOKENS:
+        token = config.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        if token is None or tokenizer.token_to_id(token) is None:
+            raise GLMImageError(
+                f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
+                "processor of a GLM-Image checkpoint; download the processor folder again."
+            )
+        names[name] = token
+    return names
 
 
 def _without(reserved: set[str], tokenizer_json: str) -> str:

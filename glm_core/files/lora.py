@@ -117,11 +117,13 @@ def _alphas(lora: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> di
     alphas = {}
     configs = _configs_by_model(adapter_config)
     for key, value in lora.items():
-        module, is_down = re.subn(r"\.lora_A\.weight$", "", key)
-        for model, config in configs.items() if is_down else ():
-            if not module.startswith(model) or config.get("lora_alpha") is None:
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        for prefix, config in configs.items():
+            if not module.startswith(prefix) or config.get("lora_alpha") is None:
                 continue
-            alpha = _alpha_of(module.removeprefix(model).removeprefix("base_model.model."), config)
+            alpha = _alpha_of(module.removeprefix(prefix).removeprefix("base_model.model."), config)
             if config.get("use_rslora"):
                 alpha *= math.sqrt(value.shape[0])
             alphas[f"{module}.alpha"] = torch.tensor(alpha)

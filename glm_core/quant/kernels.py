@@ -37,7 +37,7 @@ class Kernel(Protocol):
     def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor: ...
 
 
-class Nibbles(NamedTuple):
+class NibbleProduct(NamedTuple):
     """One of torch's products with 4-bit numbers, w = (q - 8) s + z.
 
     Args:
@@ -76,7 +76,7 @@ class Nibbles(NamedTuple):
         return numbers
 
 
-def _in_blocks(block: int) -> Nibbles:
+def _in_blocks(block: int) -> NibbleProduct:
     """The layout for CPUs: blocks of rows, each column by column. A byte has rows i, i + block / 2.
 
     A block is 64 rows with 512-bit registers and 32 with 256-bit ones.
@@ -86,7 +86,7 @@ def _in_blocks(block: int) -> Nibbles:
         joined = rearrange(packed, "(n k i) -> n k i", n=rows // block, k=columns)
         return rearrange([joined & 15, joined >> 4], "half n k i -> (n half i) k")
 
-    return Nibbles(
+    return NibbleProduct(
         "_weight_int4pack_mm_for_cpu",
         lambda joined: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             split_nibbles(joined).int(), 1
@@ -99,7 +99,7 @@ def _in_blocks(block: int) -> Nibbles:
 
 
 DEPTH = 8  # tiles of 16 columns side by side, the most that the kernel takes
-IN_TILES = Nibbles(
+IN_TILES = NibbleProduct(
     "_weight_int4pack_mm",
     # This layout has even columns in the high half of a byte.
     lambda joined: torch.ops.aten._convert_weight_to_int4pack(joined << 4 | joined >> 4, DEPTH),
@@ -113,11 +113,11 @@ IN_TILES = Nibbles(
 
 
 class GroupedInt4:
-    """int4 by a `Nibbles` product. The layout is preceded by the scales."""
+    """int4 by a `NibbleProduct`. The layout is preceded by the scales."""
 
     bits = 4
 
-    def __init__(self, nibbles: Nibbles) -> None:
+    def __init__(self, nibbles: NibbleProduct) -> None:
         self.nibbles = nibbles
         self.operation = nibbles.operation
 
@@ -139,14 +139,14 @@ class GroupedInt4:
 
 
 class Int8InNibbles:
-    """int8 by a `Nibbles` product over 2 N rows: q = 16 (high - 8) + low.
+    """int8 by a `NibbleProduct` over 2 N rows: q = 16 (high - 8) + low.
 
     On GPUs it is preferred to `RowwiseInt8`, which reads memory one byte per thread there.
     """
 
     bits = 8
 
-    def __init__(self, nibbles: Nibbles) -> None:
+    def __init__(self, nibbles: NibbleProduct) -> None:
         self.nibbles = nibbles
         self.operation = nibbles.operation
 

@@ -160,9 +160,9 @@ def vision_pixels(image: Tensor, config: ImageConfig) -> Tensor:
 def halve(image: Tensor) -> Tensor:
     """uint8 [B, H, W, C] to [B, H / 2, W / 2, C], bit for bit as Pillow's `resize(BICUBIC)`.
 
-    Pillow filters rows, then columns, in integers with 22 fractional bits, and rounds to 8 bits
-    after each. Torch's antialiased resize rounds its weights otherwise. (Pillow 13 filters columns
-    first if H > 2 W. The checkpoint is older, so rows always come first here.)
+    Pillow filters along rows, then along columns, in integers with 22 fractional bits, and rounds
+    to 8 bits after each. Torch's antialiased resize rounds its weights otherwise. (Pillow 13 starts
+    with columns if H > 2 W. The checkpoint is older, so rows always come first here.)
     """
     for axis in (2, 1):
         index, weights = _taps(image.shape[axis], image.shape[axis] // 2, _bicubic, 2)
