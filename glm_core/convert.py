@@ -1,6 +1,6 @@
-"""`python -m glm_core.convert SNAPSHOT OUT`: a snapshot as single files, in fewer bits if asked.
+"""`python -m glm_core.convert SNAPSHOT OUT` writes a snapshot as single files, quantised if asked.
 
-OUT may be ComfyUI's own models folder: each component goes to the folder where its loader looks.
+OUT may be ComfyUI's models folder: each component goes to the folder where its loader looks.
 """
 
 import argparse
@@ -21,21 +21,21 @@ MODEL_FOLDERS = {
     "glyph": "text_encoders",
     "vae": "vae",
 }
-"""The folder of ComfyUI's models that single files of each component go into."""
+"""ComfyUI's model folder for single files of each component."""
 
 
 class Bar:
-    """Progress on a line of its own, a few times a second."""
+    """A line of progress on stderr, drawn at most five times a second."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.start = self.shown = time.monotonic()
+        self.start = self.drawn = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.shown < 0.2 and done < total:
+        if now - self.drawn < 0.2 and done < total:
             return
-        self.shown = now
+        self.drawn = now
         filled = 30 * done // total
         sys.stderr.write(
             f"\r{self.title:24} [{'#' * filled}{'.' * (30 - filled)}] {done / 2**30:.2f} of "
@@ -50,18 +50,18 @@ def main() -> None:
     )
     parser.add_argument("snapshot", type=Path, help="a hub snapshot's folder")
     parser.add_argument(
-        "out", type=Path, help="gets text_encoders/, diffusion_models/ and vae/; ComfyUI/models"
+        "out", type=Path, help="where text_encoders/, diffusion_models/ and vae/ go: ComfyUI/models"
     )
     parser.add_argument("--dtype", choices=CHOICES, default="bf16")
     parser.add_argument(
-        "--component", choices=COMPONENTS, action="append", help="only this one; may be repeated"
+        "--component", choices=COMPONENTS, action="append", help="this one only; may be repeated"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        for name in given.component or COMPONENTS:
-            component = open_component(given.snapshot, name)
-            folder = given.out / MODEL_FOLDERS[name]
-            file = convert(component, given.dtype, folder, Bar(component.title))
+        for name in arguments.component or COMPONENTS:
+            component = open_component(arguments.snapshot, name)
+            folder = arguments.out / MODEL_FOLDERS[name]
+            file = convert(component, arguments.dtype, folder, Bar(component.title))
             sys.stderr.write(f"\n{file}\n")
     except GLMImageError as error:
         raise SystemExit(f"\n{error}") from error

@@ -8,8 +8,9 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..glm_core.data.tokens import MAX_FILE_BYTES, SemanticTokens, load_tokens, save_tokens
+from ..glm_core.data.token_file import MAX_FILE_BYTES, load_tokens, save_tokens
 from ..glm_core.data.tokens import Layout as LayoutData
+from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .types import CATEGORY, Layout, Tokens
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from glm_core.ar.model import ARConfig, ARModel
-from glm_core.data.tokens import SemanticTokens, save_tokens
+from glm_core.data.token_file import save_tokens
+from glm_core.data.tokens import SemanticTokens
 from glm_core.decoder.model import Decoder, DecoderConfig
 from glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from glm_core.placement.plan import GIB

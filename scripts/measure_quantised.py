@@ -19,7 +19,7 @@ from glm_core.ar.model import ARConfig, ARModel, rope_table
 from glm_core.ar.philox import gumbel, sample_keys
 from glm_core.ar.step import SamplingOptions, draw_token
 from glm_core.data.grids import text_positions
-from glm_core.files.component import layer_of
+from glm_core.files.quantisation import layer_of
 from glm_core.files.weight_dtypes import is_layer_matrix
 from glm_core.quant.linear import lay_out, pack_layers
 from glm_core.quant.packing import FORMATS, quantise

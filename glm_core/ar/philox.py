@@ -1,7 +1,8 @@
-"""Random numbers by address: Philox4x32-10, so that a draw depends on nothing but where it falls.
+"""Random numbers by position: Philox4x32-10, so that a draw depends only on seed and cell.
 
-Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). Evaluated with
-tensor operations on 32-bit words held in int64, exact on every device and fit for a captured graph.
+Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). Computed with
+tensor operations on 32-bit words in int64, which are exact on every device and can be captured in
+a graph.
 """
 
 import torch
@@ -35,18 +36,18 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def sample_keys(seed: int, batch: int, device: torch.device) -> Tensor:
-    """Keys of a batch whose sample i has the seed (seed + i) mod 2^64: int64 [B, 2] of words."""
+    """The keys of a batch: int64 [B, 2] of words. Sample i has the seed (seed + i) mod 2^64."""
     seeds = [(seed + i) % 2**64 for i in range(batch)]
     return torch.tensor([[s & _WORD, s >> 32] for s in seeds], dtype=torch.int64, device=device)
 
 
 def gumbel(keys: Tensor, grid: int, row: int, columns: Tensor, n: int) -> Tensor:
-    """Standard Gumbel noise for the candidates at some positions of a row.
+    """Standard Gumbel noise for every candidate at the given cells of a row.
 
-    The counter is (candidate // 4, column, row, grid), and candidate % 4 picks the word.
+    The counter is (candidate // 4, column, row, grid), and candidate % 4 selects the word.
 
     Args:
-        keys: int64 [B, 2], see `sample_keys`.
+        keys: int64 [B, 2], from `sample_keys`.
         columns: int64 [P], on the keys' device.
         n: number of candidates.
 
@@ -68,15 +69,15 @@ def gumbel(keys: Tensor, grid: int, row: int, columns: Tensor, n: int) -> Tensor
 def to_gumbel(words: Tensor) -> Tensor:
     """Words in [0, 2^32) to float32 Gumbel noise between -2.9 and 22.9, never infinite.
 
-    -log(-log(1 - u)) with u = (word + 1/2) / 2^32. A draw is decided at the top, where u is near 0:
-    there float32 keeps all 32 bits of the word, while 1 - u would have 24. Near 1 it would round to
-    1, so it stops at the float32 below: words there tie at the bottom, where no draw is won.
+    -log(-log(1 - u)) with u = (word + 1/2) / 2^32. The largest noise wins a draw and has u near 0,
+    where float32 holds all 32 bits of the word; 1 - u would hold 24. Near 1, u is clamped to the
+    float32 below 1. Words there tie for the smallest noise, which wins no draw.
     """
     u = (words.to(torch.float32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product; int64 wraps, so that its 64 bits are right."""
+    """High and low word of a 32 x 32 bit product. int64 wraps, so all of its 64 bits are right."""
     product = a * b
     return (product >> 32) & _WORD, product & _WORD

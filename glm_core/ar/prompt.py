@@ -1,7 +1,7 @@
-"""From a prompt to the AR model's input: the scaffold of control tokens, and text that stays text.
+"""From a prompt to the AR model's input: control tokens from the template, text from the user.
 
-Format: `GlmImageProcessor` of transformers. Unlike there, whatever a user types is tokenised
-without the control and visual tokens, so that `<sop>` in a prompt is five characters.
+Format: `GlmImageProcessor` of transformers. Here the user's text is tokenised without the control
+and visual tokens, so that `<sop>` in a prompt is five characters.
 """
 
 import json
@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from ..data.grids import Grid, grid_positions, preview_grid, text_positions
 from ..errors import GLMImageError
 
-_PROMPT = "\ue000prompt\ue000"  # stands for the prompt in the template; private-use characters
-_SCAFFOLD = ("bos_token", "eos_token", "image_token", "grid_bos_token", "grid_eos_token")
+_PROMPT = "\ue000prompt\ue000"  # replaced by the prompt after rendering; private-use characters
+_CONTROL_TOKENS = ("bos_token", "eos_token", "image_token", "grid_bos_token", "grid_eos_token")
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the AR model reads before it writes.
+    """The AR model's input before the first cell.
 
     ids: int64 [L].
     positions: int64 [3, L], on the axes (t, h, w).
@@ -39,39 +39,31 @@ class Prompt:
 
     @property
     def end(self) -> int:
-        """The position at which the first grid after the prompt starts."""
+        """The position of the first grid after the prompt."""
         return int(self.positions[0, -1]) + 1
 
 
 class PromptTokenizer:
-    """The checkpoint's tokenizer and chat template, as `processor/` holds them.
+    """The checkpoint's tokenizer and chat template, from its folder `processor/`.
 
     Args:
         tokenizer_json: content of tokenizer.json.
         tokenizer_config: content of tokenizer_config.json.
-        chat_template: Jinja source, or None for a bare prompt.
+        chat_template: Jinja source, or None for a prompt without one.
 
     Raises:
-        GLMImageError: a file is broken or lacks a token that the scaffold needs.
+        GLMImageError: the tokenizer is broken or lacks a control token.
     """
 
     def __init__(
         self, tokenizer_json: str, tokenizer_config: dict[str, Any], chat_template: str | None
     ) -> None:
         full = _load(tokenizer_json)
-        self._names = {}
-        for name in _SCAFFOLD:
-            token = tokenizer_config.get(name)
-            token = token["content"] if isinstance(token, dict) else token
-            if token is None or full.token_to_id(token) is None:
-                raise GLMImageError(
-                    f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
-                    "processor of a GLM-Image checkpoint."
-                )
-            self._names[name] = token
+        self._names = _control_names(full, tokenizer_config)
         self._ids = {name: full.token_to_id(token) for name, token in self._names.items()}
         self._control = {t.content: i for i, t in full.get_added_tokens_decoder().items()}
         self._control |= dict(zip(self._names.values(), self._ids.values(), strict=True))
+        # Visual tokens are named like bos_token, with other numbers.
         visual = re.compile(re.sub(r"\d+", r"\\d+", re.escape(self._names["bos_token"])))
         reserved = self._control.keys() | set(filter(visual.fullmatch, full.get_vocab()))
         self._text = _load(_without(reserved, tokenizer_json))
@@ -108,34 +100,34 @@ class PromptTokenizer:
         return _joined([*turn, self._grid_ids(grid), [self._ids["bos_token"]]])
 
     def _turn(self, prompt: str, references: Sequence[Tensor]) -> list[list[int] | Tensor]:
-        """The chat template's turn of a user who shows `references` and says `prompt`.
+        """The chat template's user turn with `references` and `prompt`.
 
         Returns:
-            Ids of text, and in their places the references.
+            Pieces in order: ids of text, and the references.
         """
         core = prompt.strip()
         if not core:
             raise GLMImageError("The prompt is empty: write what the image should show.")
-        # Space around the prompt is left to the template, which may trim it.
+        # The template sees the space around the prompt, as it may trim it.
         rendered = self._render(prompt.replace(core, _PROMPT, 1), len(references))
         before, after = rendered.split(_PROMPT)
         *head, last = self._control_pattern.split(before)
         first, *tail = self._control_pattern.split(after)
-        shown = iter(references)
+        remaining = iter(references)
         return [
-            *(self._piece(piece, shown) for piece in head),
-            self._text_ids(last + core + first),
-            *(self._piece(piece, shown) for piece in tail),
+            *(self._piece(piece, remaining) for piece in head),
+            self._text_ids(last + core + first),  # together, as a token may span their borders
+            *(self._piece(piece, remaining) for piece in tail),
         ]
 
     def _render(self, prompt: str, references: int) -> str:
         image = self._names["image_token"]
         if self._template is None:
-            one = self._names["bos_token"] + image + self._names["eos_token"]
-            return references * one + prompt
-        shown = [{"type": "image"}] * references
+            reference = self._names["bos_token"] + image + self._names["eos_token"]
+            return references * reference + prompt
+        images = [{"type": "image"}] * references
         rendered: str = self._renderer.apply_chat_template(
-            [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}],
+            [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}],
             chat_template=self._template,
             tokenize=False,
             **self._names,
@@ -152,19 +144,19 @@ class PromptTokenizer:
         return [self._ids["grid_bos_token"], *size, self._ids["grid_eos_token"]]
 
     def _piece(self, piece: str, references: Iterator[Tensor]) -> list[int] | Tensor:
-        """A piece of the template: the next reference, a control token, or text between two."""
+        """A piece of the template: the next reference, a control token, or text."""
         if piece == self._names["image_token"]:
             return next(references)
         return [self._control[piece]] if piece in self._control else self._text_ids(piece)
 
     def _text_ids(self, text: str) -> list[int]:
-        """Half a surrogate pair, which the tokenizer refuses, becomes `?`, as for the glyphs."""
+        """Ids of text. Half a surrogate pair, which the tokenizer refuses, becomes `?`."""
         ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
         return ids
 
 
 def _joined(pieces: list[list[int] | Tensor]) -> Prompt:
-    """Text on a ramp of positions, which each reference's grid interrupts."""
+    """The pieces as one prompt. Positions count up along text, and follow a reference's grid."""
     ids, positions, base = [], [], 0
     for piece in pieces:
         if isinstance(piece, Tensor):
@@ -181,15 +173,30 @@ def _joined(pieces: list[list[int] | Tensor]) -> Prompt:
 def _load(tokenizer_json: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the tokenizers library raises no narrower class
+    except Exception as error:  # the only class that tokenizers raises
         raise GLMImageError(f"The AR model's tokenizer.json cannot be read: {error}") from error
 
 
+def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, str]:
+    """The names of `_CONTROL_TOKENS` in the tokenizer's vocabulary."""
+    names = {}
+    for name in _CONTROL_TOKENS:
+        token = config.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        if token is None or tokenizer.token_to_id(token) is None:
+            raise GLMImageError(
+                f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
+                "processor of a GLM-Image checkpoint; download the processor folder again."
+            )
+        names[name] = token
+    return names
+
+
 def _without(reserved: set[str], tokenizer_json: str) -> str:
-    """The same tokenizer, to which the reserved names are text like any other."""
+    """The tokenizer without the reserved tokens, so that their names are plain text."""
     data = json.loads(tokenizer_json)
     data["added_tokens"] = []
-    data["post_processor"] = None  # it may name added tokens, and only ever adds such
+    data["post_processor"] = None  # it only adds tokens, some of which are removed
     vocab = data["model"]["vocab"]
     data["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in reserved}
     return json.dumps(data)

@@ -1,4 +1,4 @@
-"""Linear layers that are mostly given one row, as the AR model's are."""
+"""Linear layers for inputs of mostly one row, as in the AR model."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RowLinear(nn.Linear):
-    """`nn.Linear`, by the kernel for vectors where that multiplies a lone row in bf16 faster."""
+    """`nn.Linear` that multiplies a single bf16 row by torch's vector kernel if that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (x.dtype == torch.bfloat16 and x.numel() == self.in_features and _is_faster(x)):
@@ -21,7 +21,7 @@ class RowLinear(nn.Linear):
 
 
 class RowOperations:
-    """Layers to build a network from that reads one id a step."""
+    """Layers for a network that reads one id per step."""
 
     Linear = RowLinear
     Embedding = nn.Embedding
@@ -29,9 +29,11 @@ class RowOperations:
 
 
 def _is_faster(x: Tensor) -> bool:
-    """On CPUs with AMX torch's kernel for vectors reads the weight at the pace of memory, and the
-    one for matrices is 20 % slower for one row, at some widths twice as slow. On others, with
-    AVX-512 as with AVX2, the one for vectors is the slower."""
+    """Whether torch's vector kernel is faster for one row than its matrix kernel.
+
+    On CPUs with AMX it reads the weight at memory speed. The matrix kernel is 20 % slower, and at
+    some widths takes twice the time. On CPUs with AVX-512 or AVX2 the vector kernel is slower.
+    """
     return x.device.type == "cpu" and cpu_has("amx_bf16")
 
 
@@ -40,8 +42,8 @@ def cpu_has(*names: str) -> bool:
     """Whether the CPU has any of these instruction sets.
 
     Args:
-        names: as `torch.cpu.get_capabilities` calls them; older torch lacks that function, and
-            then the answer is no.
+        names: as in `torch.cpu.get_capabilities`. Older versions of torch lack that function, and
+            the answer is False.
     """
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in names)

@@ -1,1 +1,1 @@
-"""Grids, tokens, layouts and references: what passes between the stages."""
+"""What passes between the stages: grids, tokens, layouts and references."""

@@ -1,4 +1,4 @@
-"""Token grids: how many cells an image has, how its preview is shaped, and where each cell sits.
+"""Token grids: an image's large grid and preview, and the position of each cell.
 
 Formulas: `GlmImageProcessor._get_target_shape` and `GlmImageModel.get_rope_index` of transformers.
 """
@@ -22,7 +22,7 @@ PIXELS_PER_LATENT = 8
 """Along each side of a latent cell, by GLM-Image's VAE."""
 PATCHES_PER_TOKEN = 2
 """The decoder's patches along each side of a token."""
-PREVIEW_SIDE = 16  # a preview has about PREVIEW_SIDE**2 cells, whatever its aspect
+PREVIEW_SIDE = 16  # a preview of any aspect has about PREVIEW_SIDE**2 cells
 
 
 def token_grid(height: int, width: int) -> Grid:
@@ -47,7 +47,7 @@ def token_grid(height: int, width: int) -> Grid:
 
 
 def preview_grid(grid: Grid) -> Grid:
-    """The preview of a large grid; a side is 0 where the aspect exceeds 256."""
+    """The preview's grid for a large grid. A side is 0 if the aspect exceeds 256."""
     aspect = grid[0] / grid[1]
     return int(math.sqrt(aspect) * PREVIEW_SIDE), int(math.sqrt(1 / aspect) * PREVIEW_SIDE)
 
@@ -58,14 +58,14 @@ def upsample_tokens(tokens: Tensor) -> Tensor:
 
 
 def text_positions(length: int, base: int = 0) -> Tensor:
-    """A ramp from `base`, alike on the three axes (t, h, w): int64 [3, length]."""
+    """`base`, `base` + 1, ... on each of the three axes (t, h, w): int64 [3, length]."""
     return repeat(torch.arange(base, base + length), "l -> axes l", axes=3)
 
 
 def grid_positions(grid: Grid, base: int) -> Tensor:
-    """Cells in raster order at (base, base + row, base + column): int64 [3, rows * columns].
+    """(base, base + row, base + column) of cells in raster order: int64 [3, rows * columns].
 
-    What follows the grid starts at `base + max(grid)`.
+    The next grid or text starts at `base + max(grid)`.
     """
     offsets = torch.cartesian_prod(torch.arange(1), *(torch.arange(side) for side in grid))
     return base + offsets.T

@@ -1,4 +1,4 @@
-"""Editing layouts: locking cells, pasting one layout into another, masks brought to the grid."""
+"""Editing layouts: masks as grid cells, locking, pasting, and which sizes a layout fits."""
 
 import math
 from dataclasses import replace
@@ -9,15 +9,15 @@ from einops import repeat
 from torch import Tensor
 
 from ..errors import GLMImageError
-from .grids import PIXELS_PER_TOKEN, Grid, preview_grid, token_grid
+from .grids import PIXELS_PER_TOKEN, Grid, Size, preview_grid, token_grid
 from .tokens import Forced, Layout, SemanticTokens
 
 LOCKS = ("whole", "masked", "outside mask", "none")
-SIZES_NAMED = 3
+MAX_SUGGESTIONS = 3  # of sizes that a layout fits, in an error sentence
 
 
 def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
-    """Cells of which a mask covers at least half.
+    """The cells that a mask covers by at least half.
 
     Args:
         mask: float [H, W] or [1, H, W] of any size, 0 to 1, stretched over the grid.
@@ -30,13 +30,13 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     """
     if mask.ndim == 3 and len(mask) != 1:
         raise GLMImageError(f"There are {len(mask)} masks in the batch: connect a single one.")
-    whole = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
-    rows, columns = (_overlaps(n, cells) for n, cells in zip(whole.shape, grid, strict=True))
-    return rows @ whole @ columns.T >= 0.5 - 1e-9  # what rounding takes off an exact half
+    pixels = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
+    rows, columns = (_shares(n, cells) for n, cells in zip(pixels.shape, grid, strict=True))
+    return rows @ pixels @ columns.T >= 0.5 - 1e-9  # rounding may leave an exact half below 0.5
 
 
-def _overlaps(pixels: int, cells: int) -> Tensor:
-    """Share of each cell that each pixel covers, along one side: float64 [cells, pixels]."""
+def _shares(pixels: int, cells: int) -> Tensor:
+    """The share of each cell that each pixel covers along a side: float64 [cells, pixels]."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
     starts = torch.arange(pixels, dtype=torch.float64)
     ends = torch.minimum(edges[1:, None], starts + 1)
@@ -45,14 +45,14 @@ def _overlaps(pixels: int, cells: int) -> Tensor:
 
 
 def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = None) -> Layout:
-    """Lock cells beside those that are locked already, or unlock all.
+    """A layout with more cells locked, or with none locked.
 
     Args:
-        how: of `LOCKS`; masked and outside mask need `mask`, see `mask_to_grid`.
-        batch_index: which layout of the batch, from 0; -1 keeps all.
+        how: one of `LOCKS`; "masked" and "outside mask" need a `mask`, see `mask_to_grid`.
+        batch_index: the layout of the batch to return, from 0; -1 returns all.
 
     Raises:
-        GLMImageError: there is no such layout, or no mask where one is needed.
+        GLMImageError: the batch has no such layout, or `how` needs a mask.
     """
     batch = len(layout.preview)
     if batch_index >= batch:
@@ -78,15 +78,14 @@ def _locked(before: Tensor, how: str, mask: Tensor | None) -> Tensor:
 def compose(
     base: Layout, source: Layout, row: int = 0, column: int = 0, mask: Tensor | None = None
 ) -> Layout:
-    """Paste cells of `source` into `base`; what falls outside of it is cut off.
+    """`base` with cells of `source` pasted into it; cells that fall outside are cut off.
 
-    Locks are kept: a cell is locked where it was in `base`, or where what is pasted was in
-    `source`.
+    A cell is locked if it was locked in `base`, or if the cell pasted there was in `source`.
 
     Args:
-        base, source: of one codebook; batches alike, or a single one for all of the other's.
-        row, column: cell of `base` under the source's first; may be negative.
-        mask: which part of `source` is pasted, see `mask_to_grid`; all of it without one.
+        base, source: of one codebook, and of equal batches unless one batch is single.
+        row, column: where the first cell of `source` goes in `base`; may be negative.
+        mask: the part of `source` to paste, see `mask_to_grid`; None pastes all of it.
 
     Raises:
         GLMImageError: the codebooks or batches differ, or no cell lands in `base`.
@@ -97,33 +96,34 @@ def compose(
             "compose layouts of one AR model."
         )
     batch = common_batch("base layouts", len(base.preview), "source layouts", len(source.preview))
-    grid, piece = tuple(base.locked.shape), tuple(source.locked.shape)
-    chosen = torch.ones(piece, dtype=torch.bool) if mask is None else mask_to_grid(mask, piece)
-    rows, source_rows = _overlap("row", row, grid[0], piece[0])
-    columns, source_columns = _overlap("column", column, grid[1], piece[1])
+    grid, pasted = tuple(base.locked.shape), tuple(source.locked.shape)
+    chosen = torch.ones(pasted, dtype=torch.bool) if mask is None else mask_to_grid(mask, pasted)
+    rows, source_rows = _overlap("row", row, grid[0], pasted[0])
+    columns, source_columns = _overlap("column", column, grid[1], pasted[1])
     chosen = chosen[source_rows, source_columns]
 
     preview = base.preview.repeat(batch // len(base.preview), 1, 1)
-    here, there = (slice(None), rows, columns), (slice(None), source_rows, source_columns)
-    preview[here] = torch.where(chosen, source.preview[there], preview[here])
+    region = preview[:, rows, columns]
+    new = source.preview[:, source_rows, source_columns]
+    preview[:, rows, columns] = torch.where(chosen, new, region)
     locked = base.locked.clone()
     locked[rows, columns] |= chosen & source.locked[source_rows, source_columns]
     return replace(base, preview=preview, locked=locked)
 
 
-def _overlap(name: str, offset: int, length: int, piece: int) -> tuple[slice, slice]:
-    """Where a piece at `offset` lies in `length` cells: the slice there, and of the piece."""
-    start, stop = max(offset, 0), min(offset + piece, length)
+def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, slice]:
+    """Slices of `length` cells and of `pasted` cells, for the overlap when pasted at `offset`."""
+    start, stop = max(offset, 0), min(offset + pasted, length)
     if start >= stop:
         raise GLMImageError(
-            f"At {name} {offset} no cell of the source lands in the base: use {1 - piece} to "
+            f"At {name} {offset} no cell of the source lands in the base: use {1 - pasted} to "
             f"{length - 1}."
         )
     return slice(start, stop), slice(start - offset, stop - offset)
 
 
 def to_tokens(layout: Layout) -> SemanticTokens:
-    """The previews as the tokens of small images, 32 px a cell."""
+    """The previews as the tokens of small images, with 32 px per cell."""
     height, width = (side * PIXELS_PER_TOKEN for side in layout.locked.shape)
     return SemanticTokens(layout.preview, layout.codebook, height, width)
 
@@ -131,13 +131,13 @@ def to_tokens(layout: Layout) -> SemanticTokens:
 def locked_cells(layout: Layout, samples: int) -> Forced:
     """A layout's locked cells for `samples` samples, a multiple of its batch.
 
-    Sample i has layout i modulo their number: all layouts once, then all again.
+    Sample i has the cells of layout i modulo the batch.
     """
     return Forced(_for_samples(layout.preview, samples), layout.locked)
 
 
 def cells_outside(mask: Tensor, tokens: SemanticTokens, samples: int) -> Forced:
-    """All cells but those under a mask (see `mask_to_grid`), each sample's as `locked_cells`."""
+    """The cells outside a mask (see `mask_to_grid`), for samples as in `locked_cells`."""
     inside = mask_to_grid(mask, tuple(tokens.tokens.shape[1:]))
     return Forced(_for_samples(tokens.tokens, samples), ~inside)
 
@@ -147,10 +147,10 @@ def _for_samples(grids: Tensor, samples: int) -> Tensor:
 
 
 def common_batch(name: str, count: int, other_name: str, other_count: int) -> int:
-    """The batch of two inputs of which each is single or as large as the other.
+    """The larger of two batches that are equal, or one of which is single.
 
     Raises:
-        GLMImageError: they are not.
+        GLMImageError: they differ and neither is single.
     """
     if count != other_count and 1 not in (count, other_count):
         raise GLMImageError(
@@ -163,8 +163,8 @@ def common_batch(name: str, count: int, other_name: str, other_count: int) -> in
 def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) -> None:
     """
     Raises:
-        GLMImageError: the layout is of another codebook, or its preview of another shape than that
-            of an image of `height` x `width`; names sizes that would fit.
+        GLMImageError: the layout has another codebook, or its preview another shape than that of
+            an image of `height` x `width`. The sentence names sizes that would fit.
     """
     require_codebook("layout", layout.codebook, codebook)
     wanted, found = preview_grid(token_grid(height, width)), tuple(layout.locked.shape)
@@ -180,7 +180,7 @@ def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) 
 def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width: int) -> None:
     """
     Raises:
-        GLMImageError: the tokens are of another codebook or of images of another size.
+        GLMImageError: the tokens have another codebook, or their images another size.
     """
     require_codebook("tokens", tokens.codebook, codebook)
     if (tokens.height, tokens.width) != (height, width):
@@ -198,11 +198,8 @@ def require_codebook(name: str, found: int, wanted: int) -> None:
         )
 
 
-def sizes_that_fit(layout: Layout, pixels: int) -> list[tuple[int, int]]:
-    """Up to `SIZES_NAMED` sizes (height, width) of images that a layout fits.
-
-    Its own is among those considered; those with about as many `pixels` come first.
-    """
+def sizes_that_fit(layout: Layout, pixels: int) -> list[Size]:
+    """Up to `MAX_SUGGESTIONS` image sizes that a layout fits, those nearest to `pixels` first."""
     own = token_grid(layout.height, layout.width)
     sides = range(1, 2 * math.isqrt(pixels) // PIXELS_PER_TOKEN + 1)
     fitting = {grid for grid in product(sides, sides) if preview_grid(grid) == preview_grid(own)}
@@ -210,5 +207,5 @@ def sizes_that_fit(layout: Layout, pixels: int) -> list[tuple[int, int]]:
     nearest = sorted(fitting | {own}, key=lambda grid: abs(math.log(math.prod(grid) / cells)))
     return [
         (rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
-        for rows, columns in nearest[:SIZES_NAMED]
+        for rows, columns in nearest[:MAX_SUGGESTIONS]
     ]

@@ -1,4 +1,4 @@
-"""Reference images as data: what the AR model and the decoder each see of them."""
+"""Reference images as data: tokens for the AR model, latents for the decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from .grids import Size
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One image, brought to a size on which the AR model and the VAE agree.
+    """An image, resized so that the AR model and the VAE see the same grid.
 
     tokens: int32 [h, w], one per 32 px.
-    latent: float32 [1, C, H / 8, W / 8], as the VAE gives it.
+    latent: float32 [1, C, H / 8, W / 8], as the VAE encodes it.
     thumbnail: float32 [h, w, 3] between 0 and 1.
     size: (height, width) in pixels.
     """
@@ -27,9 +27,9 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """The references of every sample: one set for all, or one set each.
+    """The references of a run: one set for all samples, or one set per sample.
 
-    sets: of references, in the order in which the prompt shows them.
+    sets: each in the order in which the prompt shows its references.
     codebook: number of codes; every token is below it.
     """
 
@@ -41,21 +41,20 @@ class References:
         return len(self.sets) > 1
 
     def followed_by(self, images: Sequence[Reference], per_sample: bool) -> "References":
-        """A chain with more images at its end.
+        """These references with more images after them.
 
         Args:
-            per_sample: image i is for sample i alone; otherwise all are for every sample.
+            per_sample: image i is for sample i alone; otherwise every sample gets all of them.
 
         Raises:
-            GLMImageError: the chain has another number of samples already.
+            GLMImageError: these are for another number of samples.
         """
         added = [(image,) for image in images] if per_sample else [tuple(images)]
-        ours, theirs = len(self.sets), len(added)
-        if ours > 1 and theirs > 1 and ours != theirs:
+        own, new = len(self.sets), len(added)
+        if own > 1 and new > 1 and own != new:
             raise GLMImageError(
-                f"The references before these are for {ours} samples, one each, and these images "
-                f"are for {theirs}; give both the same number of images."
+                f"The references before these are for {own} samples, one each, and these images "
+                f"are for {new}; give both the same number of images."
             )
-        count = max(ours, theirs)
-        sets = (self.sets[i % ours] + added[i % theirs] for i in range(count))
+        sets = (self.sets[i % own] + added[i % new] for i in range(max(own, new)))
         return References(tuple(sets), self.codebook)

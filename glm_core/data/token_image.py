@@ -1,4 +1,4 @@
-"""Pictures of tokens: a colour for each code, cells as squares, a batch as a sheet."""
+"""Pictures of tokens: a colour for each code, a square for each cell, a sheet for a batch."""
 
 import math
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .tokens import UNKNOWN
 
-DARK, LIGHT = 0.12, 1.0  # of cells that are unknown and of gaps; of the outline of locked cells
+DARK = 0.12  # unknown cells and gaps
+LIGHT = 1.0  # outlines of locked cells
 
 
 def codebook_palette(embedding: Tensor) -> Tensor:
-    """Colours by the first three principal components: like codes, like colours.
+    """Colours by the first three principal components, so that similar codes look similar.
 
-    Codes are compared by direction, as the quantiser does. Two standard deviations either side of
-    the mean span a channel.
+    Codes are compared by direction, as the quantiser does. A channel spans two standard deviations
+    on either side of the mean.
 
     Args:
         embedding: [codebook, dim], the VQ codebook.
@@ -34,9 +35,9 @@ def codebook_palette(embedding: Tensor) -> Tensor:
 def _principal_axes(centred: Tensor) -> Tensor:
     """[n, dim] to [dim, 3], each axis with its largest entry positive.
 
-    By subspace iteration from a fixed start: a full decomposition would take half a minute.
+    Subspace iteration from a fixed start; a full decomposition would take half a minute.
     """
-    width = min(8, centred.shape[1])  # of a block wider than what is kept, which converges sooner
+    width = min(8, centred.shape[1])  # more than the 3 that are returned, to converge sooner
     block = torch.randn(centred.shape[1], width, generator=torch.Generator().manual_seed(0))
     for _ in range(6):
         block = torch.linalg.qr(centred.T @ (centred @ block)).Q
@@ -46,11 +47,11 @@ def _principal_axes(centred: Tensor) -> Tensor:
 
 
 def hash_palette(codebook: int) -> Tensor:
-    """Colours that say only which code is which, the same ever: float32 [codebook, 3], 0 to 1.
+    """A fixed colour for each id, unrelated to its code: float32 [codebook, 3], 0 to 1.
 
-    The points of the R3 sequence (M. Roberts, 2018): spread evenly, neighbouring ids far apart.
+    Points of the R3 sequence (M. Roberts, 2018): evenly spread, neighbouring ids far apart.
     """
-    root = 1.2207440846057596  # of x**4 = x + 1
+    root = 1.2207440846057596  # x**4 = x + 1
     steps = torch.tensor([1 / root, 1 / root**2, 1 / root**3], dtype=torch.float64)
     points = (0.5 + torch.arange(codebook, dtype=torch.float64)[:, None] * steps) % 1
     return (DARK + (1 - DARK) * points).float()
@@ -59,13 +60,13 @@ def hash_palette(codebook: int) -> Tensor:
 def draw_sheet(
     tokens: Tensor, palette: Tensor, cell_size: int, locked: Tensor | None = None
 ) -> Tensor:
-    """Draw a batch of grids, row by row, on a sheet about as wide as it is high.
+    """A batch of grids, drawn row by row on a roughly square sheet.
 
     Args:
-        tokens: int [B, rows, columns]; cells that are `UNKNOWN` are dark.
+        tokens: int [B, rows, columns]; `UNKNOWN` cells are dark.
         palette: float32 [codebook, 3].
         cell_size: side of a cell in pixels.
-        locked: bool [rows, columns], cells to outline, alike for the batch.
+        locked: bool [rows, columns], cells to outline in every grid.
 
     Returns:
         float32 [height, width, 3], 0 to 1.
@@ -79,9 +80,9 @@ def draw_sheet(
 
 
 def sheet_grid(batch: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many pictures of rows x columns cells stand below and beside each other."""
-    beside = min(batch, math.ceil(math.sqrt(batch * rows / columns)))
-    return math.ceil(batch / beside), beside
+    """How many pictures of rows x columns cells a sheet has down and across."""
+    across = min(batch, math.ceil(math.sqrt(batch * rows / columns)))
+    return math.ceil(batch / across), across
 
 
 def _outline(locked: Tensor, cell_size: int) -> Tensor:
@@ -94,10 +95,10 @@ def _outline(locked: Tensor, cell_size: int) -> Tensor:
 
 
 def _sheet(pictures: Tensor, gap: int) -> Tensor:
-    """[B, h, w, 3] side by side: [height, width, 3]; missing ones are dark."""
+    """[B, h, w, 3] as one picture [height, width, 3], dark where the batch leaves gaps."""
     batch, height, width, _ = pictures.shape
-    below, beside = sheet_grid(batch, height, width)
-    sheet = torch.full((below * beside, height + gap, width + gap, 3), DARK)
+    down, across = sheet_grid(batch, height, width)
+    sheet = torch.full((down * across, height + gap, width + gap, 3), DARK)
     sheet[:batch, :height, :width] = pictures
-    sheet = rearrange(sheet, "(r c) h w rgb -> (r h) (c w) rgb", c=beside)
+    sheet = rearrange(sheet, "(r c) h w rgb -> (r h) (c w) rgb", c=across)
     return sheet[:-gap, :-gap]

@@ -1,4 +1,4 @@
-"""The noise schedule: resolution-dependent shift, sigmas, and the timestep the network is given."""
+"""The noise schedule: resolution-dependent shift, sigmas, and the network's timestep."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.grids import PIXELS_PER_LATENT
 from ..errors import GLMImageError
 
-MAX_TOTAL_STEPS = 2**40  # of a run with a tail: the tail of a longer one is at t = 1 throughout
+MIN_DENOISE = 1e-9  # below it, every step has the last noise level
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ScheduleConfig:
         """mu of an image: 0.75 * sqrt(seq / 256) + 0.25 with the checkpoint's numbers.
 
         Args:
-            height, width: pixels of the whole image, also when only a part of it is denoised.
+            height, width: pixels of the whole image, even if only a part of it is denoised.
             patch_size: latent cells per token side, from the decoder's config.
 
         Source: `calculate_shift` in diffusers' pipeline_glm_image.py.
@@ -49,22 +49,25 @@ class ScheduleConfig:
         return self.max_shift * math.sqrt(tokens / self.base_image_seq_len) + self.base_shift
 
     def sigmas(self, steps: int, shift: float, denoise: float = 1.0) -> Tensor:
-        """Noise levels of an Euler run, largest first, ending in 0.
+        """The noise levels of an Euler run, largest first, ending in 0.
 
         t_i = int(linspace(N, 1, steps + 1)[i]), s = t / N, sigma = mu s / (1 + (mu - 1) s).
-        With `denoise` below 1 the run is the tail of one with steps / denoise steps; only the
-        tail's part of the linspace is computed, in numpy's own arithmetic.
+        With `denoise` below 1 the run is the tail of one with steps / denoise steps. Only that part
+        of the linspace is computed, in numpy's own arithmetic.
 
         Returns:
-            float32 [steps + 1], or an empty tensor where `denoise` is 0.
+            float32 [steps + 1], or an empty tensor if `denoise` is 0 or less.
+
+        Raises:
+            GLMImageError: `steps` is below 1, or `denoise` is not a number.
         """
         if steps < 1:
             raise GLMImageError(f"steps is {steps}; use at least 1.")
         if math.isnan(denoise):
             raise GLMImageError("denoise is nan; use a value between 0 and 1.")
-        if denoise <= 0.0:
+        if denoise <= 0:
             return torch.empty(0)
-        total = int(min(steps / min(denoise, 1.0), MAX_TOTAL_STEPS))
+        total = int(steps / min(max(denoise, MIN_DENOISE), 1))
         i = np.arange(total - steps, total, dtype=np.float64)
         t = i * ((1.0 - self.num_train_timesteps) / total) + self.num_train_timesteps
         s = t.astype(np.int64).astype(np.float32) / self.num_train_timesteps
@@ -74,8 +77,8 @@ class ScheduleConfig:
     def timestep(self, sigma: Tensor, shift: float) -> Tensor:
         """The *unshifted* timestep t - 1 that the network was trained on, for any noise level.
 
-        s = sigma / (mu - (mu - 1) sigma), t = N s. A float32 sigma holds t to about 2e-4, so the
-        result is rounded to 1/256: on the checkpoint's own schedule that gives back its integers.
+        s = sigma / (mu - (mu - 1) sigma), t = N s. A float32 sigma gives t to about 2e-4. So the
+        result is rounded to 1/256, which restores the integers of the checkpoint's own schedule.
 
         Args:
             sigma: float [B], 0 to 1.

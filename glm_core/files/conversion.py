@@ -1,7 +1,7 @@
-"""A component as one safetensors file, in fewer bits if asked.
+"""Writing a component as one safetensors file, quantised if asked.
 
-The file is written tensor by tensor under another name and renamed when it is whole. What is left
-of a broken run is taken up again after the last tensor that is complete.
+The file is written tensor by tensor under another name and renamed once it is complete. A run that
+follows an interrupted one continues after the last complete tensor.
 """
 
 import json
@@ -16,68 +16,60 @@ from torch import Tensor
 
 from ..errors import GLMImageError
 from ..quant.packing import ALIGNMENT, FORMATS, SLICE, packing, quantise
-from .component import (
-    FILE_FORMATS,
-    FORMAT,
-    QUANTISABLE,
-    QUANTISATION,
-    SCALE,
-    Component,
-    layer_of,
-)
+from .component import COMPONENTS, FORMAT, Component
 from .headers import DTYPES, TensorInfo
+from .quantisation import FP8, SCALE, layer_of, write_quantisation
 from .weight_dtypes import is_layer_matrix
 
 TOOL = "glm_core.convert 1"
 CHOICES = ("bf16", "fp8", "int8", "int4")
-FP8 = torch.float8_e4m3fn
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-KEPT_AS_THEY_ARE = ("glyph",)
-"""T5 is trained in float32, and its 218 M weights run once a prompt: little to gain."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNCONVERTED = ("glyph",)
+"""T5 is trained in float32, and its 218 M weights run once per prompt: there is little to gain."""
 
 Progress = Callable[[int, int], None]
 
 
-class Entry(NamedTuple):
-    """A tensor of the file to be: its header entry, and how to make its bytes in a few pieces."""
+class OutputTensor(NamedTuple):
+    """A tensor of the new file: its header entry, and a function that yields chunks of values."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-    parts: Callable[[], Iterator[Tensor]]
+    chunks: Callable[[], Iterator[Tensor]]
 
 
 def convert(component: Component, dtype: str, folder: Path, progress: Progress) -> Path:
     """Write a component as one file in `folder`, and return its path.
 
     Args:
-        dtype: one of `CHOICES`. fp8 and fewer bits are for the AR's and the decoder's layers.
-        progress: is told the bytes done and the bytes of the whole file.
+        dtype: one of `CHOICES`. fp8, int8 and int4 apply to the layers of the AR and the decoder.
+        progress: called with the bytes written and the bytes of the whole file.
 
     Raises:
-        GLMImageError: the component is quantised already, has layers that int4 does not take, or
-            the disk is too small.
+        GLMImageError: the component is quantised already, has layers of a width that int4 does not
+            take, or the disk is too small.
     """
     if component.quantisation is not None:
         raise GLMImageError(
             f"{component.path} is {component.quantisation} already; convert from the snapshot."
         )
-    entries = _entries(component, dtype)
-    header = _header(entries, _metadata(component, dtype, entries))
+    tensors = _output_tensors(component, dtype)
+    header = _header(tensors, _metadata(component, dtype, tensors))
     file = folder / _file_name(component, dtype)
     partial = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = _take_up(partial, header, entries, component)
-    total = len(header) + sum(entry.nbytes for entry in entries)
+    done = _resume(partial, header, tensors, component)
+    total = len(header) + sum(tensor.nbytes for tensor in tensors)
     _require_space(file.parent, total - (partial.stat().st_size if done else 0))
     with partial.open("r+b" if done else "wb") as stream:
         if not done:
             stream.write(header)
         stream.seek(0, os.SEEK_END)
-        for entry in entries[done:]:
-            for part in entry.parts():
-                stream.write(part.contiguous().flatten().view(torch.uint8).numpy())
+        for tensor in tensors[done:]:
+            for chunk in tensor.chunks():
+                stream.write(chunk.contiguous().flatten().view(torch.uint8).numpy())
                 progress(stream.tell(), total)
         stream.flush()
         os.fsync(stream.fileno())
@@ -85,29 +77,25 @@ def convert(component: Component, dtype: str, folder: Path, progress: Progress) 
     return file
 
 
-def _take_up(partial: Path, header: bytes, entries: list[Entry], component: Component) -> int:
-    """How many tensors of an earlier run's file can be kept; what follows them is cut off.
+def _resume(partial: Path, header: bytes, tensors: list[OutputTensor], component: Component) -> int:
+    """Count the complete tensors of an interrupted run's file, and cut off what follows them.
 
-    0 where it was written from another source, or with other options: the header differs, or
-    the source is younger.
+    The count is 0 if the file's header differs, or if the source is younger than the file.
     """
-    if not partial.is_file() or partial.stat().st_mtime < _changed(component):
+    changed = max(file.stat().st_mtime for file in _sources(component))
+    if not partial.is_file() or partial.stat().st_mtime < changed:
         return 0
     with partial.open("r+b") as stream:
         if stream.read(len(header)) != header:
             return 0
         size, end, done = partial.stat().st_size, len(header), 0
-        for entry in entries:
-            if end + entry.nbytes > size:
+        for tensor in tensors:
+            if end + tensor.nbytes > size:
                 break
-            end += entry.nbytes
+            end += tensor.nbytes
             done += 1
         stream.truncate(end)
     return done
-
-
-def _changed(component: Component) -> float:
-    return max(file.stat().st_mtime for file in _sources(component))
 
 
 def _sources(component: Component) -> list[Path]:
@@ -123,46 +111,48 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-# ---- what is written ---------------------------------------------------------------------------
+# ---- tensors -----------------------------------------------------------------------------------
 
 
-def _entries(component: Component, dtype: str) -> list[Entry]:
-    """The file's tensors, the widest-aligned first: so each begins where its dtype may."""
-    entries = []
+def _output_tensors(component: Component, dtype: str) -> list[OutputTensor]:
+    """The file's tensors, those with the widest alignment first, so that every one is aligned."""
+    tensors = []
     for key, info in component.tensors.items():
-        narrow = component.name in QUANTISABLE and is_layer_matrix(key, len(info.shape))
-        if narrow and dtype in FORMATS:
-            entries.append(_packed(component, key, info, dtype))
-        elif narrow and dtype == "fp8":
-            entries += _scaled(component, key, info)
+        in_layer = COMPONENTS[component.name].quantisable and is_layer_matrix(key, len(info.shape))
+        if in_layer and dtype in FORMATS:
+            tensors.append(_packed(component, key, info, dtype))
+        elif in_layer and dtype == "fp8":
+            tensors += _scaled(key, info)
         else:
-            entries.append(_plain(component, key, info))
-    packed = {entry.key for entry in entries if entry.dtype == torch.uint8}
-    return sorted(entries, key=lambda e: -(ALIGNMENT if e.key in packed else e.dtype.itemsize))
+            tensors.append(_plain(component, key, info))
+    packed = {tensor.key for tensor in tensors if tensor.dtype == torch.uint8}
+    return sorted(tensors, key=lambda t: -(ALIGNMENT if t.key in packed else t.dtype.itemsize))
 
 
-def _plain(component: Component, key: str, info: TensorInfo) -> Entry:
-    """In bf16, except what is kept as it is."""
-    whole = component.name in KEPT_AS_THEY_ARE or not info.dtype.is_floating_point
-    dtype = info.dtype if whole else torch.bfloat16
+def _plain(component: Component, key: str, info: TensorInfo) -> OutputTensor:
+    """A tensor in bf16, or in its own dtype if it holds integers or is in `UNCONVERTED`."""
+    unchanged = component.name in UNCONVERTED or not info.dtype.is_floating_point
+    dtype = info.dtype if unchanged else torch.bfloat16
     nbytes = info.shape.numel() * dtype.itemsize
-    return Entry(key, dtype, info.shape, nbytes, lambda: (part.to(dtype) for part in _read(info)))
+    return OutputTensor(
+        key, dtype, info.shape, nbytes, lambda: (chunk.to(dtype) for chunk in _read(info))
+    )
 
 
 def _read(info: TensorInfo) -> Iterator[Tensor]:
-    """A tensor's numbers in pieces, read and not mapped: pages of a map stay with the process."""
+    """A tensor's values in chunks. They are read, as mapped pages would stay in memory."""
     with info.file.open("rb") as stream:
         stream.seek(info.begin)
-        left = info.nbytes
-        while left:
-            piece = stream.read(min(left, SLICE * info.dtype.itemsize))
-            left -= len(piece)
-            yield torch.frombuffer(bytearray(piece), dtype=info.dtype)
+        remaining = info.nbytes
+        while remaining:
+            chunk = stream.read(min(remaining, SLICE * info.dtype.itemsize))
+            remaining -= len(chunk)
+            yield torch.frombuffer(bytearray(chunk), dtype=info.dtype)
 
 
-def _packed(component: Component, key: str, info: TensorInfo, dtype: str) -> Entry:
+def _packed(component: Component, key: str, info: TensorInfo, dtype: str) -> OutputTensor:
     nbytes = packing(tuple(info.shape), dtype).nbytes
-    return Entry(
+    return OutputTensor(
         key,
         torch.uint8,
         (nbytes,),
@@ -171,42 +161,45 @@ def _packed(component: Component, key: str, info: TensorInfo, dtype: str) -> Ent
     )
 
 
-def _scaled(component: Component, key: str, info: TensorInfo) -> list[Entry]:
-    """fp8 numbers, and beside them the float32 scale that makes the greatest fp8's greatest."""
+def _scaled(key: str, info: TensorInfo) -> list[OutputTensor]:
+    """fp8 numbers and their float32 scale. The largest number becomes the largest of fp8."""
 
     def scale() -> Tensor:
-        # A matrix of zeros has any scale.
-        greatest = max(part.abs().max().float() for part in _read(info))
-        return (greatest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
+        largest = max(chunk.abs().max().float() for chunk in _read(info))
+        # A matrix of zeros may have any scale but 0.
+        return (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
 
     def numbers() -> Iterator[Tensor]:
-        by = scale()
-        return ((part.float() / by).to(FP8) for part in _read(info))
+        divisor = scale()
+        return ((chunk.float() / divisor).to(FP8) for chunk in _read(info))
 
     return [
-        Entry(key, FP8, info.shape, info.shape.numel(), numbers),
-        Entry(f"{layer_of(key)}.{SCALE}", torch.float32, (), 4, lambda: iter([scale()])),
+        OutputTensor(key, FP8, info.shape, info.shape.numel(), numbers),
+        OutputTensor(f"{layer_of(key)}.{SCALE}", torch.float32, (), 4, lambda: iter([scale()])),
     ]
 
 
-def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+# ---- header ------------------------------------------------------------------------------------
+
+
+def _header(tensors: list[OutputTensor], metadata: dict[str, str]) -> bytes:
     """The safetensors header, padded so that the first tensor is aligned."""
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
-    for entry in entries:
-        header[entry.key] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [begin, begin + entry.nbytes],
+    for tensor in tensors:
+        header[tensor.key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, begin + tensor.nbytes],
         }
-        begin += entry.nbytes
+        begin += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _metadata(component: Component, dtype: str, entries: list[Entry]) -> dict[str, str]:
-    """Everything beside the weights that a loader needs, and where the file comes from."""
+def _metadata(component: Component, dtype: str, tensors: list[OutputTensor]) -> dict[str, str]:
+    """What a loader needs beside the weights, and where the file comes from."""
     metadata = {
         "format": FORMAT,
         "component": component.name,
@@ -234,23 +227,21 @@ def _metadata(component: Component, dtype: str, entries: list[Entry]) -> dict[st
             "scheduler": json.dumps(component.scheduler),
             "vae": json.dumps(component.vae),
         }
-    narrow = [layer_of(e.key) for e in entries if e.dtype in (torch.uint8, FP8)]
-    if narrow:
-        name = next(name for name, ours in FILE_FORMATS.items() if ours.startswith(dtype))
-        layers = {layer: {"format": name} for layer in narrow}
-        metadata[QUANTISATION] = json.dumps({"format_version": "1.0", "layers": layers})
+    quantised = [layer_of(t.key) for t in tensors if t.dtype in (torch.uint8, FP8)]
+    if quantised:
+        metadata |= write_quantisation(quantised, "fp8_e4m3fn" if dtype == "fp8" else dtype)
     return metadata
 
 
 def _source_name(component: Component) -> str:
-    """The snapshot's name, or that of the single file."""
+    """The name of the snapshot, or of the single file."""
     path = component.path
     return path.stem if path.is_file() else path.parent.name
 
 
 def _file_name(component: Component, dtype: str) -> str:
-    if component.name in KEPT_AS_THEY_ARE:
-        dtype = NAMES[component.dtype].lower()
-    elif component.name not in QUANTISABLE:
+    if component.name in UNCONVERTED:
+        dtype = DTYPE_NAMES[component.dtype].lower()
+    elif not COMPONENTS[component.name].quantisable:
         dtype = "bf16"
     return f"{_source_name(component)}_{component.name}_{dtype}.safetensors"

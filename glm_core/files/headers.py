@@ -1,4 +1,4 @@
-"""safetensors headers and JSON files: read and checked before a tensor is."""
+"""safetensors files: headers that are checked before any tensor is read, and mapped tensors."""
 
 import json
 import math
@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor by its header entry: `key` is its name in `file`, `begin:end` its bytes there."""
+    """A tensor's header entry: its name `key` in `file`, and its bytes `begin:end` of the file."""
 
     file: Path
     key: str
@@ -50,53 +50,63 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a safetensors file, from its header and its size alone.
 
     The format: 8 bytes little-endian header length, JSON, then the tensors' bytes without gaps.
+
+    Raises:
+        GLMImageError: the file is truncated, broken, without weights or no safetensors file.
     """
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(512)
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 9 or start[8:9] != b"{" or length > MAX_HEADER_BYTES:
-            raise GLMImageError(_not_safetensors(file, start))
-        if 8 + length > size:
-            raise GLMImageError(_truncated(file, size, 8 + length))
-        stream.seek(8)
-        raw = stream.read(length)
+    raw = _read_json_part(file, size)
+    begin = 8 + len(raw)
     try:
         header = json.loads(raw)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        tensors = {
-            key: TensorInfo(
-                file,
-                key,
-                torch.Size(entry["shape"]),
-                DTYPES[entry["dtype"]],
-                *(8 + length + offset for offset in entry["data_offsets"]),
-            )
-            for key, entry in header.items()
-        }
+        tensors = {key: _tensor_info(file, key, entry, begin) for key, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise GLMImageError(
             f"The header of {file} is broken or of an unknown format; download it again."
         ) from error
-    end = 8 + length
+    _check_bytes(file, tensors, begin, size)
+    return tensors, metadata
+
+
+def _read_json_part(file: Path, size: int) -> bytes:
+    with file.open("rb") as stream:
+        start = stream.read(512)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:9] != b"{" or length > MAX_HEADER_BYTES:
+            raise GLMImageError(_not_safetensors(file, start))
+        if 8 + length > size:
+            raise GLMImageError(_truncated(file, size, 8 + length))
+        stream.seek(8)
+        return stream.read(length)
+
+
+def _tensor_info(file: Path, key: str, entry: dict[str, Any], begin: int) -> TensorInfo:
+    """`begin`: the first tensor's offset in the file, from which the entry counts its own."""
+    first, end = entry["data_offsets"]
+    shape, dtype = torch.Size(entry["shape"]), DTYPES[entry["dtype"]]
+    return TensorInfo(file, key, shape, dtype, begin + first, begin + end)
+
+
+def _check_bytes(file: Path, tensors: dict[str, TensorInfo], begin: int, size: int) -> None:
+    """Check that the tensors fill the file from `begin` to its end without gaps."""
+    if not tensors:
+        raise GLMImageError(f"{file} holds no weights; download it again.")
+    end = begin
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin != end or info.nbytes != math.prod(info.shape) * info.dtype.itemsize:
             raise GLMImageError(f"The header of {file} is broken at {info.key}; download it again.")
         end = info.end
-    if not tensors:
-        raise GLMImageError(f"{file} holds no weights; download it again.")
     if end > size:
         raise GLMImageError(_truncated(file, size, end))
     if end < size:
         raise GLMImageError(
             f"{file} is {size} bytes long and its header describes {end}; download it again."
         )
-    return tensors, metadata
 
 
 def _truncated(file: Path, size: int, expected: int) -> str:
-    at_least = f"{size} of at least {expected} bytes"
-    return f"{file} is truncated: it holds {at_least}; download it again."
+    return f"{file} is truncated: it holds {size} of at least {expected} bytes; download it again."
 
 
 def _not_safetensors(file: Path, start: bytes) -> str:
@@ -110,29 +120,6 @@ def _not_safetensors(file: Path, start: bytes) -> str:
 
 
 def map_file(file: Path) -> dict[str, Tensor]:
-    """Tensors that share one private mapping of the file, which lives as long as any of them."""
+    """The file's tensors by name: views of a private mapping that lives as long as any of them."""
     with safe_open(file, framework="pt") as mapped:
         return {key: mapped.get_tensor(key) for key in mapped.keys()}  # noqa: SIM118
-
-
-def read_text(file: Path) -> str:
-    if not file.is_file():
-        raise GLMImageError(f"{file} is missing; copy it from the hub's zai-org/GLM-Image.")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GLMImageError(f"{file} cannot be read ({error}); download it again.") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return parse_json(read_text(file), str(file))
-
-
-def parse_json(text: str, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise GLMImageError(f"{source} is not valid JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise GLMImageError(f"{source} is not a JSON object; download it again.")
-    return value

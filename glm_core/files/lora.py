@@ -1,8 +1,8 @@
-"""LoRA files: the names that trainers give our weights, and the scales they leave in metadata.
+"""LoRA files: the names that trainers give our weights, and the alphas they save as metadata.
 
-A host's LoRA code knows the forms of the tensors (`lora_A`, `lora_up`, LoKr, ...) and wants two
-things: a map from a module's name in the file to a weight of the model, and each alpha as a tensor
-`<module>.alpha`. PEFT and diffusers keep alpha in JSON instead.
+A host's LoRA code reads the tensors (`lora_A`, `lora_up`, LoKr, ...). It needs a map from a
+module's name in the file to a weight of the model, and each alpha as a tensor `<module>.alpha`.
+PEFT and diffusers save alpha as JSON instead.
 """
 
 import math
@@ -15,56 +15,58 @@ import torch
 from torch import Tensor
 
 from ..errors import GLMImageError, first_few
-from .headers import map_file, parse_json, read_header, read_json
+from .headers import map_file, read_header
+from .json_files import parse_json, read_json
 
-# Before a dotted module name. "" is a model's own save_lora_adapter, "base_model.model." PEFT's.
+# Prefixes of dotted module names: "" by a model's save_lora_adapter, "base_model.model." by PEFT.
 DOTTED = {
     "decoder": ("", "transformer.", "diffusion_model.", "base_model.model."),
     "ar": ("", "vision_language_encoder.", "base_model.model."),
 }
-# Before a module name whose dots have become underscores: kohya's and LyCORIS's files.
+# Prefixes of module names with underscores for dots, as kohya and LyCORIS save them.
 UNDERSCORED = {
     "decoder": ("lora_unet_", "lora_transformer_", "lycoris_"),
     "ar": ("lora_te_", "lycoris_"),
 }
-# PEFT on the AR's inner model leaves out the name under which the whole model holds it.
+# PEFT leaves this root out of the names if it trained the AR's inner model alone.
 OPTIONAL_ROOT = {"decoder": "", "ar": "model."}
 
-# What follows a module's name, in the forms that the host's adapters read.
-FORMS = re.compile(
+# What follows a module's name, for each kind of tensor that ComfyUI's adapters read.
+TENSOR_SUFFIX = re.compile(
     r"\.(?:lora_(?:A|B|up|down|mid)(?:\.weight)?"
     r"|lora\.(?:up|down)\.weight|lora_linear_layer\.(?:up|down)\.weight"
     r"|hada_\w+|lokr_\w+|oft_\w+|rescale|[ab][12]\.weight"
     r"|alpha|dora_scale|reshape_weight|diff|diff_b|set_weight|[wb]_norm)$"
 )
-ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # PEFT's in-memory names, saved as is
+ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # part of PEFT's in-memory names
 
 
 def read_lora(path: Path | str) -> dict[str, Tensor]:
     """A LoRA file's tensors, memory-mapped, with every alpha as a tensor `<module>.alpha`.
 
-    Alphas in metadata are diffusers' `lora_adapter_metadata`, or the `adapter_config.json` that
-    PEFT saves beside `adapter_model.safetensors`. Without any, the host takes alpha as the rank.
+    Alphas come from diffusers' `lora_adapter_metadata`, or from the `adapter_config.json` that
+    PEFT saves beside `adapter_model.safetensors`. Without one, the host sets alpha to the rank.
 
     Raises:
-        GLMImageError: the file is missing, truncated, no safetensors file, or its metadata broken.
+        GLMImageError: the file is missing, truncated or no safetensors file, or its metadata is
+            broken.
     """
     path = Path(path)
     if not path.is_file():
         raise GLMImageError(f"The LoRA {path} does not exist; choose another one.")
-    _tensors, metadata = read_header(path)
+    metadata = read_header(path)[1]
     lora = {ADAPTER_NAME.sub(r".\1.weight", key): value for key, value in map_file(path).items()}
-    saved = {}
+    config = {}
     if "lora_adapter_metadata" in metadata:
         source = f"The lora_adapter_metadata of {path}"
-        saved = parse_json(metadata["lora_adapter_metadata"], source)
+        config = parse_json(metadata["lora_adapter_metadata"], source)
     elif path.name == "adapter_model.safetensors":
-        saved = read_json(path.with_name("adapter_config.json"))
-    return _alphas(lora, saved) | lora
+        config = read_json(path.with_name("adapter_config.json"))
+    return _alphas(lora, config) | lora
 
 
 def lora_key_map(weights: Iterable[str], component: str, root: str = "") -> dict[str, str]:
-    """Every name that a file may have for a module, mapped to the module's weight.
+    """Every name that a file may use for a module, mapped to the module's weight.
 
     Args:
         weights: keys of the model's state dict, as the host names them.
@@ -84,20 +86,20 @@ def lora_key_map(weights: Iterable[str], component: str, root: str = "") -> dict
 
 
 def unmatched_keys(lora: Iterable[str], *key_maps: Mapping[str, str]) -> list[str]:
-    """The file's keys that belong to no module of any map, or have a form that no host reads."""
+    """The keys of modules that no map names, and of tensors of a kind that no host reads."""
 
     def matches(key: str) -> bool:
-        module, forms = FORMS.subn("", key)
-        return forms == 1 and any(module in names for names in key_maps)
+        module, suffixes = TENSOR_SUFFIX.subn("", key)
+        return suffixes == 1 and any(module in names for names in key_maps)
 
     return [key for key in lora if not matches(key)]
 
 
 def require_match(path: Path | str, lora: Iterable[str], *key_maps: Mapping[str, str]) -> None:
-    """Refuse a LoRA of which no key belongs to any of the models.
+    """Refuse a LoRA without a key of any of the models.
 
     Raises:
-        GLMImageError: nothing matches.
+        GLMImageError: no key matches.
     """
     keys = list(lora)
     if len(unmatched_keys(keys, *key_maps)) == len(keys):
@@ -107,29 +109,34 @@ def require_match(path: Path | str, lora: Iterable[str], *key_maps: Mapping[str,
         )
 
 
-def _alphas(lora: Mapping[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`<module>.alpha` of every LoRA pair for which PEFT's saved config has one.
+def _alphas(lora: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`<module>.alpha` of every LoRA pair for which the adapter's config has one.
 
     A host scales by alpha / rank. PEFT's `use_rslora` scales by alpha / sqrt(rank).
     """
     alphas = {}
-    configs = _configs_by_model(saved)
+    configs = _configs_by_model(adapter_config)
     for key, value in lora.items():
-        module, is_down = re.subn(r"\.lora_A\.weight$", "", key)
-        for model, config in configs.items() if is_down else ():
-            if not module.startswith(model) or config.get("lora_alpha") is None:
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        for prefix, config in configs.items():
+            if not module.startswith(prefix) or config.get("lora_alpha") is None:
                 continue
-            alpha = _alpha_of(module.removeprefix(model).removeprefix("base_model.model."), config)
+            alpha = _alpha_of(module.removeprefix(prefix).removeprefix("base_model.model."), config)
             if config.get("use_rslora"):
                 alpha *= math.sqrt(value.shape[0])
             alphas[f"{module}.alpha"] = torch.tensor(alpha)
     return alphas
 
 
-def _configs_by_model(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """diffusers' pipelines save `transformer.lora_alpha`, PEFT and single models `lora_alpha`."""
+def _configs_by_model(adapter_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields of an adapter's config by the model's prefix.
+
+    diffusers' pipelines save `transformer.lora_alpha`, PEFT and single models `lora_alpha`.
+    """
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in saved.items():
+    for key, value in adapter_config.items():
         field = key.rpartition(".")[2]
         configs.setdefault(key.removesuffix(field), {})[field] = value
     return configs
@@ -138,8 +145,8 @@ def _configs_by_model(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _alpha_of(module: str, config: Mapping[str, Any]) -> float:
     """The module's entry in `alpha_pattern`, else `lora_alpha`.
 
-    Keys there are module names or the ends of some, `^` before a whole name. PEFT would take any
-    regular expression; what is none of the above is refused, for it may hang on purpose.
+    A key of `alpha_pattern` is the end of a module's name, or `^` and the whole name. PEFT takes
+    any regular expression; others are refused, as a hostile one could hang.
     """
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         name = pattern.replace(r"\.", ".").removesuffix("$")

@@ -1,4 +1,4 @@
-"""Opening a component: everything that can be wrong is said before a weight is read.
+"""Opening a component: headers and configs are read and checked, and no weight is read.
 
 A component is read from a hub snapshot (a folder with one subfolder per component, each sharded
 or one file) or from a single safetensors file whose metadata carries the configs.
@@ -8,23 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import GLMImageError, first_few
-from ..quant.packing import FORMATS
-from .component import (
-    COMPONENTS,
-    FILE_FORMATS,
-    FORMAT,
-    HUB_NAME,
-    QUANTISABLE,
-    QUANTISATION,
-    Component,
-    ComponentKind,
-    Processor,
-    layer_of,
-)
-from .headers import TensorInfo, parse_json, read_header, read_json, read_text
+from .component import COMPONENTS, FORMAT, Component, ComponentKind, Processor
+from .headers import TensorInfo, read_header
+from .json_files import parse_json, read_json, read_text
+from .quantisation import read_quantisation
+
+HUB_NAME = "zai-org/GLM-Image"
 
 
 def open_component(path: Path | str, component: str) -> Component:
@@ -43,7 +33,7 @@ def open_component(path: Path | str, component: str) -> Component:
     if path.is_file():
         return _open_single_file(path, component)
     raise GLMImageError(
-        f"{path} does not exist; put the {COMPONENTS[component].title} there or choose another one."
+        f"{path} does not exist; put the {COMPONENTS[component].title} there, or choose another."
     )
 
 
@@ -71,7 +61,7 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
 
 
 def _read_companions(snapshot: Path) -> dict[str, Any]:
-    """What the decoder needs of its neighbours: the schedule, and the statistics of its latents."""
+    """The configs that the decoder needs beside its own: the scheduler's and the VAE's."""
     return {
         "scheduler": read_json(snapshot / "scheduler" / "scheduler_config.json"),
         "vae": read_json(snapshot / COMPONENTS["vae"].folder / "config.json"),
@@ -100,11 +90,14 @@ def _read_processor(snapshot: Path, weights: Path) -> Processor:
 
 
 def _with_pixel_limits(image: dict[str, Any]) -> dict[str, Any]:
-    """`size.{shortest,longest}_edge` hold pixel counts, which the hub calls min and max_pixels."""
+    """The config with `min_pixels` and `max_pixels`, as the hub's has them.
+
+    Newer libraries save the same pixel counts as `size.shortest_edge` and `size.longest_edge`.
+    """
     size = image.get("size") or {}
-    try:
+    if "shortest_edge" in size and "longest_edge" in size:
         low, high = size["shortest_edge"], size["longest_edge"]
-    except KeyError:
+    else:
         low, high = image.get("min_pixels"), image.get("max_pixels")
     if low is None or high is None:
         raise GLMImageError(
@@ -137,16 +130,11 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         raise GLMImageError(f"{index} has no weight_map; download it again.")
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        shard = index.parent / name
-        if Path(name).name != name:
-            raise GLMImageError(f"{index} names a file outside its folder, {name}; get it again.")
-        if not shard.is_file():
-            raise GLMImageError(f"{shard} is missing, which {index.name} names; download it.")
-        stored = read_header(shard)[0]
+        stored = _read_shard(index, name)
         twice = [key for key in stored if key in tensors]
         if twice:
             raise GLMImageError(
-                f"{shard} holds weights that {tensors[twice[0]].file.name} holds too "
+                f"{index.parent / name} holds weights that {tensors[twice[0]].file.name} holds too "
                 f"({first_few(twice)}); download both shards again."
             )
         tensors.update(stored)
@@ -163,93 +151,70 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _read_shard(index: Path, name: str) -> dict[str, TensorInfo]:
+    shard = index.parent / name
+    if Path(name).name != name:
+        raise GLMImageError(f"{index} names a file outside its folder, {name}; download it again.")
+    if not shard.is_file():
+        raise GLMImageError(f"{shard} is missing, which {index.name} names; download it.")
+    return read_header(shard)[0]
+
+
 # ---- single files ------------------------------------------------------------------------------
 
 
 def _open_single_file(file: Path, component: str) -> Component:
     kind = COMPONENTS[component]
     tensors, metadata = read_header(file)
-    if metadata.get("format") != FORMAT:
-        raise GLMImageError(
-            f"{file} is not a GLM-Image checkpoint: its metadata carries no GLM-Image config; "
-            "use a hub snapshot's folder or a file that was saved with one."
-        )
-    stored = metadata.get("component", "")
-    if stored != component:
-        title = COMPONENTS[stored].title if stored in COMPONENTS else f"component '{stored}'"
-        raise GLMImageError(f"{file} holds the {title}, not the {kind.title}; choose another file.")
-
-    def parse(key: str) -> dict[str, Any]:
-        return parse_json(_metadata(metadata, key, file), f"The {key} in the metadata of {file}")
-
-    config = parse("config")
+    _check_component(file, metadata, component)
+    config = _parsed(metadata, "config", file)
     _check_identity(config, kind, file)
-    quantisation, quantised = _read_quantisation(file, component, tensors, metadata)
+    quantisation, quantised = read_quantisation(file, tensors, metadata)
+    if quantisation is not None and not kind.quantisable:
+        raise GLMImageError(
+            f"{file} holds the {kind.title} in {quantisation}, which only the AR model and the "
+            "decoder may have; convert the snapshot again."
+        )
+    decoder_configs = ("scheduler", "vae") if component == "decoder" else ()
     return Component(
         name=component,
         path=file,
         config=config,
         tensors=_tie(tensors, kind),
-        processor=(
-            Processor(
-                tokenizer=_metadata(metadata, "tokenizer", file),
-                tokenizer_config=parse("tokenizer_config"),
-                chat_template=metadata.get("chat_template"),
-                generation_config=parse("generation_config"),
-                image=_with_pixel_limits(parse("processor")),
-            )
-            if component == "ar"
-            else None
-        ),
-        **({key: parse(key) for key in ("scheduler", "vae")} if component == "decoder" else {}),
+        processor=_parse_processor(metadata, file) if component == "ar" else None,
+        **{key: _parsed(metadata, key, file) for key in decoder_configs},
         quantisation=quantisation,
         quantised=quantised,
     )
 
 
-def _read_quantisation(
-    file: Path, component: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> tuple[str | None, frozenset[str]]:
-    """The format of a file's quantised layers, and their names."""
-    saved = parse_json(metadata.get(QUANTISATION, "{}"), f"The {QUANTISATION} of {file}")
-    layers = saved.get("layers", {})
-    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise GLMImageError(f"The {QUANTISATION} of {file} is broken; convert the snapshot again.")
-    unsaid = [
-        key
-        for key, info in tensors.items()
-        if info.dtype in (torch.int8, torch.uint8) and layer_of(key) not in layers
-    ]
-    if unsaid:
+def _check_component(file: Path, metadata: Mapping[str, str], component: str) -> None:
+    if metadata.get("format") != FORMAT:
         raise GLMImageError(
-            f"{file} holds {len(unsaid)} quantised weights ({first_few(unsaid)}) and does not say "
-            "in which format; convert the snapshot with `python -m glm_core.convert`."
+            f"{file} is not a GLM-Image checkpoint: its metadata carries no GLM-Image config; "
+            "use a hub snapshot's folder or a file that was saved with one."
         )
-    if not layers:
-        return None, frozenset()
-    found = {str(layer.get("format")) for layer in layers.values()}
-    if len(found) > 1 or not found <= FILE_FORMATS.keys() or component not in QUANTISABLE:
-        raise GLMImageError(
-            f"{file} holds the {COMPONENTS[component].title} quantised as "
-            f"{' and '.join(sorted(found))}; what can be read is the AR model or the decoder in "
-            f"one of {', '.join(FILE_FORMATS)}."
-        )
-    quantisation = FILE_FORMATS[found.pop()]
-    stored = torch.uint8 if quantisation in FORMATS else torch.float8_e4m3fn
-    broken = [
-        layer
-        for layer in layers
-        if (info := tensors.get(f"{layer}.weight")) is None or info.dtype != stored
-    ]
-    if broken:
-        raise GLMImageError(
-            f"{file} says that {len(broken)} layers are {quantisation} ({first_few(broken)}), and "
-            "they are missing or of another kind; convert the snapshot again."
-        )
-    return quantisation, frozenset(layers)
+    stored, title = metadata.get("component", ""), COMPONENTS[component].title
+    if stored != component:
+        other = COMPONENTS[stored].title if stored in COMPONENTS else f"component '{stored}'"
+        raise GLMImageError(f"{file} holds the {other}, not the {title}; choose another file.")
 
 
-def _metadata(metadata: Mapping[str, str], key: str, file: Path) -> str:
+def _parse_processor(metadata: Mapping[str, str], file: Path) -> Processor:
+    return Processor(
+        tokenizer=_require(metadata, "tokenizer", file),
+        tokenizer_config=_parsed(metadata, "tokenizer_config", file),
+        chat_template=metadata.get("chat_template"),
+        generation_config=_parsed(metadata, "generation_config", file),
+        image=_with_pixel_limits(_parsed(metadata, "processor", file)),
+    )
+
+
+def _parsed(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:
+    return parse_json(_require(metadata, key, file), f"The {key} in the metadata of {file}")
+
+
+def _require(metadata: Mapping[str, str], key: str, file: Path) -> str:
     if key not in metadata:
         raise GLMImageError(f"{file} has no '{key}' in its metadata; save the file again with it.")
     return metadata[key]
@@ -262,7 +227,7 @@ def _check_identity(config: Mapping[str, Any], kind: ComponentKind, source: Path
     key, value = kind.identity
     if config.get(key) != value:
         raise GLMImageError(
-            f"{source} is not of GLM-Image's {kind.title}: "
+            f"{source} does not belong to GLM-Image's {kind.title}: "
             f"its {key} is {config.get(key)!r} and not {value!r}; choose a GLM-Image checkpoint."
         )
 

@@ -1,4 +1,4 @@
-"""Glyph texts: which parts of a prompt are to be rendered, and their ByT5 ids and encodings.
+"""Glyph texts: the quoted parts of a prompt, their ByT5 ids and their encodings.
 
 Source: `GlmImagePipeline.get_glyph_texts` and `_get_glyph_embeds` in diffusers 0.42.1, and ByT5's
 byte vocabulary (a byte's id is its value + 3, after pad, eos and unk).
@@ -13,12 +13,12 @@ from torch import Tensor
 PAD, EOS, BYTE_OFFSET = 0, 1, 3
 MAX_LENGTH = 2048  # ids of one text, eos included
 
-# One after the other, each over the whole prompt; an apostrophe is a quote like any other.
+# Each is searched over the whole prompt in turn. An apostrophe counts as a quote.
 QUOTES = (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」")
 
 
 def texts_to_render(prompt: str) -> list[str]:
-    """The quoted parts of a prompt, by kind of quote and then by place."""
+    """The quoted parts of a prompt, by kind of quote and then by position."""
     return [text for quote in QUOTES for text in re.findall(quote, prompt)]
 
 
@@ -28,19 +28,19 @@ def is_cut(text: str) -> bool:
 
 
 def byte_ids(text: str, max_length: int = MAX_LENGTH) -> list[int]:
-    """ByT5 ids of a text, with eos, at most `max_length` of them.
+    """ByT5 ids of a text with eos, at most `max_length` of them.
 
-    Every character is bytes, those of a literal `</s>` too; half a surrogate pair becomes `?`.
+    A literal `</s>` is bytes like any other text. Half a surrogate pair becomes `?`.
     """
     ids = [byte + BYTE_OFFSET for byte in text.encode("utf-8", errors="replace")]
     return [*ids[: max_length - 1], EOS]
 
 
 def glyph_ids(texts: list[str]) -> list[list[int]]:
-    """The ids of each text, as the encoder was trained on them.
+    """The ids of each text, in the form that the model was trained with.
 
-    No text at all is one empty text. Where the number of texts is even, each begins with one pad
-    that is attended to.
+    Without texts there is one empty text. If the number of texts is even, each begins with a pad,
+    which the encoder attends to.
     """
     texts = texts or [""]
     lead = [PAD] * ((len(texts) + 1) % 2)
@@ -52,12 +52,12 @@ def encode_texts(
     texts: list[str],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The decoder's glyph embedding: each text encoded on its own, so that nothing is padded.
+    """The decoder's glyph embedding. Each text is encoded on its own, without padding.
 
     Args:
         encoder: [1, L] ids -> [1, L, d_model].
-        texts: what `texts_to_render` found.
-        device: where the encoder wants its ids.
+        texts: from `texts_to_render`.
+        device: where the encoder takes its ids.
 
     Returns:
         [1, sum of the lengths, d_model]

@@ -1,7 +1,7 @@
-"""Products with packed matrices: torch's kernels, and the layouts that each of them reads.
+"""Products with packed matrices: torch's kernels, and the memory layout that each one reads.
 
-What a device has is asked of torch's dispatcher and then tried on a small matrix; nothing here
-names a device.
+Torch's dispatcher says which kernels a device has, and a small matrix tries each. No device is
+named here.
 """
 
 import math
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .packing import GROUPS, Packing, dequantise, join_nibbles, packing, part_nibbles, quantise
+from .packing import GROUPS, Packing, dequantise, join_nibbles, packing, quantise, split_nibbles
 
 
 class Kernel(Protocol):
-    """A product with matrices of `bits`, in a layout of its own.
+    """A product with matrices of `bits` per number, in the kernel's own layout.
 
-    `pack` turns stored bytes into the layout's, `unpack` turns them back, bit for bit; `product` is
-    x bf16 [M, K] times the matrix's transpose: bf16 [M, N].
+    `takes` says whether it can multiply a matrix. `pack` turns stored bytes into the layout, and
+    `unpack` turns them back bit for bit. `product` is x bf16 [M, K] times the transposed matrix:
+    bf16 [M, N].
     """
 
     bits: int
@@ -36,16 +37,16 @@ class Kernel(Protocol):
     def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor: ...
 
 
-class Nibbles(NamedTuple):
-    """A product with 4-bit numbers in torch, w = (q - 8) s + z.
+class NibbleProduct(NamedTuple):
+    """One of torch's products with 4-bit numbers, w = (q - 8) s + z.
 
     Args:
-        operation: its name, by which a device is asked whether it has it.
+        operation: its name in `torch.ops.aten`.
         pack: bytes [N, K / 2] -> the layout.
-        view: the layout from its bytes, N and K.
-        unpack: the layout's bytes, N and K -> uint8 [N, K]; None: only the product knows.
-        rows: what N must be a multiple of.
-        columns: what K must be a multiple of.
+        view: the layout's bytes, N, K -> the tensor that the product takes.
+        unpack: the layout's bytes, N, K -> uint8 [N, K]; None if only the product can read them.
+        rows: N must be a multiple of it.
+        columns: K must be a multiple of it.
     """
 
     operation: str
@@ -61,7 +62,7 @@ class Nibbles(NamedTuple):
         return getattr(torch.ops.aten, self.operation)(x, layout, group, scales)
 
     def numbers(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        """uint8 [N, K] again; by multiplying with the unit matrix where there is no other way."""
+        """The numbers uint8 [N, K]; without `unpack`, from products with the unit matrix."""
         if self.unpack is not None:
             return self.unpack(packed, rows, columns)
         group, device = GROUPS[-1], packed.device
@@ -75,18 +76,20 @@ class Nibbles(NamedTuple):
         return numbers
 
 
-def _of_cpu(block: int) -> Nibbles:
-    """Blocks of rows, in them column by column, rows i and i + block / 2 in a byte: how
-    vectorised CPUs read them, 64 rows with 512-bit registers and 32 with 256-bit ones."""
+def _in_blocks(block: int) -> NibbleProduct:
+    """The layout for CPUs: blocks of rows, each column by column. A byte has rows i, i + block / 2.
+
+    A block is 64 rows with 512-bit registers and 32 with 256-bit ones.
+    """
 
     def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
         joined = rearrange(packed, "(n k i) -> n k i", n=rows // block, k=columns)
         return rearrange([joined & 15, joined >> 4], "half n k i -> (n half i) k")
 
-    return Nibbles(
+    return NibbleProduct(
         "_weight_int4pack_mm_for_cpu",
         lambda joined: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            part_nibbles(joined).int(), 1
+            split_nibbles(joined).int(), 1
         ),
         lambda packed, rows, columns: packed.view(rows, columns // 2),
         unpack,
@@ -95,10 +98,10 @@ def _of_cpu(block: int) -> Nibbles:
     )
 
 
-DEPTH = 8  # tiles of 16 columns side by side: the most that the kernel knows
-IN_TILES = Nibbles(
+DEPTH = 8  # tiles of 16 columns side by side, the most that the kernel takes
+IN_TILES = NibbleProduct(
     "_weight_int4pack_mm",
-    # Here the even column lies in the high half of a byte.
+    # This layout has even columns in the high half of a byte.
     lambda joined: torch.ops.aten._convert_weight_to_int4pack(joined << 4 | joined >> 4, DEPTH),
     lambda packed, rows, columns: packed.view(torch.int32).view(
         rows // 8, columns // (16 * DEPTH), 32, DEPTH // 2
@@ -110,11 +113,11 @@ IN_TILES = Nibbles(
 
 
 class GroupedInt4:
-    """int4 by a `Nibbles` product: scales, then its layout."""
+    """int4 by a `NibbleProduct`. The layout is preceded by the scales."""
 
     bits = 4
 
-    def __init__(self, nibbles: Nibbles) -> None:
+    def __init__(self, nibbles: NibbleProduct) -> None:
         self.nibbles = nibbles
         self.operation = nibbles.operation
 
@@ -126,24 +129,24 @@ class GroupedInt4:
         return _join(scales, self.nibbles.pack(numbers))
 
     def unpack(self, form: Packing, packed: Tensor) -> Tensor:
-        scales, layout = _part(form, packed)
+        scales, layout = _split(form, packed)
         numbers = self.nibbles.numbers(layout, form.rows, form.columns)
         return _stored(form, scales, join_nibbles(numbers))
 
     def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
-        scales, layout = _part(form, packed)
+        scales, layout = _split(form, packed)
         return self.nibbles.product(x, layout, form.group, scales)
 
 
 class Int8InNibbles:
-    """int8 by a `Nibbles` product over 2 N rows: q = 16 (high - 8) + low.
+    """int8 by a `NibbleProduct` over 2 N rows: q = 16 (high - 8) + low.
 
-    Where torch has both products for a GPU, its own of int8 reads memory a byte a thread.
+    On GPUs it is preferred to `RowwiseInt8`, which reads memory one byte per thread there.
     """
 
     bits = 8
 
-    def __init__(self, nibbles: Nibbles) -> None:
+    def __init__(self, nibbles: NibbleProduct) -> None:
         self.nibbles = nibbles
         self.operation = nibbles.operation
 
@@ -153,6 +156,7 @@ class Int8InNibbles:
 
     @staticmethod
     def _halves(form: Packing) -> Packing:
+        """The int4 matrix [2 N, K] of the high halves and then the low ones."""
         group = next(size for size in (256, *GROUPS) if form.columns % size == 0)
         return Packing(2 * form.rows, form.columns, 4, group)
 
@@ -169,20 +173,20 @@ class Int8InNibbles:
 
     def unpack(self, form: Packing, packed: Tensor) -> Tensor:
         halves = self._halves(form)
-        scales, layout = _part(halves, packed)
+        scales, layout = _split(halves, packed)
         high, low = self.nibbles.numbers(layout, halves.rows, halves.columns).chunk(2)
         raised = high << 4 | low
         return _stored(form, scales[0, form.rows :, 0], (raised ^ 128).view(torch.int8))
 
     def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
         halves = self._halves(form)
-        scales, layout = _part(halves, packed)
+        scales, layout = _split(halves, packed)
         high, low = self.nibbles.product(x, layout, halves.group, scales).chunk(2, dim=-1)
         return high + low
 
 
 class RowwiseInt8:
-    """int8 by torch's own product, which reads it as it is stored."""
+    """int8 by torch's int8 product, which reads matrices as they are stored."""
 
     bits = 8
     operation = "_weight_int8pack_mm"
@@ -203,8 +207,8 @@ class RowwiseInt8:
 
 KERNELS: tuple[Kernel, ...] = (
     GroupedInt4(IN_TILES),
-    GroupedInt4(_of_cpu(64)),
-    GroupedInt4(_of_cpu(32)),
+    GroupedInt4(_in_blocks(64)),
+    GroupedInt4(_in_blocks(32)),
     Int8InNibbles(IN_TILES),
     RowwiseInt8(),
 )
@@ -214,8 +218,8 @@ def _join(scales: Tensor, layout: Tensor) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (scales, layout)])
 
 
-def _part(form: Packing, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero) bf16 [K / G, N, 2], and the bytes of the layout."""
+def _split(form: Packing, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero) bf16 [K / G, N, 2], and the layout's bytes."""
     scales = packed[: form.scale_bytes].view(torch.bfloat16)
     return scales.view(-1, form.rows, 2), packed[form.scale_bytes :]
 
@@ -229,19 +233,19 @@ def _stored(form: Packing, scales: Tensor, numbers: Tensor) -> Tensor:
 
 @cache
 def kernel_for(form: Packing, device: torch.device) -> Kernel | None:
-    """The device's kernel for a matrix, None where it has none."""
+    """The device's best kernel for a matrix, or None."""
     kernels = (k for k in kernels_of(device) if k.bits == form.bits and k.takes(form))
     return next(kernels, None)
 
 
 @cache
 def kernels_of(device: torch.device) -> tuple[Kernel, ...]:
-    """The kernels that a device has and that pass their trial there, best first."""
+    """The kernels that a device has and that pass a trial on it, best first."""
     return tuple(k for k in KERNELS if _has(k, device) and passes_trial(k, device))
 
 
 def _has(kernel: Kernel, device: torch.device) -> bool:
-    """Whether this torch knows the product, and has it for this kind of device."""
+    """Whether this version of torch has the product for this type of device."""
     key = torch._C._dispatch_key_for_device(device.type)
     return hasattr(
         torch.ops.aten, kernel.operation
@@ -249,10 +253,10 @@ def _has(kernel: Kernel, device: torch.device) -> bool:
 
 
 def passes_trial(kernel: Kernel, device: torch.device) -> bool:
-    """Whether a kernel gives a small matrix back bit for bit, and multiplies rightly by it.
+    """Whether a kernel unpacks a small matrix bit for bit, and multiplies by it within 2 %.
 
-    A device may list a product and refuse it (GPUs before Ampere), or order the numbers in another
-    way (CPUs without AVX). What fails is not used there.
+    A device may list a product and refuse it (GPUs before Ampere), or order the numbers otherwise
+    (CPUs without AVX). Kernels that fail are not used on that device.
     """
     shape = (64, 256)
     form = packing(shape, f"int{kernel.bits}")
@@ -262,9 +266,9 @@ def passes_trial(kernel: Kernel, device: torch.device) -> bool:
     expected = F.linear(x.float(), dequantise(stored, form, torch.float32))
     try:
         packed = kernel.pack(form, stored)
-        back = kernel.unpack(form, packed)
+        unpacked = kernel.unpack(form, packed)
         product = kernel.product(form, x, packed).float()
     except RuntimeError:
         return False
     error = (product - expected).norm() / expected.norm()
-    return torch.equal(back, stored) and bool(error < 0.02)
+    return torch.equal(unpacked, stored) and bool(error < 0.02)

@@ -1,9 +1,9 @@
-"""A linear layer whose weight is a packed matrix, put in place of a plain one.
+"""A linear layer with a packed matrix as its weight, which replaces a plain layer.
 
-Its weight has one of two layouts, told by its dimensions, which survive every move and copy:
+The weight has one of two layouts. Its shape says which, as a shape survives every move and copy:
 
-    [bytes]       as stored: dequantised on every pass, right for thousands of rows
-    [1, bytes]    as the kernel of a device reads it, right for few rows
+    [bytes]       as stored; dequantised on every pass, best for thousands of rows
+    [1, bytes]    as the kernel of a device reads it, best for few rows
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ class PackedLinear(nn.Module):
     """`nn.Linear` with a packed weight.
 
     Args:
-        form: the matrix and its format.
-        bias: whether it has one, which is loaded with the weight.
-        few_rows: whether most passes are of a few rows, which is what kernels are made for.
+        form: the matrix's shape and format.
+        bias: whether the layer has a bias, which is loaded with the weight.
+        few_rows: whether most passes have few rows, for which kernels are made.
     """
 
     def __init__(self, form: Packing, bias: bool, few_rows: bool) -> None:
@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
         self.form = form
         self.few_rows = few_rows
         self.out_features, self.in_features = form.rows, form.columns
-        self.kernel_device: torch.device | None = None  # whose layout the weight has
+        self.kernel_device: torch.device | None = None  # the weight has the layout of its kernel
         packed = torch.empty(form.nbytes, dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
         empty = torch.empty(form.rows, device="meta")
@@ -41,9 +41,9 @@ class PackedLinear(nn.Module):
         return self.multiply(x, self.weight, bias)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] times a weight of this layer's in either layout, plus bias, in x's dtype.
+        """x [..., K] times a weight of this layer in either layout, plus bias, in x's dtype.
 
-        Kernels take bf16, whose rounding of x is an eighth of what int8 does to the weights.
+        Kernels take x in bf16. That rounding is an eighth of the weights' rounding to int8.
         """
         if weight.ndim == 1:
             return F.linear(x, dequantise(weight, self.form, x.dtype), bias)
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
         return out if bias is None else out + bias
 
     def lay_out(self, device: torch.device) -> None:
-        """Bring the weight into the layout of a device's kernel, wherever the weight lies; once."""
+        """Bring the weight into the layout of a device's kernel, once. It stays where it is."""
         if self.few_rows and self.weight.ndim == 1 and kernel_for(self.form, device):
             self.kernel_device = device
             self.weight = nn.Parameter(self._laid_out(self.weight), requires_grad=False)
@@ -66,7 +66,7 @@ class PackedLinear(nn.Module):
         return packed[None].to(stored.device)
 
     def dequantised(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] of a weight of this layer's in either layout."""
+        """The matrix [N, K] of a weight of this layer in either layout."""
         if weight.ndim == 2:
             kernel = kernel_for(self.form, self.kernel_device)
             stored = kernel.unpack(self.form, weight[0].to(self.kernel_device))
@@ -85,15 +85,16 @@ def pack_layers(
     few_rows: bool,
     kind: type[PackedLinear] = PackedLinear,
 ) -> None:
-    """Put packed layers in the place of linear ones, before weights are loaded.
+    """Replace linear layers with packed ones, before weights are loaded.
 
     Args:
-        layers: the modules' names, and whether each has a bias; some hosts' plain layers have none
-            before they are loaded.
-        name: a format of `quant.FORMATS`.
+        layers: the modules' names, and whether each has a bias. The modules cannot tell: layers of
+            some hosts get their bias only on loading.
+        name: one of `packing.FORMATS`.
+        few_rows: see `PackedLinear`.
 
     Raises:
-        GLMImageError: a layer is of a width that the format does not take.
+        GLMImageError: a layer has a width that the format does not take.
     """
     for layer, bias in layers.items():
         plain = network.get_submodule(layer)
@@ -102,7 +103,7 @@ def pack_layers(
 
 
 def lay_out(network: nn.Module, device: torch.device) -> None:
-    """Bring all packed weights of few-row layers into the layouts of a device's kernels."""
+    """Bring the weights of all packed few-row layers into the layouts of a device's kernels."""
     for module in network.modules():
         if isinstance(module, PackedLinear):
             module.lay_out(device)

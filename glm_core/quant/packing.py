@@ -1,10 +1,10 @@
-"""Weight-only int8 and int4: a matrix as one run of bytes that is the same on every device.
+"""Weight-only int8 and int4: a matrix as one run of bytes, the same on every device.
 
-Scales come first, then the quantised numbers, in one uint8 tensor, so that whatever moves, backs
-up, pins or replaces a layer's `weight` keeps the two together:
+A single uint8 tensor holds the scales and then the quantised numbers. So code that moves, pins,
+backs up or replaces a layer's `weight` handles both together:
 
     int8   bf16 scale [N], int8 [N, K]:                     w = q s
-    int4   bf16 (scale, zero) [K / G, N, 2], two a byte:    w = (q - 8) s + z,   q of 0 to 15
+    int4   bf16 (scale, zero) [K / G, N, 2], two per byte:  w = (q - 8) s + z,   q from 0 to 15
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from torch import Tensor
 from ..errors import GLMImageError
 
 FORMATS = ("int8", "int4")
-GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32)  # numbers of a row that share an int4 scale: the first that divides K
 ALIGNMENT = 64  # bytes; packed matrices are padded to it, so that the next one in a file is aligned
-SLICE = 1 << 20  # numbers quantised at a time: their float32 copies stay below 50 MB
-TINY = torch.finfo(torch.bfloat16).tiny  # the scale of numbers that are all the same
+SLICE = 1 << 20  # numbers quantised at a time; their float32 copies stay below 50 MB
+TINY = torch.finfo(torch.bfloat16).tiny  # the least scale, for numbers that are all the same
 
 
 class Packing(NamedTuple):
-    """A matrix [rows, columns] in `bits` a number, with a scale for each `group` of a row."""
+    """How a matrix [rows, columns] is packed: `bits` per number, a scale per `group` of a row."""
 
     rows: int
     columns: int
@@ -58,7 +58,7 @@ class Packing(NamedTuple):
 
 
 def packing(shape: tuple[int, int], name: str) -> Packing:
-    """How a matrix [N, K] is packed in a format of `FORMATS`.
+    """How a matrix [N, K] is packed in one of `FORMATS`.
 
     Raises:
         GLMImageError: no int4 group divides its width.
@@ -76,10 +76,10 @@ def packing(shape: tuple[int, int], name: str) -> Packing:
 
 
 def quantise(weight: Tensor, name: str) -> Tensor:
-    """A matrix [N, K] of any float dtype, packed in a format: uint8 [bytes].
+    """A matrix [N, K] of any float dtype, packed in one of `FORMATS`: uint8 [bytes].
 
-    Each number is rounded to the nearest that the format has. Worked off in slices of rows, so
-    that beside the result only megabytes are needed.
+    Each number is rounded to the nearest one of the format. Rows are quantised in slices, which
+    need only megabytes beside the result.
 
     Raises:
         GLMImageError: no int4 group divides its width.
@@ -98,10 +98,10 @@ def quantise(weight: Tensor, name: str) -> Tensor:
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale a row: bf16 [N], int8 [N, K].
+    """Symmetric, one scale per row: bf16 [N], int8 [N, K].
 
-    Rounding the scale to bf16 may leave the greatest number at 127.25 scales: an error below half
-    a scale, as everywhere.
+    As the scale is rounded to bf16, the largest number may be 127.25 scales. Its error is still
+    below half a scale.
     """
     scale = (weight.abs().amax(dim=1) / 127).clamp(min=TINY).bfloat16()
     numbers = (weight / scale.float()[:, None]).round().clamp(-127, 127)
@@ -109,7 +109,7 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """From each group's least to its greatest: bf16 [K / G, N, 2], bytes [N, K / 2]."""
+    """Even steps between each group's extremes: bf16 [K / G, N, 2], bytes [N, K / 2]."""
     grouped = rearrange(weight, "n (k g) -> n k g", g=group)
     low, high = grouped.aminmax(dim=-1)
     scale = ((high - low) / 15).clamp(min=TINY).bfloat16()
@@ -121,20 +121,20 @@ def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def join_nibbles(numbers: Tensor) -> Tensor:
-    """uint8 [N, K], all below 16 -> bytes [N, K / 2], the even column in the low half."""
+    """uint8 [N, K], all below 16 -> bytes [N, K / 2], even columns in the low half."""
     return numbers[:, ::2] | numbers[:, 1::2] << 4
 
 
-def part_nibbles(joined: Tensor) -> Tensor:
+def split_nibbles(joined: Tensor) -> Tensor:
     """bytes [N, K / 2] -> uint8 [N, K]"""
     return torch.stack([joined & 15, joined >> 4], dim=-1).flatten(-2)
 
 
 def dequantise(stored: Tensor, form: Packing, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] again, computed in `dtype`."""
+    """The matrix [N, K], computed in `dtype`."""
     scales, numbers = form.split(stored)
     if form.bits == 8:
         return numbers.to(dtype).mul_(scales.to(dtype)[:, None])
     scale, zero = rearrange(scales.to(dtype), "k n z -> z n k 1")
-    grouped = rearrange(part_nibbles(numbers), "n (k g) -> n k g", g=form.group).to(dtype)
+    grouped = rearrange(split_nibbles(numbers), "n (k g) -> n k g", g=form.group).to(dtype)
     return grouped.sub_(8).mul_(scale).add_(zero).view(form.rows, form.columns)

@@ -1,4 +1,4 @@
-"""Reference images: the size they are brought to, and the pixels that the vision encoder reads.
+"""Reference images: the size that each is resized to, and the vision encoder's pixels.
 
 Formulas: `GlmImageImageProcessorPil` of transformers, and Pillow's `Resample.c` beneath it.
 """
@@ -17,8 +17,8 @@ from ..errors import GLMImageError
 
 MAX_ASPECT = 4  # the checkpoint's processor refuses longer images
 
-# What this file does not do, and the value that says it need not; transformers' defaults for the
-# first two differ, so that they are always in the file.
+# Config values that this file supports. The first two differ from transformers' defaults, so a
+# config always has them.
 FIXED = {
     "merge_size": 1,
     "temporal_patch_size": 1,
@@ -33,7 +33,7 @@ FIXED = {
 class ImageConfig:
     """The image processor's values, see `Processor.image`.
 
-    min_side, max_side: multiples of 32 between which the processor takes an image as it is.
+    min_side, max_side: multiples of 32; the processor does not resize images between them.
     """
 
     patch_size: int
@@ -45,7 +45,7 @@ class ImageConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ImageConfig":
-        """Read a processor's config; GLMImageError names what is missing or not supported."""
+        """Read a processor's config; a GLMImageError names what is missing or not supported."""
         for name, value in FIXED.items():
             if config.get(name, value) != value:
                 raise GLMImageError(
@@ -69,7 +69,7 @@ class ImageConfig:
             ) from missing
 
     def __post_init__(self) -> None:
-        # The processor halves an image, and a patch of that is a token.
+        # The processor halves an image. A patch of the half is a token.
         if 2 * self.patch_size != PIXELS_PER_TOKEN:
             raise GLMImageError(
                 f"The image processor's patch_size is {self.patch_size}, but a token of "
@@ -85,8 +85,8 @@ class ImageConfig:
 def reference_size(height: int, width: int, config: ImageConfig) -> Size:
     """The size nearest to an image's at which the AR model and the VAE see the same grid.
 
-    Both then read the image as it is: its sides are multiples of 32 between `min_side` and
-    `max_side`, and its aspect is at most 4.
+    Both take an image of this size without resizing it: its sides are multiples of 32 between
+    `min_side` and `max_side`, and its aspect is at most 4.
 
     Raises:
         GLMImageError: a side is below 32 px, or the aspect is over 4.
@@ -110,10 +110,10 @@ def reference_size(height: int, width: int, config: ImageConfig) -> Size:
 
 
 def opaque(image: Tensor) -> Tensor:
-    """Pixels [..., 3 or 4] to float32 [..., 3] between 0 and 1, see-through parts over white.
+    """Pixels [..., 3 or 4] to float32 [..., 3] between 0 and 1, transparent parts over white.
 
     Raises:
-        GLMImageError: another number of channels, or a pixel that is no number.
+        GLMImageError: another number of channels, or a pixel that is NaN or infinite.
     """
     if image.shape[-1] not in (3, 4):
         raise GLMImageError(
@@ -121,7 +121,7 @@ def opaque(image: Tensor) -> Tensor:
         )
     if not image.isfinite().all():
         raise GLMImageError(
-            "The reference image holds pixels that are no numbers (NaN or infinite): look at what "
+            "The reference image holds pixels that are no numbers (NaN or infinite): check what "
             "made it, often a VAE decode in half precision."
         )
     image = image.float().clamp(0, 1)
@@ -130,27 +130,27 @@ def opaque(image: Tensor) -> Tensor:
 
 
 def bring_to_size(image: Tensor, size: Size) -> Tensor:
-    """Float pixels [B, H, W, 3] between 0 and 1, resized by Lanczos to [B, *size, 3]."""
+    """Float pixels [B, H, W, 3] between 0 and 1, resized to [B, *size, 3] by Lanczos."""
     for axis, length in ((2, size[1]), (1, size[0])):
         if image.shape[axis] != length:
             index, weights = _taps(image.shape[axis], length, _lanczos, 3)
-            image = _weigh(image, axis, index, weights.to(image.dtype))
+            image = _filter(image, axis, index, weights.to(image.dtype))
     return image.clamp(0, 1)
 
 
 def vision_pixels(image: Tensor, config: ImageConfig) -> Tensor:
-    """What the vision encoder reads of images whose sides are multiples of 32.
+    """The vision encoder's input for images whose sides are multiples of 32.
 
-    The checkpoint's processor does the same to a size from `reference_size`: 8 bits, half the
-    sides, normalised.
+    The checkpoint's processor does the same to an image of a `reference_size`: round to 8 bits,
+    halve the sides, normalise.
 
     Args:
         image: float [B, H, W, 3] between 0 and 1.
 
     Returns:
-        float32 [B, 3, H / 2, W / 2], one patch a token.
+        float32 [B, 3, H / 2, W / 2], a patch per token.
     """
-    token_grid(image.shape[1], image.shape[2])  # raises for sizes that have none
+    token_grid(image.shape[1], image.shape[2])  # raises for other sizes
     pixels = halve((image * 255).round().to(torch.uint8))
     pixels = (pixels.double() * config.rescale_factor).float()
     mean, std = (torch.tensor(x, device=image.device) for x in (config.mean, config.std))
@@ -160,14 +160,14 @@ def vision_pixels(image: Tensor, config: ImageConfig) -> Tensor:
 def halve(image: Tensor) -> Tensor:
     """uint8 [B, H, W, C] to [B, H / 2, W / 2, C], bit for bit as Pillow's `resize(BICUBIC)`.
 
-    Pillow weighs along rows, then along columns, in integers with 22 fractional bits, and rounds to
-    8 bits after each; torch's own antialiased resize rounds its weights otherwise. (Pillow 13 takes
-    columns first where H > 2 W. The checkpoint is older, so this does not.)
+    Pillow filters along rows, then along columns, in integers with 22 fractional bits, and rounds
+    to 8 bits after each. Torch's antialiased resize rounds its weights otherwise. (Pillow 13 starts
+    with columns if H > 2 W. The checkpoint is older, so rows always come first here.)
     """
     for axis in (2, 1):
         index, weights = _taps(image.shape[axis], image.shape[axis] // 2, _bicubic, 2)
         fixed = (weights.abs() * 2**22 + 0.5).floor().copysign(weights).to(torch.int32)
-        total = _weigh(image.to(torch.int32), axis, index, fixed) + 2**21
+        total = _filter(image.to(torch.int32), axis, index, fixed) + 2**21
         image = (total >> 22).clamp(0, 255).to(torch.uint8)
     return image
 
@@ -175,9 +175,9 @@ def halve(image: Tensor) -> Tensor:
 def _taps(
     length: int, size: int, kernel: Callable[[Tensor], Tensor], support: int
 ) -> tuple[Tensor, Tensor]:
-    """Where each of `size` outputs reads an input of `length`, and by what weight.
+    """The inputs, of `length`, that each of `size` outputs sums, and their weights.
 
-    Where it shrinks, the kernel is stretched to cover all that an output stands for.
+    When an image shrinks, the kernel is stretched over all inputs that an output replaces.
 
     Returns:
         Indices int64 and weights float64, both [size, taps]; taps beyond the edges weigh 0.
@@ -194,8 +194,8 @@ def _taps(
     return index.clamp(max=length - 1), weights / weights.sum(dim=1, keepdim=True)
 
 
-def _weigh(image: Tensor, axis: int, index: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the taps along an axis of [B, H, W, C]; tap by tap, which needs little memory."""
+def _filter(image: Tensor, axis: int, index: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of taps along an axis of [B, H, W, C]. One tap at a time saves memory."""
     index, weights = index.to(image.device), weights.to(image.device)
     shape = [1, 1, 1, 1]
     shape[axis] = -1

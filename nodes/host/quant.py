@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...glm_core.files.component import QUANTISATION
+from ...glm_core.files.quantisation import QUANTISATION
 from ...glm_core.quant.linear import PackedLinear
 
 # ---- packed int8 and int4 ----------------------------------------------------------------------

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ...glm_core.ar.row_linear import RowLinear, cpu_has
 from ...glm_core.errors import GLMImageError
-from ...glm_core.files.component import Component, layer_of
+from ...glm_core.files.component import Component
 from ...glm_core.files.opening import open_component
+from ...glm_core.files.quantisation import layer_of
 from ...glm_core.files.weight_dtypes import WEIGHT_DTYPES, is_layer_matrix
 from ...glm_core.quant.linear import pack_layers
 from ...glm_core.quant.packing import FORMATS, quantise

@@ -1,4 +1,4 @@
-"""Converted checkpoints: what they hold, broken runs taken up again, and what converting costs."""
+"""Converted files: their content, refusals, resuming an interrupted run, and peak memory."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.files import conversion as converter
-from glm_image.glm_core.files.component import COMPONENTS, FORMAT, QUANTISATION, Component
+from glm_image.glm_core.files import conversion
+from glm_image.glm_core.files.component import COMPONENTS, FORMAT, Component
 from glm_image.glm_core.files.conversion import CHOICES, convert
 from glm_image.glm_core.files.headers import read_header
 from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.files.quantisation import QUANTISATION
 from glm_image.glm_core.files.weight_dtypes import is_layer_matrix
 from glm_image.glm_core.quant.packing import FORMATS, dequantise, packing, quantise
 from reference import reference_snapshot
@@ -40,11 +41,11 @@ def snapshot(tmp_path_factory) -> Path:
 
 
 def quiet(done: int, total: int) -> None:
-    """No progress."""
+    """Shows no progress."""
 
 
 def converted(snapshot: Path, name: str, dtype: str, out: Path) -> tuple[Component, Component]:
-    """The component in the snapshot, and in the file made of it."""
+    """The component in the snapshot, and in the file converted from it."""
     source = open_component(snapshot, name)
     return source, open_component(convert(source, dtype, out, quiet), name)
 
@@ -64,23 +65,25 @@ def restored(component: Component, key: str, shape: torch.Size) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", CHOICES)
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_every_weight_is_there_and_near(snapshot, tmp_path, name, dtype) -> None:
+def test_every_weight_is_converted_within_the_formats_error(
+    snapshot, tmp_path, name, dtype
+) -> None:
     source, target = converted(snapshot, name, dtype, tmp_path)
     assert target.path.parent == tmp_path
     expected = source.state_dict()
     target.check({key: value.shape for key, value in expected.items()})
     limits = {"bf16": 0.003, "fp8": 0.04, "int8": 0.01, "int4": 0.12}
     for key, weight in expected.items():
-        narrow = name in QUANTISED and dtype != "bf16" and is_layer_matrix(key, weight.ndim)
-        assert (key.removesuffix(".weight") in target.quantised) == narrow
+        quantised = name in QUANTISED and dtype != "bf16" and is_layer_matrix(key, weight.ndim)
+        assert (key.removesuffix(".weight") in target.quantised) == quantised
         error = (restored(target, key, weight.shape) - weight).norm() / weight.norm()
-        assert error <= (limits[dtype] if narrow else limits["bf16"]), key
+        assert error <= limits[dtype if quantised else "bf16"], key
         assert name != "glyph" or error == 0
     assert target.dtype == (torch.float32 if name == "glyph" else torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_packed_bytes_are_those_of_quantising(snapshot, tmp_path, name) -> None:
+def test_packed_layers_hold_the_bytes_that_quantise_returns(snapshot, tmp_path, name) -> None:
     source, target = converted(snapshot, "ar", name, tmp_path)
     assert target.quantisation == name
     for layer in target.quantised:
@@ -88,11 +91,11 @@ def test_packed_bytes_are_those_of_quantising(snapshot, tmp_path, name) -> None:
         assert torch.equal(target.tensor(key), quantise(source.tensor(key), name))
 
 
-def test_fp8_uses_its_whole_range_in_comfyuis_own_format(snapshot, tmp_path) -> None:
+def test_fp8_layers_use_the_whole_range_and_comfyuis_metadata(snapshot, tmp_path) -> None:
     _, target = converted(snapshot, "decoder", "fp8", tmp_path)
     stored = load_file(target.path)
-    saved = json.loads(read_header(target.path)[1][QUANTISATION])
-    assert saved["layers"] == {layer: {"format": "float8_e4m3fn"} for layer in target.quantised}
+    metadata = json.loads(read_header(target.path)[1][QUANTISATION])
+    assert metadata["layers"] == {layer: {"format": "float8_e4m3fn"} for layer in target.quantised}
     for layer in target.quantised:
         assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
         assert stored[f"{layer}.weight"].float().abs().max() == 448
@@ -101,7 +104,7 @@ def test_fp8_uses_its_whole_range_in_comfyuis_own_format(snapshot, tmp_path) -> 
         assert scale.shape == ()
 
 
-def test_a_matrix_of_zeros_stays_one(snapshot, tmp_path) -> None:
+def test_a_matrix_of_zeros_stays_zero(snapshot, tmp_path) -> None:
     file = tmp_path / "zeros.safetensors"
     source = open_component(convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet), "ar")
     state = {key: torch.zeros_like(value) for key, value in source.state_dict().items()}
@@ -112,7 +115,7 @@ def test_a_matrix_of_zeros_stays_one(snapshot, tmp_path) -> None:
             assert not restored(target, key, value.shape).any()
 
 
-def test_configs_and_provenance_come_along(snapshot, tmp_path) -> None:
+def test_a_converted_file_has_configs_and_provenance(snapshot, tmp_path) -> None:
     for name in COMPONENTS:
         source, target = converted(snapshot, name, "int8", tmp_path)
         for part in ("config", "processor", "scheduler", "vae"):
@@ -127,7 +130,7 @@ def test_configs_and_provenance_come_along(snapshot, tmp_path) -> None:
         assert provenance["files"] == sizes
 
 
-def test_every_tensor_begins_where_its_dtype_may(snapshot, tmp_path) -> None:
+def test_every_tensor_is_aligned(snapshot, tmp_path) -> None:
     for dtype in CHOICES:
         _, target = converted(snapshot, "ar", dtype, tmp_path)
         for info in target.tensors.values():
@@ -151,9 +154,9 @@ def test_int4_of_an_odd_width_is_refused_before_a_byte_is_written(tmp_path) -> N
     assert not out.exists()
 
 
-def test_a_full_disk_is_seen_before_writing(snapshot, tmp_path, monkeypatch) -> None:
-    usage = converter.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(converter.shutil, "disk_usage", lambda _: usage)
+def test_a_full_disk_is_refused_before_writing(snapshot, tmp_path, monkeypatch) -> None:
+    usage = conversion.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(GLMImageError, match=r"0\.0 GiB free"):
         convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet)
     assert not list(tmp_path.rglob("*.safetensors*"))
@@ -183,24 +186,38 @@ def broken_format(metadata: dict, state: dict) -> None:
     metadata[QUANTISATION] = '{"layers": {"model": 3}}'
 
 
-def layer_lost(metadata: dict, state: dict) -> None:
+def missing_layer(metadata: dict, state: dict) -> None:
     del state[next(key for key, value in state.items() if value.dtype == torch.uint8)]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_format, "quantised as nvfp4; what can be read is"),
+        (other_format, "quantised as nvfp4; use a file that is all in one of float8_e4m3fn"),
         (two_formats, "quantised as glm_int4 and glm_int8"),
         (no_format, r"holds \d+ quantised weights .* does not say in which format"),
         (broken_format, "_quantization_metadata of .* is broken"),
-        (layer_lost, r"says that 1 layers are int8 .* missing or of another kind"),
+        (missing_layer, r"says that 1 layers are int8 .* missing or of another kind"),
     ],
 )
-def test_other_formats_are_refused_when_opened(snapshot, tmp_path, change, message) -> None:
+def test_broken_quantisation_metadata_is_refused_when_opened(
+    snapshot, tmp_path, change, message
+) -> None:
     _, target = converted(snapshot, "ar", "int8", tmp_path)
     with pytest.raises(GLMImageError, match=message):
         open_component(rewritten(target.path, change), "ar")
+
+
+def test_only_the_ar_and_the_decoder_may_be_quantised(snapshot, tmp_path) -> None:
+    _, vae = converted(snapshot, "vae", "int8", tmp_path)
+
+    def quantise_a_layer(metadata: dict, state: dict) -> None:
+        key = "decoder.conv_in.weight"
+        metadata[QUANTISATION] = json.dumps({"layers": {key[:-7]: {"format": "glm_int8"}}})
+        state[key] = state[key].to(torch.uint8)
+
+    with pytest.raises(GLMImageError, match="the VAE in int8, which only the AR model and"):
+        open_component(rewritten(vae.path, quantise_a_layer), "vae")
 
 
 def test_a_matrix_of_another_size_is_refused_before_it_is_read(snapshot, tmp_path) -> None:
@@ -212,7 +229,7 @@ def test_a_matrix_of_another_size_is_refused_before_it_is_read(snapshot, tmp_pat
         target.check({**expected, key: torch.Size((rows + 64, columns))})
 
 
-def test_a_lost_fp8_scale_is_missed(snapshot, tmp_path) -> None:
+def test_a_missing_fp8_scale_is_refused(snapshot, tmp_path) -> None:
     source, target = converted(snapshot, "ar", "fp8", tmp_path)
     expected = {key: info.shape for key, info in source.tensors.items()}
     layer = sorted(target.quantised)[0]
@@ -221,15 +238,15 @@ def test_a_lost_fp8_scale_is_missed(snapshot, tmp_path) -> None:
         open_component(lost, "ar").check(expected)
 
 
-# ---- broken runs -------------------------------------------------------------------------------
+# ---- interrupted runs ----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """As a kill: nothing after it runs."""
+    """Raised in a run in place of a kill."""
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int4"])
-def test_a_run_broken_anywhere_is_taken_up_and_gives_the_same_file(
+def test_a_run_interrupted_anywhere_resumes_and_gives_the_same_file(
     snapshot, tmp_path, dtype
 ) -> None:
     source = open_component(snapshot, "ar")
@@ -238,18 +255,14 @@ def test_a_run_broken_anywhere_is_taken_up_and_gives_the_same_file(
     partial = tmp_path / f"{whole.name}.partial"
     for length in [0, 1, 7, *range(100, size, size // 40), size - 1, size]:
         partial.write_bytes(whole.read_bytes()[:length])
-        assert open_as_a_loader_lists(partial.parent) == []
+        assert not list(tmp_path.glob("*.safetensors"))  # which a loader would list
         again = convert(source, dtype, tmp_path, quiet)
         assert again.read_bytes() == whole.read_bytes()
         assert not partial.exists()
         again.unlink()
 
 
-def open_as_a_loader_lists(folder: Path) -> list[Path]:
-    return list(folder.glob("*.safetensors"))
-
-
-def test_what_is_complete_is_not_written_again(snapshot, tmp_path) -> None:
+def test_complete_tensors_are_not_written_again(snapshot, tmp_path) -> None:
     source = open_component(snapshot, "decoder")
     whole = convert(source, "int8", tmp_path / "whole", quiet).read_bytes()
     seen: list[int] = []
@@ -268,7 +281,7 @@ def test_what_is_complete_is_not_written_again(snapshot, tmp_path) -> None:
     assert file.read_bytes() == whole
 
 
-def test_another_source_or_option_starts_anew(snapshot, tmp_path) -> None:
+def test_a_changed_source_or_header_starts_anew(snapshot, tmp_path) -> None:
     source = open_component(snapshot, "ar")
     file = convert(source, "int8", tmp_path, quiet)
     whole = file.read_bytes()
@@ -286,7 +299,7 @@ def test_another_source_or_option_starts_anew(snapshot, tmp_path) -> None:
 
 
 def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -> None:
-    """SIGKILL while it writes, at whatever moment that is."""
+    """SIGKILL at some moment while the command writes."""
     big_snapshot(tmp_path / "big", matrices=12, width=1024)
     command = [sys.executable, "-m", "glm_core.convert", str(tmp_path / "big")]
     command += [str(tmp_path / "out"), "--component", "glyph"]
@@ -298,7 +311,7 @@ def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert file.exists() != partial.exists()  # one or the other, never half a file by its name
+    assert file.exists() != partial.exists()  # so a file under its final name is complete
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     assert not partial.exists()
     source = open_component(tmp_path / "big", "glyph").state_dict()
@@ -308,7 +321,7 @@ def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -
 
 
 def big_snapshot(folder: Path, matrices: int, width: int) -> None:
-    """A glyph encoder's folder that holds float32 matrices of whatever name."""
+    """A glyph encoder's folder with float32 matrices of any name."""
     weights = folder / "text_encoder"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text('{"model_type": "t5"}')
@@ -355,8 +368,8 @@ PEAK = textwrap.dedent(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "int4"])
-def test_memory_is_bounded_by_one_matrix_whatever_the_size(tmp_path, dtype) -> None:
-    """300 MB of weights, the largest 96 MB of an embedding, which is never whole in memory."""
+def test_peak_memory_is_bounded_by_one_matrix(tmp_path, dtype) -> None:
+    """Of 300 MB of weights 96 MB are an embedding, which is never whole in memory."""
     state = {
         f"model.layers.{i}.mlp.down_proj.weight": torch.full((4096, 2048), 0.1 * i).bfloat16()
         for i in range(12)

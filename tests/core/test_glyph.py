@@ -48,17 +48,17 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_texts_are_the_references(pipeline, prompt):
+def test_texts_equal_the_references(pipeline, prompt):
     assert [texts_to_render(prompt)] == pipeline.get_glyph_texts(prompt)
 
 
-def test_texts_come_by_kind_of_quote():
+def test_texts_are_ordered_by_kind_of_quote():
     assert texts_to_render("「d」 \"c\" “b” 'a'") == ["a", "b", "c", "d"]
     assert texts_to_render("it's a dog's life") == ["s a dog"]
 
 
 @pytest.mark.parametrize("text", ["", "OPEN", "欢迎光临", "a\nb\t ", "👋🏽", "é" * 3000])
-def test_ids_are_the_tokenizers(text):
+def test_ids_equal_the_tokenizers(text):
     expected = ByT5Tokenizer()([text], max_length=2048, truncation=True).input_ids[0]
     assert byte_ids(text) == expected
 
@@ -76,7 +76,7 @@ def test_half_a_surrogate_pair_is_a_question_mark():
     assert byte_ids("\ud83d") == byte_ids("?")
 
 
-def test_an_even_number_of_texts_leads_with_a_pad():
+def test_an_even_number_of_texts_begins_with_a_pad():
     assert glyph_ids([]) == [[1]]
     assert glyph_ids(["a"]) == [[100, 1]]
     assert glyph_ids(["a", "b"]) == [[0, 100, 1], [0, 101, 1]]
@@ -84,7 +84,7 @@ def test_an_even_number_of_texts_leads_with_a_pad():
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_embeddings_are_the_references(pipeline, prompt):
+def test_embeddings_equal_the_references(pipeline, prompt):
     theirs = pipeline._get_glyph_embeds([prompt], 2048)
     ours = encode_texts(network_of(pipeline.text_encoder), texts_to_render(prompt))
     assert_close(ours, theirs)
@@ -100,7 +100,7 @@ def test_embeddings_are_the_references(pipeline, prompt):
          "vocab_size": 300, "layer_norm_epsilon": 0.1},
     ],
 )  # fmt: skip
-def test_encoder_is_t5(sizes):
+def test_the_encoder_equals_t5(sizes):
     torch.manual_seed(0)
     config = T5Config(**{"vocab_size": 384, **sizes}, feed_forward_proj="gated-gelu")
     reference = T5EncoderModel(config).eval()
@@ -111,7 +111,7 @@ def test_encoder_is_t5(sizes):
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (16, 40), (64, 1000), (4, 2)])
-def test_buckets_are_t5s(buckets, distance):
+def test_position_buckets_equal_t5s(buckets, distance):
     position = torch.arange(2049)
     expected = T5Attention._relative_position_bucket(
         position[None, :] - position[:, None], num_buckets=buckets, max_distance=distance
@@ -119,7 +119,7 @@ def test_buckets_are_t5s(buckets, distance):
     assert torch.equal(relative_position_buckets(2049, buckets, distance), expected)
 
 
-def test_full_size_keys_and_shapes_are_the_references():
+def test_full_size_keys_and_shapes_equal_the_references():
     config = json.loads((HUB / "text_encoder_config.json").read_text())
     with torch.device("meta"):
         reference = T5EncoderModel(T5Config(**config)).state_dict()

@@ -1,4 +1,4 @@
-"""Grids and positions against the reference's."""
+"""Grids and positions, compared with the reference's."""
 
 import pytest
 import reference
@@ -8,7 +8,7 @@ from glm_image.glm_core.errors import GLMImageError
 from transformers import GlmImageProcessor
 
 
-def test_preview_grid_is_the_references_for_every_size():
+def test_previews_equal_the_references_for_every_size():
     for height in range(32, 2560, 96):
         for width in range(32, 2560, 32):
             expected = GlmImageProcessor._get_target_shape(None, height, width)
@@ -33,16 +33,16 @@ def test_known_previews():
         (32 * 257, 32, "256 times the shorter"),
     ],
 )
-def test_sizes_that_have_no_grid(height, width, said):
+def test_sizes_without_a_grid_are_refused(height, width, said):
     with pytest.raises(GLMImageError, match=said):
         grids.token_grid(height, width)
 
 
-def test_the_longest_aspect_still_has_a_preview():
+def test_the_longest_aspect_has_a_preview():
     assert grids.preview_grid(grids.token_grid(32, 32 * 256)) == (1, 256)
 
 
-def test_upsample_repeats_each_token_in_its_own_place():
+def test_upsampling_makes_each_token_a_square_of_four():
     tokens = torch.arange(6).view(1, 2, 3)
     assert grids.upsample_tokens(tokens).tolist() == [
         [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [3, 3, 4, 4, 5, 5]]
@@ -50,8 +50,8 @@ def test_upsample_repeats_each_token_in_its_own_place():
 
 
 @pytest.mark.parametrize("grid", [(3, 2), (2, 5), (4, 4)])
-def test_positions_are_the_references(grid):
-    """Prompt, preview and large grid, as the reference lays them out for decoding."""
+def test_positions_equal_the_references(grid):
+    """Positions of a prompt, a preview and a large grid, in the order of decoding."""
     model = reference.reference_pipeline("small").vision_language_encoder.model
     preview = grids.preview_grid(grid)
     prompt = torch.full((1, 7), 70)

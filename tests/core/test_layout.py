@@ -1,4 +1,4 @@
-"""Layouts as data: locks, masks of any size, pasting, sizes that fit."""
+"""Layouts as data: locks, masks of any size, composing, and sizes that fit."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from glm_image.glm_core.errors import GLMImageError
 
 
 def layout(height=1024, width=1024, batch=1, first=0, codebook=10_000):
-    """Every cell of every layout has another token."""
+    """A layout whose cells all have different tokens."""
     rows, columns = preview_grid(token_grid(height, width))
     ids = first + torch.arange(batch * rows * columns, dtype=torch.int32)
     locked = torch.zeros(rows, columns, dtype=torch.bool)
@@ -38,13 +38,13 @@ def half(height, width, *, left=False):
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (16, 16), (2, 2), (333, 51), (64, 2048)])
-def test_masks_of_any_size_cover_the_same_cells(size):
+def test_masks_of_any_size_are_stretched_over_the_grid(size):
     mask = mask_to_grid(half(*size), (16, 13))
     assert mask[:8].all() if size[0] != 333 else mask[:7].all()
     assert not mask[8:].any()
 
 
-def test_a_cell_is_masked_from_half_its_area_on():
+def test_a_cell_is_masked_if_at_least_half_is_covered():
     mask = torch.zeros(64, 64)
     mask[:4, :2] = 1  # half of cell (0, 0), which has 4 x 4 pixels
     mask[4:8, :1] = 1  # a quarter of cell (1, 0)
@@ -55,8 +55,8 @@ def test_a_cell_is_masked_from_half_its_area_on():
 
 
 @pytest.mark.parametrize(("size", "grid"), [((20, 20), (16, 16)), ((64, 64), (19, 13))], ids=str)
-def test_cells_between_pixels_are_weighed_by_area(size, grid):
-    """As they are where every pixel is enlarged until cells begin and end at one."""
+def test_partly_covered_pixels_count_by_area(size, grid):
+    """The expected cells are means of pixels enlarged so that none crosses a cell's edge."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         rows, columns = (sorted(torch.randint(n + 1, (2,), generator=generator)) for n in size)
@@ -72,7 +72,7 @@ def test_a_batch_of_masks_is_refused():
         mask_to_grid(torch.zeros(2, 8, 8), (16, 16))
 
 
-def test_ways_to_lock():
+def test_each_way_to_lock():
     plain, mask = layout(), half(100, 100)
     top = torch.arange(16)[:, None].expand(16, 16) < 8
     assert lock(plain, "whole").locked.all()
@@ -83,7 +83,7 @@ def test_ways_to_lock():
     assert not plain.locked.any()
 
 
-def test_locks_add_up():
+def test_locks_are_added_to_earlier_ones():
     top = lock(layout(), "masked", mask=half(64, 64))
     both = lock(top, "masked", mask=half(64, 64, left=True))
     assert both.locked[:8].all()
@@ -100,7 +100,7 @@ def test_a_mask_of_one_colour_locks_all_or_nothing_more(value):
     assert torch.equal(nothing_more, top.locked)
 
 
-def test_one_of_a_batch_or_all():
+def test_locking_returns_one_layout_of_a_batch_or_all():
     batch = layout(batch=3)
     assert torch.equal(lock(batch, "whole", 2).preview, batch.preview[2:])
     assert torch.equal(lock(batch, "whole").preview, batch.preview[:1])
@@ -110,12 +110,12 @@ def test_one_of_a_batch_or_all():
 
 
 @pytest.mark.parametrize("how", ["masked", "outside mask"])
-def test_no_mask_where_one_is_needed(how):
+def test_locking_by_mask_needs_a_mask(how):
     with pytest.raises(GLMImageError, match=f"'{how}', connect a mask"):
         lock(layout(), how)
 
 
-def test_composed_by_mask_in_place():
+def test_a_mask_chooses_what_is_pasted():
     base, source = layout(), layout(first=1000)
     made = compose(base, source, mask=half(64, 64))
     assert torch.equal(made.preview[:, :8], source.preview[:, :8])
@@ -124,7 +124,7 @@ def test_composed_by_mask_in_place():
 
 
 @pytest.mark.parametrize(("row", "column"), [(3, 5), (-3, 5), (-3, -5), (15, 15)])
-def test_composed_at_a_row_and_column(row, column):
+def test_cells_are_pasted_at_a_row_and_column(row, column):
     base, source = layout(), layout(512, 1024, first=1000)
     made = compose(base, source, row, column)
     rows, columns = source.locked.shape
@@ -136,13 +136,13 @@ def test_composed_at_a_row_and_column(row, column):
     assert (made.height, made.width) == (1024, 1024)
 
 
-@pytest.mark.parametrize(("place", "said"), [((16, 0), "At row 16"), ((0, -16), "column -16")])
-def test_composed_outside_of_the_base(place, said):
+@pytest.mark.parametrize(("offset", "said"), [((16, 0), "At row 16"), ((0, -16), "column -16")])
+def test_pasting_outside_of_the_base_is_refused(offset, said):
     with pytest.raises(GLMImageError, match=f"{said} no cell .* use -15 to 15"):
-        compose(layout(), layout(), *place)
+        compose(layout(), layout(), *offset)
 
 
-def test_composing_keeps_the_locks_of_both():
+def test_a_composed_layout_has_the_locks_of_both():
     base = lock(layout(), "masked", mask=half(64, 64))
     source = lock(layout(first=1000), "masked", mask=half(64, 64, left=True))
     made = compose(base, source, row=4)
@@ -156,7 +156,7 @@ def test_composing_keeps_the_locks_of_both():
     assert torch.equal(union.locked, expected | mask_to_grid(torch.ones(4, 4).tril(), (16, 16)))
 
 
-def test_composed_batches():
+def test_a_single_layout_composes_with_a_batch():
     one, three = layout(), layout(batch=3, first=1000)
     mask = half(64, 64)
     onto_one, onto_three = compose(one, three, mask=mask), compose(three, one, mask=mask)
@@ -168,13 +168,13 @@ def test_composed_batches():
         compose(layout(batch=2), three)
 
 
-def test_composed_across_codebooks():
+def test_composing_across_codebooks_is_refused():
     with pytest.raises(GLMImageError, match="codebook of 10000 and the source one of 9999"):
         compose(layout(), layout(codebook=9999))
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (768, 1152), (1152, 384)])
-def test_as_a_small_images_tokens(size):
+def test_previews_become_the_tokens_of_small_images(size):
     made = layout(*size, batch=2)
     tokens = to_tokens(made)
     rows, columns = made.locked.shape
@@ -182,7 +182,7 @@ def test_as_a_small_images_tokens(size):
     assert (tokens.height, tokens.width, tokens.codebook) == (32 * rows, 32 * columns, 10_000)
 
 
-def test_a_layout_fits_every_size_with_its_preview():
+def test_a_layout_fits_every_size_with_a_preview_of_its_shape():
     for size in ((1024, 1024), (512, 512), (2048, 2048)):
         require_layout_fits(layout(), 10_000, *size)
     with pytest.raises(GLMImageError) as refusal:
@@ -198,7 +198,7 @@ def test_a_layout_of_another_codebook_does_not_fit():
         require_layout_fits(layout(), 64, 1024, 1024)
 
 
-def test_tokens_fit_their_own_size_and_model_alone():
+def test_tokens_fit_only_their_own_size_and_model():
     tokens = to_tokens(layout())
     require_tokens_fit(tokens, 10_000, 512, 512)
     with pytest.raises(GLMImageError, match="images of 512x512 pixels, but 1024x512 are asked"):
@@ -209,7 +209,7 @@ def test_tokens_fit_their_own_size_and_model_alone():
         require_tokens_fit(tokens, 64, 512, 512)
 
 
-def test_forced_cells_are_all_layouts_once_then_again():
+def test_samples_cycle_through_the_layouts():
     batch = lock(layout(batch=3), "masked", -1, half(64, 64))
     forced = locked_cells(batch, 6)
     assert torch.equal(forced.values, torch.cat([batch.preview, batch.preview]))
@@ -220,7 +220,7 @@ def test_forced_cells_are_all_layouts_once_then_again():
 
 
 @pytest.mark.parametrize("size", [(768, 1152), (384, 1152), (2048, 32)])
-def test_the_sizes_named_do_fit(size):
+def test_suggested_sizes_fit(size):
     made = layout(*size)
     sizes = sizes_that_fit(made, 1024 * 1024)
     assert 1 <= len(sizes) <= 3
@@ -228,7 +228,7 @@ def test_the_sizes_named_do_fit(size):
         require_layout_fits(made, 10_000, height, width)
 
 
-def test_common_batch():
+def test_the_common_batch_of_equal_or_single_ones():
     assert common_batch("a", 4, "b", 1) == common_batch("a", 1, "b", 4) == 4
     assert common_batch("a", 3, "b", 3) == 3
     with pytest.raises(GLMImageError, match="2 a and 4 b"):

@@ -1,4 +1,4 @@
-"""LoRA files: every trainer's names find our weights, and alpha means what the trainer meant."""
+"""LoRA files: every trainer's names find our weights, and alphas are read from metadata."""
 
 import json
 import math
@@ -20,7 +20,7 @@ GATE_UP = "model.language_model.layers.1.mlp.gate_up_proj"
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, list[str]]:
-    """The reference's own keys, which are also ours."""
+    """The reference's keys, which equal ours."""
     pipeline = reference_pipeline("small")
     return {
         "decoder": list(pipeline.transformer.state_dict()),
@@ -32,8 +32,8 @@ def pair(module: str, down: str = "lora_A.weight", up: str = "lora_B.weight"):
     return {f"{module}.{down}": torch.ones(RANK, 8), f"{module}.{up}": torch.ones(8, RANK)}
 
 
-def saved(file: Path, state: dict[str, torch.Tensor], config: dict | None = None) -> Path:
-    """As diffusers saves it: the adapter's config is JSON in the metadata."""
+def save_lora(file: Path, state: dict[str, torch.Tensor], config: dict | None = None) -> Path:
+    """Save as diffusers does, with the adapter's config as JSON in the metadata."""
     metadata = {"format": "pt"}
     if config is not None:
         metadata["lora_adapter_metadata"] = json.dumps(config)
@@ -60,42 +60,42 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("component", "module", "name", "forms"), NAMES)
+@pytest.mark.parametrize(("component", "module", "name", "suffixes"), NAMES)
 @pytest.mark.parametrize("root", ["", "diffusion_model."])
-def test_every_spelling_finds_its_weight(weights, component, module, name, forms, root):
+def test_every_trainers_name_finds_its_weight(weights, component, module, name, suffixes, root):
     others = {"ar": "decoder", "decoder": "ar"}
     names = lora_key_map((root + key for key in weights[component]), component, root)
     assert names[name] == f"{root}{module}.weight"
-    assert unmatched_keys(pair(name, *forms), names) == []
+    assert unmatched_keys(pair(name, *suffixes), names) == []
     wrong = lora_key_map(weights[others[component]], others[component])
-    assert unmatched_keys(pair(name, *forms), wrong) == list(pair(name, *forms))
+    assert unmatched_keys(pair(name, *suffixes), wrong) == list(pair(name, *suffixes))
 
 
 @pytest.mark.parametrize("component", ["decoder", "ar"])
-def test_no_name_means_two_weights(weights, component):
+def test_no_name_belongs_to_two_weights(weights, component):
     names = lora_key_map(weights[component], component)
     modules = [key for key in weights[component] if key.endswith(".weight")]
     assert set(names.values()) == set(modules)
     assert len(names) == sum(len(lora_key_map([key], component)) for key in modules)
 
 
-def test_what_is_no_weight_of_the_root_has_no_name(weights):
+def test_only_weights_under_the_root_have_names(weights):
     keys = ["model_sampling.weight", "diffusion_model.proj_out.bias", "diffusion_model.a.weight"]
     assert set(lora_key_map(keys, "decoder", "diffusion_model.").values()) == {keys[2]}
 
 
-def test_a_file_for_both_models_leaves_nothing(weights):
+def test_a_file_for_both_models_matches_fully(weights):
     maps = [lora_key_map(weights[name], name) for name in ("decoder", "ar")]
     lora = pair(f"transformer.{TO_Q}") | pair(f"vision_language_encoder.{Q_PROJ}")
     assert unmatched_keys(lora, *maps) == []
     assert unmatched_keys(lora, maps[0]) == list(pair(f"vision_language_encoder.{Q_PROJ}"))
 
 
-@pytest.mark.parametrize("form", ["lora_magnitude_vector", "lora_B.bias", "something"])
-def test_forms_that_no_host_reads_are_unmatched(weights, form):
+@pytest.mark.parametrize("suffix", ["lora_magnitude_vector", "lora_B.bias", "something"])
+def test_kinds_of_tensors_that_no_host_reads_are_unmatched(weights, suffix):
     names = lora_key_map(weights["decoder"], "decoder")
-    lora = pair(TO_Q) | {f"{TO_Q}.{form}": torch.ones(8)}
-    assert unmatched_keys(lora, names) == [f"{TO_Q}.{form}"]
+    lora = pair(TO_Q) | {f"{TO_Q}.{suffix}": torch.ones(8)}
+    assert unmatched_keys(lora, names) == [f"{TO_Q}.{suffix}"]
 
 
 def test_a_foreign_lora_is_refused(weights, tmp_path):
@@ -114,7 +114,7 @@ def alphas(lora: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def test_without_metadata_there_is_no_alpha(tmp_path):
-    lora = read_lora(saved(tmp_path / "a.safetensors", pair(TO_Q)))
+    lora = read_lora(save_lora(tmp_path / "a.safetensors", pair(TO_Q)))
     assert lora.keys() == pair(TO_Q).keys()
 
 
@@ -128,7 +128,7 @@ def test_diffusers_pipeline_metadata(tmp_path):
     for module in modules:
         state |= pair(f"transformer.{module}")
     state |= pair(f"text_encoder.{Q_PROJ}")
-    lora = read_lora(saved(tmp_path / "a.safetensors", state, config))
+    lora = read_lora(save_lora(tmp_path / "a.safetensors", state, config))
     expected = dict(zip(modules, (3.0, 10.0, 5.0, 10.0), strict=True))
     assert alphas(lora) == {f"transformer.{k}": v for k, v in expected.items()}
     assert lora.keys() > state.keys()
@@ -136,12 +136,12 @@ def test_diffusers_pipeline_metadata(tmp_path):
 
 def test_diffusers_model_metadata(tmp_path):
     config = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {rf"^{TO_OUT}": 2, "^to_q": 9}}
-    file = saved(tmp_path / "a.safetensors", pair(TO_Q) | pair(TO_OUT), config)
+    file = save_lora(tmp_path / "a.safetensors", pair(TO_Q) | pair(TO_OUT), config)
     assert alphas(read_lora(file)) == {TO_Q: 6.0, TO_OUT: 2.0}
 
 
 def test_peft_folder(tmp_path):
-    file = saved(tmp_path / "adapter_model.safetensors", pair(f"base_model.model.{Q_PROJ}"))
+    file = save_lora(tmp_path / "adapter_model.safetensors", pair(f"base_model.model.{Q_PROJ}"))
     config = {"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     # rank-stabilised: alpha / sqrt(rank), which is (alpha * sqrt(rank)) / rank
@@ -150,31 +150,31 @@ def test_peft_folder(tmp_path):
 
 
 def test_peft_folder_without_its_config(tmp_path):
-    file = saved(tmp_path / "adapter_model.safetensors", pair(Q_PROJ))
+    file = save_lora(tmp_path / "adapter_model.safetensors", pair(Q_PROJ))
     with pytest.raises(GLMImageError, match=r"adapter_config\.json is missing"):
         read_lora(file)
 
 
-def test_alphas_in_the_file_win(tmp_path):
+def test_alphas_among_the_tensors_take_precedence(tmp_path):
     state = pair(TO_Q) | {f"{TO_Q}.alpha": torch.tensor(1.5)}
-    lora = read_lora(saved(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
+    lora = read_lora(save_lora(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
     assert alphas(lora) == {TO_Q: 1.5}
 
 
 @pytest.mark.parametrize("adapter", ["default", "my_style"])
 def test_adapter_names_are_dropped(tmp_path, adapter):
     state = pair(TO_Q, f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
-    lora = read_lora(saved(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
+    lora = read_lora(save_lora(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
     assert lora.keys() == {f"{TO_Q}.alpha", *pair(TO_Q)}
 
 
 def test_regular_expressions_are_refused(tmp_path):
     config = {"lora_alpha": 6, "alpha_pattern": {"(a+)+b": 1}}
     with pytest.raises(GLMImageError, match="regular expression"):
-        read_lora(saved(tmp_path / "a.safetensors", pair(TO_Q), config))
+        read_lora(save_lora(tmp_path / "a.safetensors", pair(TO_Q), config))
 
 
-# ---- files that are no LoRA --------------------------------------------------------------------
+# ---- files that are not LoRAs ------------------------------------------------------------------
 
 
 def test_missing_file(tmp_path):
@@ -183,7 +183,7 @@ def test_missing_file(tmp_path):
 
 
 def test_truncated_file(tmp_path):
-    file = saved(tmp_path / "a.safetensors", pair(TO_Q))
+    file = save_lora(tmp_path / "a.safetensors", pair(TO_Q))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(GLMImageError, match="is truncated"):
         read_lora(file)

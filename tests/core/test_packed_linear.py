@@ -1,4 +1,4 @@
-"""Products with packed matrices: every kernel against the dequantised matrix, in every layout."""
+"""Products with packed matrices: every kernel, in every layout, against the dequantised matrix."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def cpu_nibbles():
 
 
 def variants() -> dict[str, Kernel]:
-    """What a CPU has, and what other devices have, by the CPU's product."""
+    """Kernels of a CPU, and of other devices with the CPU's product in them."""
     nibbles = cpu_nibbles()
     return {
         "grouped": GroupedInt4(nibbles),
@@ -68,7 +68,7 @@ def test_a_kernel_multiplies_as_the_dequantised_matrix_does(variant, shape) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", variants())
-def test_a_layout_gives_the_stored_bytes_back(variant, shape) -> None:
+def test_unpacking_restores_the_stored_bytes(variant, shape) -> None:
     kernel = variants()[variant]
     form, stored = stored_matrix(shape, kernel)
     packed = kernel.pack(form, stored)
@@ -82,7 +82,7 @@ def test_a_cpu_has_a_kernel_for_the_full_sizes(name) -> None:
         assert kernel_for(packing(shape, name), CPU) is not None
 
 
-def test_a_kernel_that_orders_numbers_otherwise_is_not_used() -> None:
+def test_a_kernel_with_another_order_of_numbers_is_not_used() -> None:
     nibbles = cpu_nibbles()
     swapped = nibbles._replace(pack=lambda joined: nibbles.pack(joined << 4 | joined >> 4))
     other_rows = nibbles._replace(pack=lambda joined: nibbles.pack(joined.flip(0)))
@@ -92,15 +92,15 @@ def test_a_kernel_that_orders_numbers_otherwise_is_not_used() -> None:
         assert not passes_trial(Int8InNibbles(wrong), CPU)
 
 
-def test_a_device_that_refuses_its_operation_goes_without() -> None:
-    """IN_TILES is torch's for GPUs, which a CPU has no kernel of."""
+def test_a_kernel_that_the_device_refuses_is_not_used() -> None:
+    """Torch has no CPU kernel of IN_TILES."""
     assert not passes_trial(GroupedInt4(IN_TILES), CPU)
     assert all(kernel.operation != IN_TILES.operation for kernel in kernels_of(CPU))
 
 
 @pytest.mark.parametrize("kind", [GroupedInt4, Int8InNibbles])
 def test_the_layout_for_gpus_has_the_shapes_that_torch_declares(kind) -> None:
-    """torch's own shape functions check every argument; none of it runs."""
+    """Torch's shape functions check every argument, and nothing is computed."""
     kernel = kind(IN_TILES)
     form = packing((64, 256), f"int{kernel.bits}")
     with FakeTensorMode():
@@ -128,7 +128,7 @@ def layer_of(shape: tuple[int, int], name: str, few_rows: bool) -> tuple[nn.Line
 
 
 def test_a_bias_is_loaded_where_the_plain_layer_had_none_yet() -> None:
-    """As hosts' layers have neither weight nor bias before they are loaded."""
+    """Some hosts' layers have neither weight nor bias before they are loaded."""
     network = nn.ModuleDict({"layer": nn.Linear(64, 32, bias=False, device="meta")})
     pack_layers(network, {"layer": True}, "int8", few_rows=False)
     weight, bias = quantise(random(32, 64), "int8"), random(32)
@@ -138,7 +138,7 @@ def test_a_bias_is_loaded_where_the_plain_layer_had_none_yet() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64), (72, 96), (128, 256)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_as_stored_a_layer_is_the_plain_one(name, shape) -> None:
+def test_a_layer_as_stored_equals_the_plain_one(name, shape) -> None:
     plain, packed = layer_of(shape, name, few_rows=False)
     lay_out(packed, CPU)
     assert packed.weight.ndim == 1
@@ -148,7 +148,7 @@ def test_as_stored_a_layer_is_the_plain_one(name, shape) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_laid_out_a_layer_is_the_plain_one_within_bf16(name) -> None:
+def test_a_laid_out_layer_equals_the_plain_one_within_bf16(name) -> None:
     plain, packed = layer_of((128, 256), name, few_rows=True)
     before = packed.weight.nbytes
     lay_out(packed, CPU)
@@ -166,7 +166,7 @@ def test_laid_out_a_layer_is_the_plain_one_within_bf16(name) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_layer_without_a_kernel_stays_as_stored(name) -> None:
-    """72 rows are no multiple of a block, 40 columns of any kernel's."""
+    """No kernel takes 72 rows in int4, or 40 columns in int8."""
     shape = (72, 96) if name == "int4" else (72, 40)
     assert kernel_for(packing(shape, name), CPU) is None
     plain, packed = layer_of(shape, name, few_rows=True)
@@ -188,8 +188,8 @@ def test_a_weight_is_dequantised_and_quantised_again_in_its_layout(name, few_row
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_step_reads_nothing_back_from_the_device(name) -> None:
-    """A fake tensor has no values: what asks for one raises."""
+def test_a_pass_reads_nothing_back_from_the_device(name) -> None:
+    """A fake tensor has no values, so reading one raises."""
     _, packed = layer_of((128, 256), name, few_rows=True)
     lay_out(packed, CPU)
     with FakeTensorMode(allow_non_fake_inputs=True):

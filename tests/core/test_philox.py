@@ -1,4 +1,4 @@
-"""The generator against its published answers, and the noise made from it."""
+"""The generator against its published answers, and the Gumbel noise made from it."""
 
 import math
 
@@ -33,16 +33,16 @@ def test_known_answers(counter, key, answer):
     assert tuple(int(w) for w in words) == answer
 
 
-def test_noise_is_addressed_by_candidate_column_row_and_grid():
+def test_noise_depends_on_candidate_column_row_and_grid():
     keys = philox.sample_keys(0x0123456789ABCDEF, 1, CPU)
     noise = philox.gumbel(keys, grid=1, row=5, columns=torch.tensor([9, 2]), n=11)
     assert noise.shape == (1, 2, 11)
-    for place, column in enumerate((9, 2)):
+    for cell, column in enumerate((9, 2)):
         for candidate in range(11):
             counter = tuple(map(torch.tensor, (candidate // 4, column, 5, 1)))
             words = philox.philox(counter, (torch.tensor(0x89ABCDEF), torch.tensor(0x01234567)))
             expected = philox.to_gumbel(words[candidate % 4])
-            assert noise[0, place, candidate] == expected
+            assert noise[0, cell, candidate] == expected
 
 
 def test_samples_have_consecutive_seeds_that_wrap():
@@ -56,7 +56,7 @@ def test_noise_is_finite_and_distinct_at_both_ends():
     words = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 2**16, 2**32 - 2, 2**32 - 1])
     noise = philox.to_gumbel(words)
     assert noise.isfinite().all()
-    assert (noise[:5].diff() < 0).all()  # the winning end keeps all 32 bits
+    assert (noise[:5].diff() < 0).all()  # the largest noise has all 32 bits
     exact = [-math.log(-math.log1p(-(w + 0.5) / 2**32)) for w in words[:6].tolist()]
     assert noise[:6].tolist() == pytest.approx(exact, rel=1e-3)
     assert -3 < noise[-1] < -2.8

@@ -1,4 +1,4 @@
-"""Prompts become the reference's ids, and what a user types stays text."""
+"""Prompts become the reference's ids, and control tokens that a user types stay text."""
 
 import json
 
@@ -28,7 +28,7 @@ def ours(processor, tmp_path, chat_template):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_ids_are_the_references_with_its_chat_template(processor, tmp_path, prompt):
+def test_ids_equal_the_references_with_a_chat_template(processor, tmp_path, prompt):
     tokenizer = ours(processor, tmp_path, processor.chat_template)
     expected = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": prompt}]}],
@@ -40,13 +40,13 @@ def test_ids_are_the_references_with_its_chat_template(processor, tmp_path, prom
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_ids_are_the_references_without_a_chat_template(processor, tmp_path, prompt):
+def test_ids_equal_the_references_without_a_chat_template(processor, tmp_path, prompt):
     tokenizer = ours(processor, tmp_path, None)
     expected = processor(text=[prompt], target_h=1024, target_w=512)["input_ids"]
     assert tokenizer.text_to_image(prompt, (32, 16)).ids.tolist() == expected[0]
 
 
-def test_what_looks_like_control_tokens_is_text(processor, tmp_path):
+def test_typed_control_tokens_are_text(processor, tmp_path):
     tokenizer = ours(processor, tmp_path, processor.chat_template)
     full = processor.tokenizer
     reserved = set(full.get_added_vocab().values()) | {
@@ -56,7 +56,7 @@ def test_what_looks_like_control_tokens_is_text(processor, tmp_path):
     scaffold = [i for i in plain if i in reserved]
     for typed in [*TYPED, full.bos_token, full.eos_token, " ".join(TYPED)]:
         prompt = f"a {typed} b"
-        if typed in full.get_added_vocab():  # then the full tokenizer is fooled
+        if typed in full.get_added_vocab():  # here the full tokenizer would find a control token
             assert reserved.intersection(full(prompt)["input_ids"])
         ids = tokenizer.text_to_image(prompt, (3, 2)).ids.tolist()
         assert [i for i in ids if i in reserved] == scaffold
@@ -64,8 +64,8 @@ def test_what_looks_like_control_tokens_is_text(processor, tmp_path):
         assert prompt in text
 
 
-def test_a_control_token_that_is_a_plain_word_of_the_vocabulary_is_text(processor, tmp_path):
-    """Some tokenizers look whole words up before they split them."""
+def test_a_visual_token_in_the_vocabulary_is_text(processor, tmp_path):
+    """Some tokenizers look up whole words before they split them."""
     processor.tokenizer.save_pretrained(tmp_path)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     data["model"]["ignore_merges"] = True
@@ -84,12 +84,12 @@ def test_half_a_surrogate_pair_is_a_question_mark(processor, tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n\t"])
-def test_an_empty_prompt_is_an_error(processor, tmp_path, prompt):
+def test_an_empty_prompt_is_refused(processor, tmp_path, prompt):
     with pytest.raises(GLMImageError, match="prompt is empty"):
         ours(processor, tmp_path, None).text_to_image(prompt, (3, 2))
 
 
-def test_a_tokenizer_of_another_model_is_an_error(processor, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(processor, tmp_path):
     processor.tokenizer.save_pretrained(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -101,6 +101,6 @@ def test_a_tokenizer_of_another_model_is_an_error(processor, tmp_path):
         PromptTokenizer(text[:-9], config, None)
 
 
-def test_a_template_that_drops_the_prompt_is_an_error(processor, tmp_path):
+def test_a_template_that_drops_the_prompt_is_refused(processor, tmp_path):
     with pytest.raises(GLMImageError, match="exactly once"):
         ours(processor, tmp_path, "hello").text_to_image("a cat", (3, 2))

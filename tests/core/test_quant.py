@@ -1,4 +1,4 @@
-"""int8 and int4: how far a number may move, how many bytes are left, and which weights are kept."""
+"""int8 and int4: the error of a number, the bytes of a matrix, and which weights are packed."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def outliers() -> Tensor:
-    """A number of 40 deviations in every row, and a row of which every number is large."""
+    """A number of 40 deviations in every row, and a row of large numbers."""
     weight = gaussian(48, 256)
     weight[:, 7] = 40
     weight[3] += 100
@@ -36,7 +36,7 @@ def outliers() -> Tensor:
 
 
 def flat() -> Tensor:
-    """Rows of zeros, of one number, and of the least that bf16 has."""
+    """Rows of zeros, of one repeated number, and of bf16's smallest number."""
     weight = torch.zeros(4, 128)
     weight[1] = 0.1
     weight[2] = -3
@@ -48,7 +48,7 @@ WEIGHTS = {"gaussian": gaussian(96, 256), "outliers": outliers(), "flat": flat()
 
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_int8_moves_a_number_by_half_a_scale_at_most(weight) -> None:
+def test_int8_changes_a_number_by_at_most_half_a_scale(weight) -> None:
     form = packing(tuple(weight.shape), "int8")
     error = (dequantise(quantise(weight, "int8"), form, torch.float32) - weight).abs()
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
@@ -56,7 +56,7 @@ def test_int8_moves_a_number_by_half_a_scale_at_most(weight) -> None:
 
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_int4_moves_a_number_by_half_a_step_of_its_group_and_the_roundings_at_most(weight) -> None:
+def test_int4_changes_a_number_by_at_most_half_a_step_and_the_roundings(weight) -> None:
     form = packing(tuple(weight.shape), "int4")
     restored = dequantise(quantise(weight, "int4"), form, torch.float32)
     grouped = weight.unflatten(1, (-1, form.group))
@@ -64,14 +64,14 @@ def test_int4_moves_a_number_by_half_a_step_of_its_group_and_the_roundings_at_mo
     low, high = (edge.unsqueeze(-1) for edge in grouped.aminmax(dim=-1))
     step = (high - low) / 15
     middle = (low + 8 * step).abs()
-    # What is rounded to bf16: the step, 15 of which reach the far end, and the middle.
+    # Rounded to bf16 are the step, 15 of which reach the far end, and the middle.
     roundings = BF16 * (16 * step + middle * 1.01)
     assert (error <= 0.5 * step + roundings + 1e-30).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_error_of_gaussian_weights_is_that_of_even_steps(name) -> None:
-    """A step's error is even between -1/2 and 1/2: its deviation is a twelfth's root of a step."""
+    """Errors spread evenly over a step, so their deviation is a step times sqrt(1 / 12)."""
     weight = gaussian(512, 1024)
     form = packing((512, 1024), name)
     error = dequantise(quantise(weight, name), form, torch.float32) - weight
@@ -85,7 +85,7 @@ def test_the_error_of_gaussian_weights_is_that_of_even_steps(name) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_slices_of_rows_change_nothing(name, monkeypatch) -> None:
+def test_slicing_rows_changes_nothing(name, monkeypatch) -> None:
     weight = gaussian(33, 64)
     whole = quantise(weight, name)
     assert weight.numel() < SLICE
@@ -134,7 +134,7 @@ def hub_shapes(network: str) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize(
-    ("network", "layers", "matrices", "kept"),
+    ("network", "layers", "matrices", "unpacked"),
     [
         ("ar", 40, 6, {"model.language_model.embed_tokens.weight", "lm_head.weight"}),
         (
@@ -159,14 +159,14 @@ def hub_shapes(network: str) -> dict[str, torch.Size]:
         ),
     ],
 )
-def test_the_layers_matrices_are_packed_and_no_others(network, layers, matrices, kept) -> None:
+def test_the_layers_matrices_are_packed_and_no_others(network, layers, matrices, unpacked) -> None:
     shapes = hub_shapes(network)
     packed = {key for key, shape in shapes.items() if is_layer_matrix(key, len(shape))}
     assert len(packed) == layers * matrices
-    assert {key for key, shape in shapes.items() if len(shape) == 2} - packed == kept
+    assert {key for key, shape in shapes.items() if len(shape) == 2} - packed == unpacked
 
 
-def test_the_vision_tower_is_kept() -> None:
+def test_the_vision_tower_is_not_packed() -> None:
     assert not is_layer_matrix("model.visual.blocks.0.attn.qkv.weight", 2)
     assert all(prefix.startswith("model.v") for prefix in VISION_PREFIXES)
 
@@ -181,7 +181,7 @@ def test_the_vision_tower_is_kept() -> None:
     ],
 )
 def test_bytes_at_full_size(network, name, gibibytes) -> None:
-    """The table in the README."""
+    """The numbers of the documentation's table."""
     nbytes = sum(
         packing(tuple(shape), name).nbytes
         if is_layer_matrix(key, len(shape))

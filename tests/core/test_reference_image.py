@@ -1,4 +1,4 @@
-"""Reference images: their sizes, and pixels equal to Pillow's and the checkpoint's processor's."""
+"""Reference images: their sizes, and pixels equal to those of Pillow and the processor."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def pillow(image, size, filter=Image.Resampling.BICUBIC):
 # ---- sizes --------------------------------------------------------------------------------------
 
 
-def test_at_every_reference_size_both_grids_are_a_32nd_of_the_image():
+def test_the_processor_takes_every_reference_size_as_it_is():
     sides = range(512, 2049, 32)
     for height, width in itertools.product(sides, sides):
         assert reference_size(height, width, CONFIG) == (height, width)
@@ -70,12 +70,12 @@ def test_at_every_reference_size_both_grids_are_a_32nd_of_the_image():
         ((100_000, 100_000), (2048, 2048)),
     ],
 )
-def test_the_size_that_an_image_is_brought_to(size, expected):
+def test_the_reference_size_of_an_image(size, expected):
     assert reference_size(*size, CONFIG) == expected
     assert reference_size(*size[::-1], CONFIG) == expected[::-1]
 
 
-def test_every_size_is_brought_to_one_that_both_sides_take():
+def test_every_reference_size_is_within_the_limits():
     generator = torch.Generator().manual_seed(0)
     for height in torch.randint(32, 5000, (2000,), generator=generator).tolist():
         width = max(32, int(height * torch.empty(1).uniform_(0.25, 4, generator=generator)))
@@ -86,10 +86,12 @@ def test_every_size_is_brought_to_one_that_both_sides_take():
         assert min(h, w) >= 512
         assert max(h, w) <= 2048
         assert max(h, w) <= 4 * min(h, w)
-        assert abs(np.log((h / w) / (height / width))) < np.log(1 + 32 / 512)  # no more than a step
+        assert abs(np.log((h / w) / (height / width))) < np.log(
+            1 + 32 / 512
+        )  # at most one step of 32
 
 
-def test_the_limits_are_the_configs():
+def test_the_limits_come_from_the_config():
     small = ImageConfig.from_dict(HUB | {"min_pixels": 100 * 100, "max_pixels": 700 * 700})
     assert (small.min_side, small.max_side) == (128, 672)
     assert reference_size(64, 64, small) == (128, 128)
@@ -106,7 +108,7 @@ def test_the_limits_are_the_configs():
         ((401, 100), "100x401 pixels"),
     ],
 )
-def test_a_size_is_refused(size, said):
+def test_small_or_long_images_are_refused(size, said):
     with pytest.raises(GLMImageError, match=said):
         reference_size(*size, CONFIG)
 
@@ -115,25 +117,25 @@ def test_a_size_is_refused(size, said):
 
 
 @pytest.mark.parametrize("kind", ["noise", "black and white"])
-def test_halving_is_pillows_bicubic(kind):
+def test_halving_equals_pillows_bicubic(kind):
     sides = [2, 4, 6, 8, 10, 14, 16, 34, 64, 96, 130]
     for height, width in itertools.product(sides, sides):
         image = photo(height, width, kind, seed=height * width)
         ours = halve(image[None])[0]
-        # Rows before columns in every Pillow: from version 13 on, one call may turn that round.
+        # Two calls force rows first in every Pillow; version 13 may filter columns first.
         along_rows = pillow(image, (height, width // 2))
         assert torch.equal(ours, pillow(along_rows, (height // 2, width // 2))), (height, width)
         if height <= 2 * width:
             assert torch.equal(ours, pillow(image, (height // 2, width // 2))), (height, width)
 
 
-def test_halving_does_each_image_of_a_batch():
+def test_halving_treats_images_of_a_batch_alike():
     batch = torch.stack([photo(64, 32, "noise", seed) for seed in range(3)])
     assert torch.equal(halve(batch), torch.cat([halve(image[None]) for image in batch]))
 
 
 def in_patches(pixels):
-    """[B, C, H, W] as the processor has it: [B * h * w, C * 16 * 16]."""
+    """[B, C, H, W] in the processor's order: [B * h * w, C * 16 * 16]."""
     b, c, height, width = pixels.shape
     cells = pixels.reshape(b, c, height // 16, 16, width // 16, 16)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, c * 256)
@@ -141,7 +143,7 @@ def in_patches(pixels):
 
 @pytest.mark.parametrize("kind", ["smooth", "noise", "black and white"])
 @pytest.mark.parametrize("size", [(512, 512), (640, 512), (512, 1024), (544, 2048), (1024, 512)])
-def test_pixels_are_the_processors(size, kind):
+def test_pixels_equal_the_processors(size, kind):
     image = photo(*size, kind)
     expected = GlmImageImageProcessorPil(**HUB)(Image.fromarray(image.numpy()))
     assert expected["image_grid_thw"].tolist() == [[1, size[0] // 32, size[1] // 32]]
@@ -160,18 +162,18 @@ def test_pixels_use_the_configs_numbers():
     assert torch.equal(in_patches(ours), torch.as_tensor(expected))
 
 
-def test_pixels_between_two_levels_go_to_the_nearer():
+def test_pixels_are_rounded_to_8_bits():
     between, level = torch.full((1, 32, 32, 3), 100.6), torch.full((1, 32, 32, 3), 101.0)
     assert torch.equal(vision_pixels(between / 255, CONFIG), vision_pixels(level / 255, CONFIG))
 
 
-def test_pixels_need_whole_tokens():
+def test_pixels_of_partial_tokens_are_refused():
     with pytest.raises(GLMImageError, match="height 48 is not a positive multiple of 32"):
         vision_pixels(torch.zeros(1, 48, 64, 3), CONFIG)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (200, 31), (24, 320), (97, 61), (97, 100), (50, 61)])
-def test_bringing_to_size_is_pillows_lanczos_unrounded(size):
+def test_resizing_equals_pillows_lanczos_without_rounding(size):
     image = torch.rand(2, 97, 61, 3, generator=torch.Generator().manual_seed(3))
     ours = bring_to_size(image, size)
     assert ours.shape == (2, *size, 3)
@@ -182,19 +184,19 @@ def test_bringing_to_size_is_pillows_lanczos_unrounded(size):
     assert ours.max() <= 1
 
 
-def test_bringing_to_its_own_size_changes_nothing():
+def test_resizing_to_the_same_size_changes_nothing():
     image = torch.rand(1, 64, 32, 3, generator=torch.Generator().manual_seed(3))
     assert torch.equal(bring_to_size(image, (64, 32)), image)
 
 
-def test_alpha_goes_over_white():
+def test_transparent_pixels_are_put_over_white():
     colour = torch.tensor([0.2, 0.4, 0.0])
     for alpha, expected in ((1.0, [0.2, 0.4, 0]), (0.0, [1, 1, 1]), (0.5, [0.6, 0.7, 0.5])):
         pixel = torch.cat([colour, torch.tensor([alpha])]).expand(1, 2, 2, 4)
         assert torch.allclose(opaque(pixel), torch.tensor(expected).expand(1, 2, 2, 3).float())
 
 
-def test_opaque_pixels_stay_and_are_held_in_range():
+def test_opaque_pixels_are_clamped_to_0_and_1():
     image = torch.rand(1, 4, 4, 3, generator=torch.Generator().manual_seed(3))
     assert torch.equal(opaque(image), image)
     assert opaque(torch.tensor([[[[-0.5, 0.5, 1.5]]]])).tolist() == [[[[0.0, 0.5, 1.0]]]]
@@ -209,7 +211,7 @@ def test_pixels_that_are_no_numbers_are_refused(value):
         opaque(image)
 
 
-def test_other_channels_are_refused():
+def test_other_numbers_of_channels_are_refused():
     with pytest.raises(GLMImageError, match="has 2 channels"):
         opaque(torch.zeros(1, 4, 4, 2))
 
@@ -228,11 +230,11 @@ def test_other_channels_are_refused():
         ({"max_pixels": 500 * 500}, "no side between 512 and 480"),
     ],
 )
-def test_a_config_is_refused(change, said):
+def test_an_unsupported_config_is_refused(change, said):
     with pytest.raises(GLMImageError, match=said):
         ImageConfig.from_dict(HUB | change)
 
 
-def test_a_config_without_a_number_is_refused():
+def test_an_incomplete_config_is_refused():
     with pytest.raises(GLMImageError, match="no 'image_std'"):
         ImageConfig.from_dict({k: v for k, v in HUB.items() if k != "image_std"})

@@ -1,4 +1,4 @@
-"""A lone row, by the kernel for vectors where that is faster, and the same up to rounding."""
+"""A single row uses torch's vector kernel where that is faster, with equal results."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ WIDTH, OUT = 96, 160
 
 @pytest.fixture(params=[True, False], ids=["faster", "slower"])
 def faster(request, monkeypatch) -> bool:
-    """Whether the kernel for vectors is the faster one; both run on every CPU."""
+    """Whether the vector kernel counts as faster. Both kernels run on every CPU."""
     monkeypatch.setattr(row_linear, "_is_faster", lambda x: request.param)
     return request.param
 
@@ -27,7 +27,7 @@ def pair(bias: bool, dtype: torch.dtype) -> tuple[RowLinear, nn.Linear]:
 
 
 def multiplied(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
-    """The product, and whether the kernel for vectors made it."""
+    """The product, and whether the vector kernel computed it."""
     with torch.inference_mode(), Tape() as tape:
         out = layer(x)
     return out, bool(tape.operations & VECTOR)
@@ -35,7 +35,7 @@ def multiplied(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (1, 1, WIDTH)])
-def test_a_lone_row_in_bf16(faster, bias, shape):
+def test_a_single_row_in_bf16(faster, bias, shape):
     ours, plain = pair(bias, torch.bfloat16)
     x = torch.randn(shape).bfloat16()
     out, by_vector = multiplied(ours, x)
@@ -48,7 +48,7 @@ def test_a_lone_row_in_bf16(faster, bias, shape):
 @pytest.mark.parametrize(
     ("dtype", "shape"), [(torch.bfloat16, (1, 2, WIDTH)), (torch.float32, (1, 1, WIDTH))]
 )
-def test_everything_else_is_a_plain_product(faster, dtype, shape):
+def test_other_inputs_use_the_plain_product(faster, dtype, shape):
     ours, plain = pair(bias=True, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
     out, by_vector = multiplied(ours, x)
@@ -60,13 +60,13 @@ def test_everything_else_is_a_plain_product(faster, dtype, shape):
     ("capabilities", "expected"),
     [({"avx512_bf16": True, "amx_bf16": True}, True), ({"avx512_bf16": True}, False)],
 )
-def test_only_a_cpu_with_amx_has_the_faster_one(monkeypatch, capabilities, expected):
+def test_the_vector_kernel_is_faster_only_with_amx(monkeypatch, capabilities, expected):
     monkeypatch.setattr(row_linear, "cpu_has", cpu_has.__wrapped__)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert row_linear._is_faster(torch.zeros(1)) == expected
     assert not row_linear._is_faster(torch.zeros(1, device="meta"))
 
 
-def test_older_torch_names_no_capabilities(monkeypatch):
+def test_older_torch_lists_no_capabilities(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not cpu_has.__wrapped__("amx_bf16", "avx512_bf16")

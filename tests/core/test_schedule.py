@@ -1,4 +1,4 @@
-"""Sigmas and timesteps against diffusers' scheduler, driven as its GLM-Image pipeline drives it."""
+"""Sigmas and timesteps against diffusers' scheduler, called as in its GLM-Image pipeline."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ SIZES = [(512, 512), (1024, 1024), (2048, 2048), (768, 1152)]
 
 
 def reference_schedule(steps: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """sigmas, timesteps of `GlmImagePipeline.__call__`, step 7."""
+    """Sigmas and timesteps, as in step 7 of `GlmImagePipeline.__call__`."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(CONFIG)
     timesteps = np.linspace(1000, 1.0, steps + 1)[:-1].astype(np.int64).astype(np.float32)
     scheduler.set_timesteps(sigmas=timesteps / 1000, timesteps=timesteps, mu=shift)
@@ -48,7 +48,7 @@ def test_denoise_is_the_tail_of_a_longer_run() -> None:
     assert schedule.sigmas(10, 3.25, denoise=0.0).numel() == 0
 
 
-def test_the_tail_is_that_of_the_whole_linspace_bit_for_bit() -> None:
+def test_the_tail_equals_that_of_the_whole_linspace_bit_for_bit() -> None:
     schedule = ScheduleConfig.from_dict(CONFIG)
     for steps in (1, 3, 20, 50):
         for denoise in np.linspace(0.01, 1.0, 100):
@@ -60,13 +60,13 @@ def test_the_tail_is_that_of_the_whole_linspace_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("denoise", [1e-9, 1e-30, 5e-324])
-def test_a_tiny_denoise_stays_at_the_last_noise_level(denoise: float) -> None:
+def test_a_tiny_denoise_has_the_last_noise_level_throughout(denoise: float) -> None:
     schedule = ScheduleConfig.from_dict(CONFIG)
     last = schedule.sigmas(1000, 3.25)[-2:]
     assert torch.equal(schedule.sigmas(4, 3.25, denoise), last[[0, 0, 0, 0, 1]])
 
 
-def test_a_denoise_that_is_no_number_is_refused() -> None:
+def test_a_denoise_that_is_nan_is_refused() -> None:
     with pytest.raises(GLMImageError, match="denoise is nan; use a value between 0 and 1"):
         ScheduleConfig.from_dict(CONFIG).sigmas(10, 3.25, float("nan"))
 

@@ -1,4 +1,4 @@
-"""Pictures of tokens: colours that mean something, cells, outlines, sheets."""
+"""Pictures of tokens: palettes, cells, outlines and sheets."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from glm_image.glm_core.data.tokens import UNKNOWN
 
 
 @pytest.mark.parametrize("codebook", [50, 16384])
-def test_hash_colours_are_all_different_and_stable(codebook):
+def test_hash_colours_are_distinct_and_never_change(codebook):
     palette = hash_palette(codebook)
     assert palette.shape == (codebook, 3)
     assert palette.min() > DARK - 1e-6
@@ -23,14 +23,14 @@ def test_hash_colours_are_all_different_and_stable(codebook):
     sample = palette[-1024:]
     nearest = torch.cdist(sample, sample).fill_diagonal_(1).min()
     assert nearest > 0.5 / codebook ** (1 / 3)
-    # These numbers are in people's screenshots.
+    # Screenshots show these colours, so they must not change.
     torch.testing.assert_close(
         palette[1], torch.tensor([0.4009, 0.2705, 0.1637]), atol=1e-3, rtol=0
     )
 
 
 def clusters(count=5, size=20, dim=32):
-    """Codes around a few directions, and which of them each is near to."""
+    """Codes around a few directions, and the direction of each."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(count, dim, generator=generator)
     which = torch.arange(count).repeat(size)
@@ -39,15 +39,15 @@ def clusters(count=5, size=20, dim=32):
     return lengths * (centres[which] + noise), which
 
 
-def test_codes_that_are_alike_have_colours_that_are():
+def test_similar_codes_have_similar_colours():
     codes, which = clusters()
     palette = codebook_palette(codes)
     assert palette.shape == (len(codes), 3)
     assert palette.min() >= 0
     assert palette.max() <= 1
     distances = torch.cdist(palette, palette)
-    alike = which[:, None] == which
-    assert distances[alike].max() < distances[~alike].min()
+    similar = which[:, None] == which
+    assert distances[similar].max() < distances[~similar].min()
 
 
 def test_codebook_colours_are_principal_components():
@@ -61,7 +61,7 @@ def test_codebook_colours_are_principal_components():
     torch.testing.assert_close((palette - 0.5).abs() + 0.5, unclipped, atol=1e-4, rtol=0)
 
 
-def test_cells_have_their_tokens_colours():
+def test_cells_have_the_colours_of_their_tokens():
     palette = hash_palette(10)
     tokens = torch.tensor([[[1, 2, 3], [4, UNKNOWN, 6]]])
     picture = draw_sheet(tokens, palette, cell_size=4)
@@ -90,7 +90,7 @@ def test_locked_cells_are_outlined(cell_size, width):
     assert torch.equal(first, changed[cell_size:, cell_size:])
 
 
-def test_a_batch_is_a_sheet_row_by_row():
+def test_a_batch_is_drawn_row_by_row():
     palette = hash_palette(5)
     tokens = torch.arange(5)[:, None, None].expand(5, 2, 2)
     sheet = draw_sheet(tokens, palette, cell_size=4)
@@ -113,5 +113,5 @@ def test_a_batch_is_a_sheet_row_by_row():
         (3, (48, 5), (1, 3)),
     ],
 )
-def test_sheets_are_about_square(batch, shape, expected):
+def test_sheets_are_nearly_square(batch, shape, expected):
     assert sheet_grid(batch, *shape) == expected

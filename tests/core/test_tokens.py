@@ -1,13 +1,15 @@
-"""Token files: what is saved comes back, and what is no token file is named."""
+"""Tokens and layouts: checked as data, saved and loaded as a file."""
 
 import dataclasses
 import os
 
 import pytest
 import torch
-from glm_image.glm_core.data import tokens as token_files
-from glm_image.glm_core.data.tokens import Layout, SemanticTokens, load_tokens, save_tokens
+from glm_image.glm_core.data import token_file
+from glm_image.glm_core.data.token_file import load_tokens, save_tokens
+from glm_image.glm_core.data.tokens import Layout, SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -29,12 +31,12 @@ def saved(tmp_path):
 
 def resave(path, tensors=(), **metadata):
     """The same file with other tensors or metadata."""
-    with token_files.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         old = file.metadata()
     save_file(load_file(path) | dict(tensors), path, old | metadata)
 
 
-def test_round_trip(saved):
+def test_a_saved_file_loads_as_it_was(saved):
     tokens, layout = example()
     loaded, loaded_layout = load_tokens(saved)
     assert torch.equal(loaded.tokens, tokens.tokens)
@@ -47,14 +49,14 @@ def test_round_trip(saved):
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_the_file_is_what_the_contract_says(saved):
+def test_a_file_has_the_tensors_and_metadata_of_the_contract(saved):
     tensors = load_file(saved)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()} == {
         "tokens": (torch.int32, (2, 3, 2)),
         "preview": (torch.int32, (2, 19, 13)),
         "locked": (torch.uint8, (19, 13)),
     }
-    with token_files.safe_open(saved, framework="pt") as file:
+    with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "glm_image_tokens"
     assert metadata["version"] == "1"
@@ -67,21 +69,21 @@ def test_tokens_without_a_layout(tmp_path):
 
 
 def test_a_preview_without_locks_is_unlocked(tmp_path, saved):
-    with token_files.safe_open(saved, framework="pt") as file:
+    with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
-    kept = {k: v for k, v in load_file(saved).items() if k != "locked"}
-    save_file(kept, saved, metadata)
+    tensors = {k: v for k, v in load_file(saved).items() if k != "locked"}
+    save_file(tensors, saved, metadata)
     assert not load_tokens(saved)[1].locked.any()
 
 
-def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path):
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     path = tmp_path / f"{'n' * 243}.safetensors"
     save_tokens(path, example()[0])
     assert torch.equal(load_tokens(path)[0].tokens, example()[0].tokens)
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
+def test_a_failed_write_leaves_only_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
     def fail(*args):
@@ -144,7 +146,7 @@ def test_metadata_that_does_not_fit(saved, metadata, said):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a tensor", b"\xff" * 64])
-def test_a_file_that_is_no_safetensors(saved, content):
+def test_a_file_that_is_not_safetensors(saved, content):
     saved.write_bytes(content)
     with pytest.raises(GLMImageError, match="corrupt"):
         load_tokens(saved)
@@ -157,7 +159,7 @@ def test_a_truncated_file(saved):
 
 
 def test_a_file_too_large_is_not_read(saved):
-    os.truncate(saved, token_files.MAX_FILE_BYTES + 1)  # sparse
+    os.truncate(saved, token_file.MAX_FILE_BYTES + 1)  # sparse
     with pytest.raises(GLMImageError, match="64 MiB"):
         load_tokens(saved)
 
@@ -167,7 +169,7 @@ def test_a_missing_file(tmp_path):
         load_tokens(tmp_path / "x.safetensors")
 
 
-def test_a_layout_of_other_images_is_not_saved(tmp_path):
+def test_a_layout_of_another_preview_shape_is_not_saved(tmp_path):
     tokens, layout = example()
     with pytest.raises(GLMImageError, match="grid of 16x16 and images of 64x96"):
         save_tokens(

@@ -19,10 +19,10 @@ from glm_image.glm_core.ar.model import rope_table
 from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import text_positions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.files.component import QUANTISATION
 from glm_image.glm_core.files.conversion import convert
 from glm_image.glm_core.files.headers import read_header
 from glm_image.glm_core.files.opening import open_component
+from glm_image.glm_core.files.quantisation import QUANTISATION
 from glm_image.glm_core.quant.linear import PackedLinear
 from glm_image.glm_core.quant.packing import FORMATS
 from glm_image.nodes.host import step_graphs

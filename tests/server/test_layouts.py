@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from glm_image.glm_core.data.grids import preview_grid, token_grid
-from glm_image.glm_core.data.tokens import load_tokens
+from glm_image.glm_core.data.token_file import load_tokens
 from glm_image.scripts.client import PromptError
 
 SIZES = {"512x768": (512, 768), "1024x1024": (1024, 1024), "strip": (1152, 384)}  # width, height

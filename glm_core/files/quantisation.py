@@ -1,0 +1,96 @@
+"""Quantised layers in a safetensors file: the metadata that names them, written and read."""
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import GLMImageError, first_few
+from ..quant.packing import FORMATS
+from .headers import TensorInfo
+from .json_files import parse_json
+
+QUANTISATION = "_quantization_metadata"
+"""ComfyUI's metadata key for quantised layers: {"layers": {name: {"format": ...}}}."""
+LAYER_FORMATS = {"fp8_e4m3fn": "float8_e4m3fn", "int8": "glm_int8", "int4": "glm_int4"}
+"""The loaders' name of a format, and its name in files."""
+FP8 = torch.float8_e4m3fn
+SCALE = "weight_scale"
+"""Name of the number that multiplies an fp8 layer's weight, which is stored beside the weight."""
+
+
+def layer_of(key: str) -> str:
+    """The layer that a weight or its scale belongs to."""
+    return key.removesuffix(f".{SCALE}").removesuffix(".weight")
+
+
+def write_quantisation(layers: Iterable[str], quantisation: str) -> dict[str, str]:
+    """Metadata for layers that are all in one of `LAYER_FORMATS`."""
+    entry = {"format": LAYER_FORMATS[quantisation]}
+    content = {"format_version": "1.0", "layers": dict.fromkeys(layers, entry)}
+    return {QUANTISATION: json.dumps(content)}
+
+
+def read_quantisation(
+    file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[str | None, frozenset[str]]:
+    """A file's format, one of `LAYER_FORMATS` or None, and the names of its quantised layers.
+
+    Raises:
+        GLMImageError: the metadata is broken, names another format, or contradicts the tensors.
+    """
+    content = parse_json(metadata.get(QUANTISATION, "{}"), f"The {QUANTISATION} of {file}")
+    layers = content.get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        raise GLMImageError(f"The {QUANTISATION} of {file} is broken; convert the snapshot again.")
+    _require_named(file, tensors, layers)
+    if not layers:
+        return None, frozenset()
+    quantisation = _format_of(file, layers)
+    _require_stored(file, tensors, layers, quantisation)
+    return quantisation, frozenset(layers)
+
+
+def _require_named(file: Path, tensors: Mapping[str, TensorInfo], layers: Collection[str]) -> None:
+    """Refuse packed weights whose format the metadata does not give."""
+    unnamed = [
+        key
+        for key, info in tensors.items()
+        if info.dtype in (torch.int8, torch.uint8) and layer_of(key) not in layers
+    ]
+    if unnamed:
+        raise GLMImageError(
+            f"{file} holds {len(unnamed)} quantised weights ({first_few(unnamed)}) and does not "
+            "say in which format; convert the snapshot with `python -m glm_core.convert`."
+        )
+
+
+def _format_of(file: Path, layers: Mapping[str, dict[str, Any]]) -> str:
+    """The one format of all layers."""
+    found = sorted({str(layer.get("format")) for layer in layers.values()})
+    loadable = {stored: name for name, stored in LAYER_FORMATS.items()}
+    if len(found) > 1 or found[0] not in loadable:
+        raise GLMImageError(
+            f"{file} holds layers quantised as {' and '.join(found)}; use a file that is all in "
+            f"one of {', '.join(loadable)}."
+        )
+    return loadable[found[0]]
+
+
+def _require_stored(
+    file: Path, tensors: Mapping[str, TensorInfo], layers: Iterable[str], quantisation: str
+) -> None:
+    """Refuse metadata that names a layer whose weight is missing or of another dtype."""
+    dtype = torch.uint8 if quantisation in FORMATS else FP8
+    broken = [
+        layer
+        for layer in layers
+        if (info := tensors.get(f"{layer}.weight")) is None or info.dtype != dtype
+    ]
+    if broken:
+        raise GLMImageError(
+            f"{file} says that {len(broken)} layers are {quantisation} ({first_few(broken)}), and "
+            "they are missing or of another kind; convert the snapshot again."
+        )
