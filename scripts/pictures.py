@@ -1,9 +1,9 @@
-"""`make pictures`: what the tiny model makes of the workflows, as their pictures.
+"""`make pictures`: the workflows' pictures, painted by the tiny model.
 
-Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
-understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
-saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
-the tiny model knows no styles, and one reference only. `ARGS="NAME ..."` makes only those.
+Each workflow of PROMPTS runs on a real server with the model `tiny/`, prompts that this model
+understands, 512x512 and 20 steps; all else is as stored. Its input, previews and saved images
+become `workflows/NAME.jpg`. The other workflows show their graph instead, because the tiny model
+knows no styles and only one reference. `ARGS="NAME ..."` makes only those.
 """
 
 import io
@@ -20,8 +20,8 @@ from . import demo, environment
 from .client import Client, Prompt
 
 FOLDER = environment.ROOT / "workflows"
-HEIGHT, GAP = 384, 8  # pixels, of each picture in a row and between two
-IN_A_ROW = 3
+HEIGHT, GAP = 384, 8  # pixels: of each picture, and between two
+PER_ROW = 3
 
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
@@ -35,7 +35,7 @@ PROMPTS = {
     ],
     "compose_two_layouts": [
         "a red circle on the left, white background",
-        "a blue star on the left, white background",  # whose left half becomes the right one
+        "a blue star on the left, white background",  # its left half is pasted on the right
         "a red circle on the left, a blue star on the right, white background",
     ],
     "lock_region_resample_rest": [
@@ -50,25 +50,27 @@ PROMPTS = {
     ],
     "edit_image": ["change the background to yellow"],
 }
-"""For each workflow the texts of its prompt nodes, in the order of their ids."""
+"""The texts of each workflow's prompt nodes, in the order of their ids."""
 
 
 def main(names: list[str]) -> None:
     if unknown := set(names) - PROMPTS.keys():
-        raise SystemExit(f"There are no prompts for {', '.join(sorted(unknown))}.")
+        raise SystemExit(
+            f"PROMPTS has no prompts for {', '.join(sorted(unknown))}: use {', '.join(PROMPTS)}."
+        )
     model = demo.prepare_model(None)
     with demo.demo_server(environment.host(), model) as address:
         drawn = demo.BASE / "input" / "drawn.png"
         Image.fromarray(render(_scene())).save(drawn)
         for name in names or PROMPTS:
-            prompt = asked(name, model, drawn.name)
-            shown = [Image.open(drawn)] if _loads_image(prompt) else []
-            shown += made(Client(address), prompt)
-            sheet(shown).save(FOLDER / f"{name}.jpg", quality=88)
+            prompt = workflow_prompt(name, model, drawn.name)
+            images = [Image.open(drawn)] if _loads_image(prompt) else []
+            images += run_images(Client(address), prompt)
+            sheet(images).save(FOLDER / f"{name}.jpg", quality=88)
 
 
-def asked(name: str, model: str, image: str) -> Prompt:
-    """The stored workflow with the tiny model's prompts, and `image` wherever one is loaded."""
+def workflow_prompt(name: str, model: str, image: str) -> Prompt:
+    """The stored workflow with the tiny model's prompts; every image it loads is `image`."""
     prompt = json.loads((FOLDER / "api" / f"{name}.json").read_text())
     demo.override(prompt, demo.TINY_SETTINGS, model)
     demo.set_inputs(prompt, {"image": image})
@@ -79,7 +81,7 @@ def asked(name: str, model: str, image: str) -> Prompt:
     return prompt
 
 
-def made(client: Client, prompt: Prompt) -> list[Image.Image]:
+def run_images(client: Client, prompt: Prompt) -> list[Image.Image]:
     """All images of a run, previews first."""
     run = client.run(prompt)
     return [
@@ -92,10 +94,10 @@ def made(client: Client, prompt: Prompt) -> list[Image.Image]:
 
 
 def sheet(images: list[Image.Image]) -> Image.Image:
-    """The images in rows from the left, all of one height, on white."""
+    """The images scaled to one height, in rows of PER_ROW on white."""
     images = [image.convert("RGB") for image in images]
     images = [image.resize((HEIGHT * image.width // image.height, HEIGHT)) for image in images]
-    rows = [images[i : i + IN_A_ROW] for i in range(0, len(images), IN_A_ROW)]
+    rows = [images[i : i + PER_ROW] for i in range(0, len(images), PER_ROW)]
     width = max(sum(image.width + GAP for image in row) - GAP for row in rows)
     whole = Image.new("RGB", (width, len(rows) * (HEIGHT + GAP) - GAP), "white")
     for i, row in enumerate(rows):
@@ -107,7 +109,7 @@ def sheet(images: list[Image.Image]) -> Image.Image:
 
 
 def _scene() -> Scene:
-    """What is drawn for the workflows that load an image."""
+    """The scene that is drawn for the workflows that load an image."""
     empty = Scene(512, 512, "white", (), ())
     things = (("circle", "blue", "left"), ("diamond", "orange", "right"))
     items = (place_item(empty, shape, colour, "medium", place) for shape, colour, place in things)
