@@ -1,14 +1,14 @@
-# Everything is made under .cache from nothing but Python; see scripts/.
+# Everything is built under .cache; only Python is needed to start. See scripts/.
 #   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [STEPS=...] [SEED=...] [MODEL=name or folder]
 #   make serve  [PORT=8188]
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
-#   make caps   [ARGS="24 16"]              memory of full-size networks, counted
+#   make caps   [ARGS="24 16"]              memory of full-size networks on simulated cards
 #   make train-tiny [ARGS="decoder --minutes 60"]
 #   make eval   [ARGS="--count 50 --servers 2 --kinds latin --size 768x512"]
-#   make pictures [ARGS="redo_region"]      of the workflows, by the trained model
-# COMFYUI_PATH=folder runs each of them on another ComfyUI checkout.
+#   make pictures [ARGS="redo_region"]      the workflows' pictures, by the trained model
+# COMFYUI_PATH=folder runs any of them on another ComfyUI checkout.
 PYTHON ?= python3
 
 .PHONY: demo serve test lint workflows pictures bench caps soak train-tiny eval clean python

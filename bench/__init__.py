@@ -1,1 +1,1 @@
-"""`make bench`: every stage beside transformers and diffusers, on the same weights, in one run."""
+"""`make bench`: every stage against transformers and diffusers, on the same weights, in one run."""

@@ -1,4 +1,4 @@
-"""`python -m bench [PRESET ...]`: small and medium, or full on a GPU; leaves `bench/last.json`."""
+"""`python -m bench [PRESET ...]`: small and medium, or full on a GPU; writes `bench/last.json`."""
 
 import argparse
 import json
@@ -23,20 +23,20 @@ def main(names: list[str], out: Path) -> None:
         raise SystemExit(f"No preset is called {', '.join(unknown)}: use {', '.join(PRESETS)}.")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if "full" in names and device.type == "cpu":
-        raise SystemExit("The preset full needs a GPU of 40 GB or more; use small or medium here.")
+        raise SystemExit("The preset full needs a GPU of 40 GB or more: use small or medium here.")
     if device.type == "cpu":
-        torch.set_num_threads(1)  # steady figures on a machine that does other things too
+        torch.set_num_threads(1)  # steady times on a machine that also does other work
     print(f"{date.today()}, {machine(device)}\n\n{HEADER}", flush=True)
     rows = []
     with torch.inference_mode():
         for name in names:
-            for row in measured(name, device):
+            for row in measure(name, device):
                 print(as_line(row), flush=True)
                 rows.append(row.as_dict())
     out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def measured(name: str, device: torch.device) -> Iterator[Row]:
+def measure(name: str, device: torch.device) -> Iterator[Row]:
     torch.manual_seed(0)
     preset = PRESETS[name]()
     bench = Bench(name, device, preset.rounds)
@@ -55,7 +55,7 @@ def as_line(row: Row) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """The device's name and torch's version."""
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)
         return f"{name}, torch {torch.__version__}"

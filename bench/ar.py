@@ -1,4 +1,4 @@
-"""The AR model: whole grids, one step, a block of ids, batches, and looking ahead."""
+"""The AR model: whole grids, one step, a block of ids, batches, and lookahead."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ class ARBench:
         self.runner = self.new_runner()
         config = ours.config
         generator = torch.Generator().manual_seed(0)
-        first, last = config.visual_size + 2, config.vocab_size  # no id that means something
+        first, last = config.visual_size + 2, config.vocab_size  # plain text ids only
         ids = torch.randint(first, last, (PROMPT_LENGTH,), generator=generator)
         self.prompt = Prompt(ids, text_positions(PROMPT_LENGTH))
 
@@ -71,7 +71,7 @@ class ARBench:
         return SamplingRun(0, batch, options, self.bench.device, self.dtype, **how)
 
     def generate(self, grid: Grid, batch: int, cells: int, greedy: bool = False) -> Tensor:
-        """`transformers.generate`, told not to write what is no semantic token."""
+        """Tokens int64 [batch, cells] of `transformers.generate`, limited to semantic tokens."""
         config, device = self.ours.config, self.bench.device
         legal = GenerationConfig(
             do_sample=not greedy, temperature=None if greedy else 0.9,
@@ -92,7 +92,11 @@ class ARBench:
         return written[:, PROMPT_LENGTH:]
 
     def require_agreement(self) -> None:
-        """Greedy tokens of both, so that what is timed is the same work."""
+        """Compares greedy tokens, so that both sides are timed on the same work.
+
+        Raises:
+            RuntimeError: the tokens differ.
+        """
         grid = (2, 2)
         theirs = self.generate(grid, 1, 8, greedy=True)
         _, preview = sample_tokens(
@@ -100,19 +104,19 @@ class ARBench:
         )
         ours = preview.flatten()[:8]
         same = (theirs.flatten() == ours).sum().item()
-        if same < (8 if self.dtype == torch.float32 else 1):  # bf16 rounds apart sooner or later
+        if same < (8 if self.dtype == torch.float32 else 1):  # bf16 rounding ends the agreement
             raise RuntimeError(f"The AR models disagree: {ours.tolist()}, {theirs.tolist()}.")
 
     def grid_rows(self, grid: Grid, batch: int, reference_cells: int) -> Iterator[Row]:
         cells = math.prod(grid) + math.prod(preview_grid(grid))
-        some = min(cells, reference_cells)
+        their_cells = min(cells, reference_cells)
         name = f"AR, {grid[1] * 32}x{grid[0] * 32}, batch {batch}"
 
         def ours():
             return sample_tokens(self.ours, self.prompt, grid, self.run(batch))
 
         def theirs():
-            return self.generate(grid, batch, some)
+            return self.generate(grid, batch, their_cells)
 
         yield self.bench.row(
             name,
@@ -120,26 +124,26 @@ class ARBench:
             theirs,
             unit="tokens/s",
             work=batch * cells,
-            reference_work=batch * some,
-            floor_seconds=self.least_seconds() * cells,
+            reference_work=batch * their_cells,
+            floor_seconds=self.weight_read_seconds() * cells,
         )
         yield self.bench.memory(name, ours, theirs)
 
     def step_rows(self, grid: Grid) -> Iterator[Row]:
-        """One token in the middle of the large grid, and what of it the linear layers take."""
+        """One token in the middle of the sequence, and the share of its linear layers."""
         ours, linears = self.our_step(grid, 1), self.linear_layers()
         theirs = self.their_step(self.middle(grid))
-        yield self.bench.row("AR step", ours, theirs, floor_seconds=self.least_seconds())
+        yield self.bench.row("AR step", ours, theirs, floor_seconds=self.weight_read_seconds())
         yield self.bench.row("AR step, beside its linear layers alone", ours, linears)
         yield self.bench.row("transformers' step, beside the linear layers alone", theirs, linears)
 
     @staticmethod
     def middle(grid: Grid) -> int:
-        """A position in the middle of what is written."""
+        """A position halfway through the tokens to write."""
         return PROMPT_LENGTH + (math.prod(grid) + math.prod(preview_grid(grid))) // 2
 
     def quantised_rows(self, grid: Grid) -> Iterator[Row]:
-        """A step with fewer bits a weight, beside our own with all of them."""
+        """A step with quantised weights, against our own step in bf16."""
         if self.dtype != torch.bfloat16:
             return
         for name in FORMATS:
@@ -165,19 +169,19 @@ class ARBench:
 
         return lambda: runner.run(lambda: step(model, buffers, span), span)
 
-    def their_step(self, at: int) -> Callable[[], Tensor]:
-        """transformers' forward of one id on a cache of `at` positions, and its own sampling."""
+    def their_step(self, length: int) -> Callable[[], Tensor]:
+        """transformers' forward of one id on a cache of `length` positions, and its sampling."""
         device = self.bench.device
-        ids = torch.zeros(1, at, dtype=torch.long, device=device)
-        positions = torch.arange(at, device=device).expand(3, 1, at)
-        read = self.reference(input_ids=ids, position_ids=positions, use_cache=True)
-        cache = read.past_key_values
-        one = torch.zeros(1, 1, dtype=torch.long, device=device)
-        here = torch.full((3, 1, 1), at, device=device)
+        ids = torch.zeros(1, length, dtype=torch.long, device=device)
+        positions = torch.arange(length, device=device).expand(3, 1, length)
+        prefill = self.reference(input_ids=ids, position_ids=positions, use_cache=True)
+        cache = prefill.past_key_values
+        one_id = torch.zeros(1, 1, dtype=torch.long, device=device)
+        position = torch.full((3, 1, 1), length, device=device)
 
         def read_one() -> Tensor:
             logits = self.reference(
-                input_ids=one, position_ids=here, past_key_values=cache, use_cache=True
+                input_ids=one_id, position_ids=position, past_key_values=cache, use_cache=True
             ).logits[:, -1]
             cache.crop(-1)
             scores = logits.float() / 0.9
@@ -189,13 +193,13 @@ class ARBench:
         return read_one
 
     def attention_row(self, grid: Grid) -> Row:
-        """The last step's attention in all layers, beside the same by products and a softmax."""
+        """The last step's attention in all layers, against matrix products and a softmax."""
         config, runners = self.ours.config, (self.new_runner(), self.new_runner())
-        place = {"device": self.bench.device, "dtype": self.dtype}
+        factory_kwargs = {"device": self.bench.device, "dtype": self.dtype}
         span = span_of(PROMPT_LENGTH + math.prod(grid) + math.prod(preview_grid(grid)))
-        layers = self.ours.new_cache(1, span, **place).layers
+        layers = self.ours.new_cache(1, span, **factory_kwargs).layers
         sharing = config.heads // config.kv_heads
-        q = torch.zeros(1, config.kv_heads, sharing, config.head_dim, **place)
+        q = torch.zeros(1, config.kv_heads, sharing, config.head_dim, **factory_kwargs)
         mask = step_mask(torch.tensor([span - 1], device=self.bench.device), sharing, span, q.dtype)
 
         def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -214,24 +218,24 @@ class ARBench:
         )
 
     def linear_layers(self) -> Callable[[], None]:
-        """All linear layers of a step on one row each, and nothing else."""
+        """A function that runs a step's linear layers, each on one row, and nothing else."""
         layers = [m for m in self.ours.modules() if isinstance(m, torch.nn.Linear)]
-        place = {"device": self.bench.device, "dtype": self.dtype}
-        rows = [torch.zeros(1, 1, layer.in_features, **place) for layer in layers]
+        factory_kwargs = {"device": self.bench.device, "dtype": self.dtype}
+        inputs = [torch.zeros(1, 1, layer.in_features, **factory_kwargs) for layer in layers]
 
         def linears() -> None:
-            for layer, row in zip(layers, rows, strict=True):
-                F.linear(row, layer.weight, layer.bias)
+            for layer, x in zip(layers, inputs, strict=True):
+                F.linear(x, layer.weight, layer.bias)
 
         return linears
 
-    def least_seconds(self) -> float:
-        """Reading every weight of a step once, as fast as the device reads."""
+    def weight_read_seconds(self) -> float:
+        """Seconds to read every weight of a step once at the device's bandwidth."""
         weights = sum(p.nbytes for n, p in self.ours.named_parameters() if "embed_tokens" not in n)
         return weights / self.bench.bandwidth()
 
     def block_row(self, length: int) -> Row:
-        """So many ids in one pass, as a prompt or a locked layout is read."""
+        """`length` ids in one pass, as a prompt or a locked layout is read."""
         device = self.bench.device
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
         positions = torch.arange(length, device=device)
@@ -249,7 +253,7 @@ class ARBench:
         return self.bench.row(f"AR, {length} ids in one pass", ours, theirs, rounds=3)
 
     def batch_row(self, grid: Grid) -> Row:
-        """A step of eight samples, as eight layouts are written, beside eight steps of one."""
+        """A step of LAYOUTS samples, as for a contact sheet, against as many steps of one."""
         together, alone = (self.our_step(grid, batch) for batch in (LAYOUTS, 1))
         return self.bench.row(
             f"AR step of {LAYOUTS} samples, beside {LAYOUTS} steps of one",
@@ -259,8 +263,10 @@ class ARBench:
         )
 
     def ahead_row(self, grid: Grid) -> Row:
-        """A step of eight guessed cells beside a step of one: times the tokens that such a step
-        writes, it is what looking ahead gains."""
+        """A step of LOOKAHEAD cells against a step of one cell.
+
+        Its ratio times the tokens that such a step writes is the gain of lookahead.
+        """
         return self.bench.row(
             f"AR step of {LOOKAHEAD} cells, beside a step of one",
             self.our_step(grid, 1, width=LOOKAHEAD),
@@ -269,7 +275,7 @@ class ARBench:
         )
 
     def lookahead_rows(self, grid: Grid) -> Iterator[Row]:
-        """Looking ahead, beside one cell a pass; random weights guess worse than trained ones."""
+        """Lookahead against one cell a pass; guesses are worse with random weights than trained."""
         for name, options in (("sampled", SamplingOptions()), ("greedy", SamplingOptions(0))):
 
             def write(ahead: int, options: SamplingOptions = options) -> Tensor:

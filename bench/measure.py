@@ -1,4 +1,4 @@
-"""Timing in turn, peak memory, and what the machine itself can do: copies and matrix products."""
+"""Times of two pieces of work in turn, peak memory, and the machine's own limits."""
 
 import ctypes
 import statistics
@@ -15,9 +15,9 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Row:
-    """A figure beside its reference's. `ratio` says how many times better ours is.
+    """Our figure and the reference's; `ratio` says how many times better ours is.
 
-    `floor` is the least that the machine allows for ours, in `unit`, where that can be said.
+    `floor` is the best that the machine allows for ours, in `unit`; None if it is unknown.
     """
 
     preset: str
@@ -56,13 +56,13 @@ class Bench:
         reference_work: float | None = None,
         rounds: int | None = None,
     ) -> Row:
-        """Median times of two pieces of work, run in turn.
+        """A row with the median times of our run and the reference's, run in turn.
 
         Args:
-            unit: ms (a piece of `work`), or tokens/s.
-            floor_seconds: for all of the work.
-            work: how many pieces one run does.
-            reference_work: how many the reference's run does, where it is not as many.
+            unit: ms (for one unit of `work`), or tokens/s.
+            floor_seconds: the least time for all of `work`.
+            work: units of work that one run does.
+            reference_work: units that the reference's run does; None if as many.
         """
         runs = [run for run in (ours, reference) if run is not None]
         seconds = self.alternate(*runs, rounds=rounds)
@@ -82,7 +82,7 @@ class Bench:
         )  # fmt: skip
 
     def alternate(self, *runs: Work, rounds: int | None = None) -> list[float]:
-        """Median seconds of each, after one run of each that is not counted."""
+        """Median seconds of each run, after one round that is not counted."""
         seconds: list[list[float]] = [[] for _ in runs]
         for round_ in range((rounds or self.rounds) + 1):
             for run, times in zip(runs, seconds, strict=True):
@@ -95,13 +95,13 @@ class Bench:
         return [statistics.median(times) for times in seconds]
 
     def memory(self, stage: str, ours: Work, reference: Work | None = None) -> Row:
-        """Peak memory of each beyond what is held before it, weights not counted."""
+        """A row with the peak memory of each run beyond what was allocated before it."""
         mine, theirs = self.peak(ours), (self.peak(reference) if reference else None)
         ratio = theirs / mine if theirs is not None and mine else None
         return Row(self.preset, f"{stage}, peak memory", mine, theirs, ratio, "MiB", None)
 
     def peak(self, work: Work) -> float:
-        """MiB."""
+        """MiB that `work` allocates at its peak, beyond what was allocated before."""
         if self.on_cpu:
             return _peak_of_process(work) / 2**20
         self.wait()
@@ -116,13 +116,13 @@ class Bench:
             torch.accelerator.synchronize()
 
     def bandwidth(self, nbytes: int = 2**28) -> float:
-        """Bytes a second that a sum reads."""
+        """Bytes a second, measured on a sum."""
         data = torch.ones(nbytes // 4, device=self.device)
         (seconds,) = self.alternate(data.sum, rounds=5)
         return nbytes / seconds
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
-        """FLOP a second of a product of large square matrices."""
+        """FLOP a second, measured on a product of large square matrices."""
         side = 1024 if self.on_cpu else 8192
         a = torch.ones(side, side, device=self.device, dtype=dtype)
         (seconds,) = self.alternate(lambda: a @ a, rounds=5)
@@ -130,17 +130,18 @@ class Bench:
 
 
 def _peak_of_process(work: Work) -> int:
-    """Bytes by which the process grew; Linux resets its mark when told so.
+    """Bytes by which the process's peak exceeds its size before `work` (Linux).
 
-    What the allocator holds in reserve is given back before, or nothing would seem to grow.
+    The allocator first returns its free memory; otherwise `work` would reuse it and seem free.
     """
     ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR_REFS.write_text("5")
+    _CLEAR_REFS.write_text("5")  # resets the peak, VmHWM
     before = _status("VmRSS")
     work()
     return max(_status("VmHWM") - before, 0)
 
 
 def _status(field: str) -> int:
-    (line,) = (x for x in _STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
+    lines = _STATUS.read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Our networks and the reference's, on the same random weights."""
+"""Pairs of our network and the reference's with the same random weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,8 @@ def ar_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype):
     reference = _random(
         lambda: GlmImageForConditionalGeneration(GlmImageConfig(**config)), device, dtype
     )
-    read = ARConfig.from_dict(reference.config.to_dict())
-    return _ours(lambda: ARModel(read), reference, VISION_PREFIXES), reference
+    our_config = ARConfig.from_dict(reference.config.to_dict())
+    return _ours(lambda: ARModel(our_config), reference, VISION_PREFIXES), reference
 
 
 def decoder_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype):
@@ -33,11 +33,11 @@ def decoder_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtyp
 
 def glyph_pair(config: dict[str, Any], device: torch.device):
     reference = _random(lambda: T5EncoderModel(T5Config(**config)), device, torch.float32)
-    reference.encoder.embed_tokens.weight = (
-        reference.shared.weight
-    )  # left untied by no_init_weights
-    read = GlyphConfig.from_dict(config)
-    return _ours(lambda: GlyphEncoder(read), reference, ("encoder.embed_tokens.",)), reference
+    # no_init_weights leaves the two untied
+    reference.encoder.embed_tokens.weight = reference.shared.weight
+    our_config = GlyphConfig.from_dict(config)
+    ours = _ours(lambda: GlyphEncoder(our_config), reference, ("encoder.embed_tokens.",))
+    return ours, reference
 
 
 def vae_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype):
@@ -47,7 +47,7 @@ def vae_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype):
 
 
 def _random(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Weights about 1 / sqrt(fan in), made where they are to lie, not by the library's init."""
+    """A network with weights of about 1 / sqrt(fan in), made on the device without slow init."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -56,7 +56,7 @@ def _random(build: Callable[[], nn.Module], device: torch.device, dtype: torch.d
     finally:
         torch.set_default_dtype(default)
     if any(parameter.dtype != dtype for parameter in module.parameters()):
-        module.to(dtype)  # a config may name another
+        module.to(dtype)  # a config may name another dtype
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.uniform_(-1, 1).mul_((3 / parameter[0].numel()) ** 0.5)
@@ -70,7 +70,7 @@ def _ours(
 ) -> nn.Module:
     with torch.device("meta"):
         network = build()
-    weights = reference.state_dict()
-    kept = {key: value for key, value in weights.items() if not key.startswith(left_out)}
-    network.load_state_dict(kept, assign=True)
+    state = reference.state_dict()
+    weights = {key: value for key, value in state.items() if not key.startswith(left_out)}
+    network.load_state_dict(weights, assign=True)
     return network.eval()

@@ -1,4 +1,4 @@
-"""What paints: the glyph encoder, the decoder's step and its references, the VAE."""
+"""The glyph encoder, the decoder's step and its references, and the VAE."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from .measure import Bench, Row
 from .networks import decoder_pair, glyph_pair, vae_pair
 from .presets import Preset
 
-TEXT = 24  # ids of the text to be rendered
-STEPS = 50
+TEXT = 24  # ids of the rendered text
+STEPS = 50  # of a whole picture, in a row's name
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -43,7 +43,7 @@ def glyph_row(preset: Preset, bench: Bench) -> Row:
 
 
 class DecoderBench:
-    """One conditional prediction, of which a picture with guidance takes two a step."""
+    """One conditional prediction of the decoder; a step with guidance takes two."""
 
     def __init__(
         self,
@@ -58,11 +58,13 @@ class DecoderBench:
         self.size, self.batch, self.dtype = size, batch, dtype
         config = ours.config
         self.x, self.tokens = self.picture(batch)
-        place = {"device": bench.device, "dtype": dtype}
-        self.glyphs = torch.randn(batch, TEXT, config.text_embed_dim, **place)
+        self.glyphs = torch.randn(
+            batch, TEXT, config.text_embed_dim, device=bench.device, dtype=dtype
+        )
         self.timestep = torch.full((batch,), 500.0, device=bench.device)
 
     def picture(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Random latents [B, C, H / 8, W / 8] and semantic tokens int64 of the same pictures."""
         config, patch = self.ours.config, self.ours.config.patch_size
         height, width = (side // PIXELS_PER_LATENT for side in self.size)
         device = self.bench.device
@@ -76,7 +78,7 @@ class DecoderBench:
         return lambda: self.ours.predict(self.x, self.timestep, invariants)
 
     def bf16_row(self) -> Row:
-        """What the pack computes in on a CPU with instructions for it."""
+        """The step in bf16, which the pack uses on a CPU with bf16 instructions."""
         half = deepcopy(self.ours).bfloat16()
         rounded = DecoderBench(
             self.bench, half, self.reference, self.size, self.batch, torch.bfloat16
@@ -125,14 +127,14 @@ class DecoderBench:
         )[0]
 
     def flops(self) -> float:
-        """Multiplications and additions of a prediction's matrices and attention."""
+        """Multiplications and additions of a prediction's linear layers and attention."""
         hidden, blocks = self.ours.config.hidden_size, self.ours.config.num_layers
         length = TEXT + math.prod(self.tokens.shape[1:])
-        each = 2 * 12 * length * hidden**2 + 4 * length**2 * hidden
-        return self.batch * blocks * each
+        per_block = 2 * 12 * length * hidden**2 + 4 * length**2 * hidden
+        return self.batch * blocks * per_block
 
     def reference_rows(self, count: int) -> Iterator[Row]:
-        """A step that attends to references, and what is done for them once."""
+        """The reference cache, and a step that attends to it."""
         pictures = [self.picture(1) for _ in range(count)]
         invariants = self.ours.prepare(self.glyphs, self.tokens, self.size, self.dtype)
 
@@ -152,7 +154,7 @@ class DecoderBench:
             cache.set_mode("read")
             return cache
 
-        kept, theirs = keys_values(), their_cache()
+        ours, theirs = keys_values(), their_cache()
 
         def step(references: list[list[KeysValues]]) -> Tensor:
             return self.ours.predict(self.x, self.timestep, invariants, references=references)
@@ -161,12 +163,12 @@ class DecoderBench:
         yield self.bench.row(f"cache of {name}", keys_values, their_cache)
         yield self.bench.row(
             f"decoder step with {name}",
-            lambda: step(kept),
+            lambda: step(ours),
             lambda: self.their_prediction(self.x, self.glyphs, self.tokens, theirs),
         )
         yield self.bench.row(
             f"the same, beside running the {name} again",
-            lambda: step(kept),
+            lambda: step(ours),
             lambda: step(keys_values()),
         )
 
@@ -191,10 +193,10 @@ def vae_rows(preset: Preset, bench: Bench) -> Iterator[Row]:
 
 
 def _require_equal(what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """What is timed is the same work.
+    """Checks that both results agree, so that both sides are timed on the same work.
 
     Raises:
-        RuntimeError: it is not.
+        RuntimeError: the relative error is above TOLERANCE.
     """
     error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
     if not error < TOLERANCE[dtype]:

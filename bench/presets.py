@@ -1,4 +1,4 @@
-"""What is measured: networks of three sizes, the hub's configs with other numbers in them."""
+"""The networks to measure: the hub's configs, most of them with smaller numbers."""
 
 import json
 from copy import deepcopy
@@ -13,19 +13,20 @@ HUB = Path(__file__).resolve().parent.parent / "tests" / "configs" / "hub"
 
 @dataclass(frozen=True)
 class Preset:
-    """Networks, and how much of each stage's work is done a measurement.
+    """Networks, and how much of each stage's work one measurement does.
 
     Args:
-        ar, decoder, glyph, vae: the configs of transformers and diffusers.
+        ar, decoder, glyph, vae: configs in the form of transformers and diffusers.
         ar_dtype, dtype: of the AR model's weights, and of everything else.
-        sizes: (height, width) in pixels of the pictures.
-        batches: images at once.
-        rounds: measurements of which the median is taken, after one that is not counted.
+        sizes: (height, width) of the pictures in pixels.
+        batches: numbers of images at once.
+        rounds: the median is taken of this many measurements, after one that is not counted.
         block: ids read in one pass.
         generate: whether whole grids are written, or only single steps.
-        reference_cells: of which `transformers.generate` writes so many, at the same pace for all.
-        references: how many reference pictures the decoder attends to.
-        steps: of a whole picture, from prompt to pixels; 0 paints none.
+        reference_cells: `transformers.generate` writes at most this many cells of a grid; its pace
+            is the same for all cells.
+        references: numbers of reference pictures that the decoder attends to.
+        steps: decoder steps of a whole picture, from prompt to pixels; 0 paints none.
     """
 
     name: str
@@ -54,7 +55,7 @@ def scheduler() -> dict[str, Any]:
 
 
 def _ar(hidden: int, layers: int, mlp: int, heads: int, kv_heads: int, codebook: int) -> dict:
-    """The hub's AR config in another size, its vocabulary cut to the codes and 512 texts."""
+    """The hub's AR config in another size; the vocabulary is the codes and 512 text ids."""
     config = deepcopy(_hub("vision_language_encoder"))
     head_dim = hidden // heads
     visual = codebook + 128
@@ -87,7 +88,7 @@ _SMALL_GLYPH = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_la
 _SMALL_VAE = {"block_out_channels": [32, 64, 128, 128]}
 
 PRESETS = {
-    # Seconds long, to see that everything runs; its figures say nothing.
+    # Takes seconds and tests that everything runs; its figures mean nothing.
     "tiny": lambda: Preset(
         "tiny",
         ar=_ar(64, 2, 96, 4, 2, codebook=128),

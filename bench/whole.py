@@ -1,4 +1,4 @@
-"""A whole picture, from the prompt's ids to pixels, with guidance."""
+"""A whole picture with guidance, from the prompt's ids to pixels."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ CFG = 1.5
 def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
     if not preset.steps:
         return
-    whole = Whole(
+    pipelines = Pipelines(
         ARBench(bench, *ar_pair(preset.ar, bench.device, preset.ar_dtype), preset.ar_dtype),
         DecoderBench(
             bench,
@@ -37,13 +37,13 @@ def measure(preset: Preset, bench: Bench) -> Iterator[Row]:
     )
     height, width = preset.sizes[0]
     name = f"{width}x{height}, {preset.steps} steps, CFG {CFG}, end to end"
-    yield bench.row(name, whole.ours, whole.theirs, rounds=1)
-    yield bench.memory(name, whole.ours, whole.theirs)
+    yield bench.row(name, pipelines.ours, pipelines.theirs, rounds=1)
+    yield bench.memory(name, pipelines.ours, pipelines.theirs)
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Both pipelines without what is around them: no tokenizer, no picture file."""
+class Pipelines:
+    """Our pipeline and the reference's, without tokenizer and picture file."""
 
     ar: ARBench
     decoder: DecoderBench
@@ -82,15 +82,19 @@ class Whole:
         return self.their_vae.decode(self.denoised(predict), return_dict=False)[0]
 
     def denoised(self, predict: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
-        """Euler with guidance over the checkpoint's schedule, from noise, in float32 between."""
+        """The latent [B, C, H / 8, W / 8] after Euler steps with guidance on the hub's schedule.
+
+        It is float32 between the steps.
+        """
         schedule = ScheduleConfig.from_dict(scheduler())
         shift = schedule.shift(*self.preset.sizes[0])
         sigmas = schedule.sigmas(self.preset.steps, shift)
         timesteps = schedule.timestep(sigmas, shift).to(self.decoder.x.device)
         x = self.decoder.x.float()
         for i in range(self.preset.steps):
-            low, at = x.to(self.decoder.dtype), timesteps[i : i + 1]
-            with_text, without = (predict(low, at, c).float() for c in (True, False))
-            flow = without + CFG * (with_text - without)
+            latent, timestep = x.to(self.decoder.dtype), timesteps[i : i + 1]
+            positive = predict(latent, timestep, True).float()
+            negative = predict(latent, timestep, False).float()
+            flow = negative + CFG * (positive - negative)
             x = x + (sigmas[i + 1] - sigmas[i]).item() * flow
         return x.to(self.decoder.dtype)

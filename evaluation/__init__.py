@@ -1,1 +1,1 @@
-"""What a trained model paints, measured against what the prompt asked for."""
+"""Measures whether a trained model paints what its prompts ask for."""

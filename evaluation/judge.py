@@ -1,4 +1,4 @@
-"""Pictures to what they show, by plain image analysis: shapes, a background, a text.
+"""Finds by image analysis what a picture shows: its shapes, its background and a text.
 
 Pictures are uint8 [H, W, 3]; a box is (top, left, height, width) in pixels.
 """
@@ -20,26 +20,27 @@ Box = tuple[int, int, int, int]
 
 TOKEN = 32  # pixels of a semantic token each way
 SMALLEST = 1 / 700  # share of the picture; the smallest shape, a small star, covers 1 / 210
-SAME_KIND = 0.75  # the overlap (intersection over union) of a shape with its ideal outline
-FIRST_HALF, LAST_HALF, MIDDLE = 0.45, 0.55, (0.25, 0.75)
+SAME_KIND = 0.75  # the least overlap (intersection over union) of a shape with its ideal outline
+FIRST_HALF, LAST_HALF, MIDDLE = 0.45, 0.55, (0.25, 0.75)  # shares of the picture
 CHANGED = 24  # levels of 255
-SMOOTHING = 5  # pixels a side that a pixel is the median of
-TEXT_MARGIN = 24  # pixels around a text that are read with it; no shape comes nearer than 32
-LETTER_GAP, READING_BORDER = 6, 8  # pixels; letters a slot apart are read as capitals or not at all
+SMOOTHING = 5  # pixels a side of the median filter
+TEXT_MARGIN = 24  # pixels read around a text; shapes keep 32 away from it
+# Pixels. The OCR model reads letters that stand a slot apart as capitals, or not at all.
+LETTER_GAP, READING_BORDER = 6, 8
 
 
 @dataclass(frozen=True)
 class Found:
-    """A shape in a picture; the centre is that of its bounding box, in pixels."""
+    """A shape in a picture; (row, column) is the centre of its bounding box, in pixels."""
 
     colour: str
     row: float
     column: float
-    kind: str | None  # one of SHAPES; None where it is like none of them
+    kind: str | None  # one of SHAPES; None if it resembles none of them
 
 
 def find_shapes(image: np.ndarray, text_boxes: Collection[Box] = ()) -> list[Found]:
-    """All that differs from the background, but for what lies in the boxes of texts."""
+    """The shapes of a picture; whatever lies in a text's box is ignored."""
     names = _nearest_colours(image)
     background = _background(names)
     for top, left, height, width in text_boxes:
@@ -54,49 +55,48 @@ def find_shapes(image: np.ndarray, text_boxes: Collection[Box] = ()) -> list[Fou
 
 
 def background_of(image: np.ndarray) -> str:
-    """The commonest colour of the picture's border."""
+    """The most common colour of the picture's border."""
     return list(COLOURS)[_background(_nearest_colours(image))]
 
 
 def shapes_of(image: np.ndarray, scene: Scene) -> list[Found]:
-    """The shapes of a picture that was asked for by `scene`, whose texts have known places."""
+    """The shapes of a picture that should show `scene`; the boxes of its texts are ignored."""
     return find_shapes(image, [text_box(scene, text) for text in scene.texts])
 
 
 def matches_scene(image: np.ndarray, scene: Scene) -> bool:
-    """Whether the shapes are those of the scene in number, colour and place, on its background.
+    """Whether the shapes match the scene's in number, colour and place, on its background.
 
-    A place means what its word says: "left" is the left half. The items of a row are placed by
-    their mean.
+    A place is as wide as its word: "left" is the left half. A row of shapes is judged by its mean.
     """
     return _matches(image, scene, lambda group, item: True)
 
 
 def matches_kinds(image: np.ndarray, scene: Scene) -> bool:
-    """`matches_scene`, and every shape is of the kind that was asked for."""
+    """Whether `matches_scene` holds and every shape is of the scene's kind."""
     return _matches(image, scene, lambda group, item: {one.kind for one in group} == {item.shape})
 
 
 def furthest_move(before: list[Found], after: list[Found]) -> float:
-    """How far, in pixels along an axis, the shape that moved most did; colours are kept.
+    """The longest move of a shape, in pixels along an axis; shapes are paired by colour.
 
-    inf where the two do not show shapes of the same colours, or none.
+    inf if the two do not show shapes of the same colours, or show none.
     """
     if not before or sorted(one.colour for one in before) != sorted(one.colour for one in after):
         return np.inf
-    rest, furthest = list(after), 0.0
+    unpaired, furthest = list(after), 0.0
     for shape in before:
         nearest = min(
-            (other for other in rest if other.colour == shape.colour),
+            (other for other in unpaired if other.colour == shape.colour),
             key=lambda other: _distance(shape, other.row, other.column),
         )
-        rest.remove(nearest)
+        unpaired.remove(nearest)
         furthest = max(furthest, _distance(shape, nearest.row, nearest.column))
     return furthest
 
 
 def shows_item(found: list[Found], scene: Scene, item: Item) -> bool:
-    """Whether each shape of an item is there: its kind and colour, within a token of its centre."""
+    """Whether each shape of an item was found: of its kind and colour, a token or less away."""
     height, width = scene.cell
     return all(
         any(
@@ -109,14 +109,14 @@ def shows_item(found: list[Found], scene: Scene, item: Item) -> bool:
 
 
 def text_box(scene: Scene, text: Text) -> Box:
-    """Where a text of the scene stands."""
+    """The box of a text of the scene."""
     row, column = scene.text_origin(text)
     return TOKEN * row, TOKEN * column, SLOT, SLOT * len(text.content)
 
 
 def read_text(image: np.ndarray, box: Box) -> str:
-    """What an OCR model reads in and just around a box, without spaces."""
-    ink = _line_of(_ink(image, box))
+    """The text that an OCR model reads in and just around a box, without spaces."""
+    ink = _close_up(_ink(image, box))
     picture = np.uint8(255 * (1 - ink))
     ((words, _),) = _reader().text_rec(np.repeat(picture[..., None], 3, axis=-1))[0]
     return "".join(unicodedata.normalize("NFKC", words).split())
@@ -132,7 +132,7 @@ def changed_outside(a: np.ndarray, b: np.ndarray, box: Box) -> float:
 
 
 def _nearest_colours(image: np.ndarray) -> np.ndarray:
-    """For every pixel the index of the nearest of COLOURS: int64 [H, W]."""
+    """int64 [H, W]: the index of the nearest of COLOURS for every pixel."""
     red, green, blue = np.moveaxis(
         cv2.medianBlur(np.ascontiguousarray(image), SMOOTHING) >> 3, -1, 0
     )
@@ -141,7 +141,7 @@ def _nearest_colours(image: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _colour_table() -> np.ndarray:
-    """The nearest of COLOURS to the middle of every cube of 8 levels: int64 [32, 32, 32]."""
+    """int64 [32, 32, 32]: the nearest of COLOURS to the middle of every cube of 8 levels."""
     middles = 8 * np.stack(np.mgrid[:32, :32, :32], axis=-1) + 3.5
     palette = np.array(list(COLOURS.values()))
     return ((middles[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
@@ -160,7 +160,7 @@ def _measure(names: np.ndarray, mask: np.ndarray, stats: np.ndarray) -> Found:
 
 
 def _kind(mask: np.ndarray) -> str | None:
-    """The shape whose outline, brought to the same bounding box, covers the mask best."""
+    """The shape that overlaps the mask best when both are stretched to one bounding box."""
     stretched = _stretched(mask)
     overlaps = {
         shape: (stretched & outline).sum() / (stretched | outline).sum()
@@ -172,9 +172,9 @@ def _kind(mask: np.ndarray) -> str | None:
 
 @lru_cache
 def _outlines(size: int) -> dict[str, np.ndarray]:
-    """Each shape's inside as `find_shapes` would find it, stretched to fill bool [64, 64].
+    """bool [64, 64] by shape: its inside as `find_shapes` would find it, stretched to fill.
 
-    A small shape is `size` pixels high or wide, and loses its thin points to the smoothing.
+    The shape is `size` pixels high or wide; a small one loses its thin points to the smoothing.
     """
     steps = np.linspace(-1.25, 1.25, round(1.25 * size))
     outlines = {}
@@ -207,22 +207,22 @@ def _matches(
         same_colour = all(one.colour == item.colour for one in group)
         return same_colour and _in_place(group, item, scene) and alike(group, item)
 
-    return _share_out(found, scene.items, fits)
+    return _can_assign(found, scene.items, fits)
 
 
-def _share_out(found: list[Found], items: tuple[Item, ...], fits: Callable) -> bool:
-    """Whether every item can have shapes of its own."""
+def _can_assign(found: list[Found], items: tuple[Item, ...], fits: Callable) -> bool:
+    """Whether every item can be given shapes that fit it, each shape to one item."""
     if not items:
         return True
     first, *rest = items
     return any(
-        fits(group, first) and _share_out([f for f in found if f not in group], tuple(rest), fits)
+        fits(group, first) and _can_assign([f for f in found if f not in group], tuple(rest), fits)
         for group in combinations(found, len(first.centres))
     )
 
 
 def _in_place(group: tuple[Found, ...], item: Item, scene: Scene) -> bool:
-    """As the scene places its items: texts push those at the top and the bottom, not the others."""
+    """Whether the shapes are at the item's place; texts move only the places at top and bottom."""
     if item.place is None:
         return True
     first, last = (0, scene.preview[0]) if ANCHORS[item.place][0] == 0.5 else free_band(scene)
@@ -243,7 +243,7 @@ def _distance(shape: Found, row: float, column: float) -> float:
 
 
 def _ink(image: np.ndarray, box: Box) -> np.ndarray:
-    """How far every pixel around a box is from the background there, 0 to 1."""
+    """How much every pixel in and around a box differs from the background there, 0 to 1."""
     top, left, height, width = box
     rows = slice(max(0, top - TEXT_MARGIN), top + height + TEXT_MARGIN)
     columns = slice(max(0, left - TEXT_MARGIN), left + width + TEXT_MARGIN)
@@ -253,18 +253,18 @@ def _ink(image: np.ndarray, box: Box) -> np.ndarray:
     return ink / max(ink.max(), 1)
 
 
-def _line_of(ink: np.ndarray) -> np.ndarray:
-    """The ink's rows, its letters brought as near to each other as in a printed line."""
-    there = ink > 0.4
-    rows = np.flatnonzero(there.any(1))
+def _close_up(ink: np.ndarray) -> np.ndarray:
+    """The inked rows, with gaps between letters cut to LETTER_GAP as in a printed line."""
+    inked = ink > 0.4
+    rows = np.flatnonzero(inked.any(1))
     if len(rows):
         ink = ink[max(0, rows[0] - 2) : rows[-1] + 3]
-    blank, kept = 0, []
-    for column, inked in enumerate(there.any(0)):
-        blank = 0 if inked else blank + 1
+    blank, columns = 0, []
+    for column, is_inked in enumerate(inked.any(0)):
+        blank = 0 if is_inked else blank + 1
         if blank <= LETTER_GAP:
-            kept.append(column)
-    return np.pad(ink[:, kept], READING_BORDER)
+            columns.append(column)
+    return np.pad(ink[:, columns], READING_BORDER)
 
 
 @lru_cache

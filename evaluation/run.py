@@ -1,8 +1,8 @@
-"""`python -m evaluation.run`: does the trained model in `tiny/` do what its prompts ask for?
+"""`python -m evaluation.run`: does the trained model in `tiny/` paint what its prompts ask for?
 
-Every picture is painted by the pack's own workflows on a real server. The scenes are drawn with
-seeds that training does not use, so simple ones may be alike; the Latin words that are read are
-ones that it never draws.
+The pack's own workflows paint every picture on a real server. The scenes come from seeds that
+training does not use, though simple scenes may occur in both. Training never draws the Latin words
+that are read here.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from .judge import (
 
 MODEL = environment.ROOT / "tiny"
 WORKFLOWS = environment.ROOT / "workflows" / "api"
-HELD_OUT = 990  # first word of the seeds of held-out scenes
-MAY_CHANGE = 0.05  # share of the pixels outside a text's box
+HELD_OUT = 990  # first number of the seeds of held-out scenes
+MAX_CHANGED = 0.05  # share of the pixels outside a text's box
 
 GOALS = {
     "colours and places of shapes match": 0.9,
@@ -56,7 +56,7 @@ GOALS = {
     "edit keeps the unchanged shapes": None,
     "edit does what was wished": None,
 }
-"""What is measured, and the share of the cases in which it is to hold."""
+"""What is measured, and the share of cases that should pass; None sets no goal."""
 
 Pictures = list[np.ndarray]
 Results = dict[str, bool]
@@ -64,9 +64,9 @@ Results = dict[str, bool]
 
 @dataclass(frozen=True)
 class Case:
-    """Graphs to run one after the other, and what their pictures say of the GOALS.
+    """Graphs to run one after the other, and a check of their pictures against some of the GOALS.
 
-    `inputs` are pictures that the graphs load, by their file's name.
+    `inputs` are the pictures that the graphs load, by file name.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all graphs share; `model` is a folder's name among the server's models."""
+    """Settings of all graphs; `model` is the name of a folder among the server's models."""
 
     model: str
     width: int = 512
@@ -86,7 +86,7 @@ class Settings:
     steps: int = 20
 
     def graph(self, workflow: str, prompt: str, seed: int, name: str) -> Prompt:
-        """A stored workflow with these values in every input of their names that is no link."""
+        """A stored workflow with these values in every input of their names that is not a link."""
         values = {
             "model_name": self.model, "width": self.width, "height": self.height,
             "steps": self.steps, "value": prompt, "seed": seed,
@@ -115,7 +115,7 @@ def shape_cases(settings: Settings, count: int) -> Iterator[Case]:
 
 
 def latin_cases(settings: Settings, count: int) -> Iterator[Case]:
-    """Words that no training stage draws."""
+    """Latin words that no training stage draws."""
     return _text_cases(settings, count, 1, "Latin word read", _is_latin)
 
 
@@ -125,23 +125,23 @@ def chinese_cases(settings: Settings, count: int) -> Iterator[Case]:
 
 
 def override_cases(settings: Settings, count: int) -> Iterator[Case]:
-    """The same tokens and noise; the glyph encoder alone gets another word of the same length."""
+    """Two runs with the same tokens and noise, whose glyph encoder gets two words of one length."""
 
     def check(scene: Scene, word: str, pictures: Pictures) -> Results:
         box = text_box(scene, scene.texts[0])
         read = read_text(pictures[1], box) == word
-        kept = changed_outside(*pictures, box) <= MAY_CHANGE
+        unchanged = changed_outside(*pictures, box) <= MAX_CHANGED
         return {
-            "glyph override changes the word alone": read and kept,
+            "glyph override changes the word alone": read and unchanged,
             "... the new word read": read,
-            "... the rest unchanged": kept,
+            "... the rest unchanged": unchanged,
         }
 
     for i in range(count):
         rng = _held_out(3, i)
         old = str(rng.choice(HELD_OUT_WORDS))
-        alike = [word for word in HELD_OUT_WORDS if len(word) == len(old) and word != old]
-        new = str(rng.choice(alike))
+        same_length = [word for word in HELD_OUT_WORDS if len(word) == len(old) and word != old]
+        new = str(rng.choice(same_length))
         scene = _with_word(_draw(rng, settings, 1, _is_latin), old)
         prompt, name = prompt_of(rng, scene), f"override_{i:02}"
         first = settings.graph("text_to_image", prompt, i, name)
@@ -151,10 +151,10 @@ def override_cases(settings: Settings, count: int) -> Iterator[Case]:
 
 
 def layout_cases(settings: Settings, count: int) -> Iterator[Case]:
-    """Two seeds on one locked layout, and the second seed without it.
+    """Two seeds with one locked layout, and the second seed without it.
 
-    Scenes of two items and more whose places the prompt leaves open: what is asked for stays there
-    without a lock.
+    The scenes have two or more items whose places the prompt leaves open. A place in the prompt
+    would hold a shape without a lock.
     """
 
     def check(scene: Scene, pictures: Pictures) -> Results:
@@ -179,25 +179,24 @@ def layout_cases(settings: Settings, count: int) -> Iterator[Case]:
 
 
 def edit_cases(settings: Settings, count: int) -> Iterator[Case]:
-    """A drawn picture is the reference. Edits that leave no shape as it was are passed over."""
+    """Edits of a drawn reference. Edits that leave no shape unchanged are skipped."""
 
     def check(edit: Edit, pictures: Pictures) -> Results:
         (picture,) = pictures
         found = shapes_of(picture, edit.after)
-        there = [shows_item(found, edit.after, item) for item in edit.after.items]
-        kept = [item in edit.before.items for item in edit.after.items]
+        shown = {item: shows_item(found, edit.after, item) for item in edit.after.items}
+        unchanged = shown.keys() & set(edit.before.items)
         return {
-            "edit keeps the unchanged shapes": all(
-                is_there for is_there, was in zip(there, kept, strict=True) if was
-            ),
-            "edit does what was wished": all(there) and matches_kinds(picture, edit.after),
+            "edit keeps the unchanged shapes": all(shown[item] for item in unchanged),
+            "edit does what was wished": all(shown.values()) and matches_kinds(picture, edit.after),
         }
 
     for i in range(count):
         rng = _held_out(5, i)
         size = (settings.height, settings.width)
-        while not set((edit := draw_edit(rng, *size)).before.items) & set(edit.after.items):
-            continue
+        edit = draw_edit(rng, *size)
+        while not set(edit.before.items) & set(edit.after.items):
+            edit = draw_edit(rng, *size)
         name = f"edit_{i:02}"
         graph = settings.graph("edit_image", edit.wish, i, name)
         node(graph, "LoadImage")["image"] = f"{name}.png"
@@ -212,13 +211,16 @@ SETS = {
 
 
 def node(graph: Prompt, class_type: str) -> dict:
-    """The inputs of the graph's only node of a type."""
+    """The inputs of the graph's one node of a type."""
     (inputs,) = (one["inputs"] for one in graph.values() if one["class_type"] == class_type)
     return inputs
 
 
 def paint(client: Client, input_folder: Path, case: Case) -> Pictures:
-    """What each graph of a case saves, uint8 [H, W, 3]; its inputs go to the server's folder."""
+    """The picture that each graph of a case saves, uint8 [H, W, 3].
+
+    The case's inputs are written to the server's input folder first.
+    """
     for name, picture in case.inputs.items():
         Image.fromarray(picture).save(input_folder / name)
     pictures = []
@@ -230,7 +232,7 @@ def paint(client: Client, input_folder: Path, case: Case) -> Pictures:
 
 
 def totals(results: Iterable[Results]) -> dict[str, tuple[int, int]]:
-    """How often each of the GOALS held, and how often it was asked."""
+    """How often each of the GOALS held, and in how many cases it was measured."""
     counts: dict[str, tuple[int, int]] = {}
     for result in results:
         for measure, held in result.items():
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1, help="side by side, a core each")
     given = parser.parse_args()
     if not MODEL.is_dir():
-        raise SystemExit(f"There is no trained model in {MODEL}: make train-tiny makes one.")
+        raise SystemExit(f"There is no trained model in {MODEL}: run make train-tiny.")
     settings = Settings(MODEL.name, *given.size, given.steps)
     records = []
     used = {"size": given.size, "steps": given.steps, "count": given.count}
@@ -271,24 +273,24 @@ def main() -> None:
             results = case.check(pictures)
             records.append({"case": case.name, "prompt": case.prompt, "held": results})
             print(case.name, "".join("x."[held] for held in results.values()), flush=True)
-            _write_report(given.out, used, records)  # after each, so that none is lost
+            _write_report(given.out, used, records)  # after each case, so that none is lost
     print(table(totals(record["held"] for record in records)))
 
 
 def read_size(given: str) -> tuple[int, int]:
-    """(width, height) of "768x512", or of "512" for both; one of those that the model knows."""
+    """(width, height) from "768x512", or from "512" for a square; the model must know the size."""
     known = {f"{width}x{height}": (width, height) for height, width in SIZES}
     size = given if "x" in given else f"{given}x{given}"
     if size not in known:
         raise argparse.ArgumentTypeError(
-            f"the model does not know the size {given}; use {', '.join(known)}"
+            f"the model does not know the size {given}: use {', '.join(known)}"
         )
     return known[size]
 
 
 @contextmanager
 def servers(count: int) -> Iterator[Callable[[Case], Pictures]]:
-    """`paint` on whichever of so many servers is free."""
+    """Starts `count` servers and yields `paint` on whichever of them is free."""
     comfyui = environment.host()
     flags = ("--output-directory", str(demo.OUTPUT))
     threads = 1 if count > 1 else None
@@ -348,9 +350,10 @@ def _draw(
     texts: int | None,
     wanted: Callable[[Scene], bool | tuple],
 ) -> Scene:
-    while not wanted(scene := draw_scene(rng, settings.height, settings.width, texts)):
-        continue
-    return scene
+    while True:
+        scene = draw_scene(rng, settings.height, settings.width, texts)
+        if wanted(scene):
+            return scene
 
 
 def _with_word(scene: Scene, word: str) -> Scene:

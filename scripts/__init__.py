@@ -1,1 +1,1 @@
-"""Tools: the project's environments, a ComfyUI server for demo and tests, and what feeds them."""
+"""Tools: the project's environments, and a ComfyUI server and its clients for demo and tests."""

@@ -1,4 +1,4 @@
-"""`python -m scripts COMMAND`: makes the environment the command needs, then runs it there."""
+"""`python -m scripts COMMAND`: makes the environment that the command needs and runs it in it."""
 
 import os
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from . import environment
 
-MODULES = {  # that need the tests' environment and no browser
+MODULES = {  # these need the tests' environment but no browser
     "bench": "bench", "train": "training", "evaluate": "evaluation.run",
     "pictures": "scripts.pictures", "caps": "scripts.caps",
 }  # fmt: skip
 COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
 
-# A file's tests share a server or a trained run, so they stay in one process.
+# The tests of one file share a server or a training run, so they stay in one process.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
 
 

@@ -16,9 +16,9 @@ Event = dict
 
 
 class PromptError(RuntimeError):
-    """The server refused or failed a prompt; the message is the server's sentence.
+    """The server refused a prompt or failed at it; the message is the server's.
 
-    `node_id` is the node it names, None where it names none.
+    `node_id` is the node that the server names, None if it names none.
     """
 
     def __init__(self, message: str, node_id: str | None = None, kind: str = "") -> None:
@@ -29,7 +29,7 @@ class PromptError(RuntimeError):
 
 @dataclass
 class Run:
-    """What a finished prompt did: node ids in order, seconds by node, UI outputs by node."""
+    """A finished prompt: node ids in order of execution, seconds and UI outputs by node."""
 
     prompt_id: str
     cached: set[str] = field(default_factory=set)
@@ -53,9 +53,11 @@ class Client:
     ) -> Run:
         """Queues `prompt` and waits for its end.
 
-        `on_event` sees every JSON message of it, `on_picture` every live preview as it was sent.
+        `on_event` is called with every JSON message of the prompt, `on_picture` with the bytes of
+        every live preview.
 
-        Raises PromptError for a prompt that is refused or fails; an interrupt is no error.
+        Raises:
+            PromptError: the prompt is refused or fails; an interrupt is no error.
         """
         url = f"ws://{self.address}/ws?clientId={self.id}"
         socket = websocket.create_connection(url, timeout=self.timeout_s)
@@ -63,7 +65,7 @@ class Client:
             run = Run(self._queue(prompt))
             return self._follow(socket, run, on_event, on_picture)
         finally:
-            socket.shutdown()  # close() would wait for the server's farewell
+            socket.shutdown()  # close() would wait for the server's close message
 
     def _follow(self, socket: websocket.WebSocket, run: Run, on_event, on_picture) -> Run:
         running, since, error = None, time.perf_counter(), None
@@ -109,7 +111,7 @@ class Client:
         self.post("/interrupt", {})
 
     def images(self, run: Run, node_id: str) -> list[bytes]:
-        """The encoded images that a node showed, fetched as the page fetches them."""
+        """The encoded images of a node's output, fetched as the page does."""
         return [self.view(image) for image in run.outputs[node_id]["images"]]
 
     def view(self, image: dict) -> bytes:
@@ -134,7 +136,7 @@ class Client:
 
 
 def _refusal(answer: dict) -> PromptError:
-    """The first sentence of a prompt's refusal, with the node it is about."""
+    """The first error of a refused prompt, with its node."""
     for node_id, errors in answer.get("node_errors", {}).items():
         for error in errors["errors"]:
             sentence = ": ".join(filter(None, (error["message"], error["details"])))

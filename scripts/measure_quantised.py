@@ -1,8 +1,8 @@
-"""`python -m scripts.measure_quantised`: what int8 and int4 weights cost in agreement, and gain.
+"""`python -m scripts.measure_quantised`: the size, speed and agreement of int8 and int4 weights.
 
-An AR model of 24 layers of width 2048 with random weights (Gaussian, 1 / sqrt(fan-in)) in bf16. Its
+The AR model has 24 layers of width 2048 and random bf16 weights (Gaussian, 1 / sqrt(fan-in)). Its
 logits over a random sequence, given the same history, are compared with those of the same weights
-computed in float32. One thread: two wait for each other on a machine that is busy.
+computed in float32. It runs on one thread, because two would wait for each other on a busy machine.
 """
 
 import copy
@@ -48,7 +48,7 @@ STEPS = 15
 
 
 class Agreement(NamedTuple):
-    """How near a model's logits are to another's.
+    """How close a model's logits are to the reference's.
 
     Args:
         kl: mean Kullback-Leibler divergence from the reference, in nats.
@@ -63,7 +63,7 @@ class Agreement(NamedTuple):
 
 
 def random_model(config: ARConfig, seed: int = 0) -> ARModel:
-    """Gaussian weights that keep activations near unit size, in bf16."""
+    """A bf16 model with Gaussian weights that keep activations near unit size."""
     generator = torch.Generator().manual_seed(seed)
     model = ARModel(config, dtype=torch.bfloat16).requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -74,7 +74,7 @@ def random_model(config: ARConfig, seed: int = 0) -> ARModel:
 
 
 def quantised(model: ARModel, name: str, device: torch.device) -> ARModel:
-    """A copy with the layers' matrices in a format of `quant.FORMATS`, laid out for a device."""
+    """A copy with the layers' matrices in a format of FORMATS, laid out for a device."""
     state = model.state_dict()
     layers = [layer_of(key) for key, value in state.items() if is_layer_matrix(key, value.ndim)]
     state |= {f"{layer}.weight": quantise(state[f"{layer}.weight"], name) for layer in layers}
@@ -95,23 +95,23 @@ def teacher_forced(model: ARModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def agreement(reference: Tensor, other: Tensor) -> Agreement:
-    """Both logits float32 [L, codebook]."""
+    """Compares logits float32 [L, codebook] with a reference's."""
     p, q = reference.log_softmax(-1), other.log_softmax(-1)
     length, codebook = reference.shape
     columns = torch.arange(length, device=reference.device)
     noise = gumbel(sample_keys(0, 1, reference.device), 0, 0, columns, codebook)[0]
-    same = [
-        (draw_token(reference, at, options) == draw_token(other, at, options)).float().mean()
-        for options, at in (
-            (SamplingOptions(temperature=0), None),
-            (SamplingOptions(), noise),
-        )
-    ]
-    return Agreement((p.exp() * (p - q)).sum(-1).mean().item(), *(share.item() for share in same))
+
+    def share_alike(options: SamplingOptions, noise: Tensor | None) -> float:
+        drawn = (draw_token(logits, noise, options) for logits in (reference, other))
+        return torch.eq(*drawn).float().mean().item()
+
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    greedy = share_alike(SamplingOptions(temperature=0), None)
+    return Agreement(kl, greedy, share_alike(SamplingOptions(), noise))
 
 
 def step_seconds(models: dict[str, ARModel], dtype: torch.dtype) -> dict[str, float]:
-    """Median time of reading one id, the models taking turns."""
+    """Median seconds to read one id, by model; the models take turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(STEPS):
         for name, model in models.items():
@@ -131,9 +131,9 @@ def main() -> None:
     models = {"bf16": model}
     models |= {name: quantised(model, name, torch.device("cpu")) for name in FORMATS}
     seconds = step_seconds(models, dtype)
-    for name, each in models.items():
-        nbytes = sum(weight.nbytes for weight in each.parameters())
-        found = agreement(exact, teacher_forced(each, ids, dtype))
+    for name, variant in models.items():
+        nbytes = sum(weight.nbytes for weight in variant.parameters())
+        found = agreement(exact, teacher_forced(variant, ids, dtype))
         sys.stdout.write(
             f"{name}: {nbytes / 2**30:.2f} GiB, {1000 * seconds[name]:.0f} ms a token, KL "
             f"{found.kl:.2g}, likeliest token alike {found.greedy:.1%}, draw {found.drawn:.1%}\n"

@@ -23,10 +23,10 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 SETTINGS = {
-    "Comfy.TutorialCompleted": True,  # else a first visit opens the template browser
+    "Comfy.TutorialCompleted": True,  # otherwise the first visit opens the template browser
     "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MaximumFps": 5,  # drawn by the CPU, which the server needs
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn at every zoom
+    "LiteGraph.Canvas.MaximumFps": 5,  # the CPU draws the canvas, and the server needs the CPU
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # draw text at every zoom
 }
 MESSAGES = "[role=dialog], .p-toast-message, [role=alert], [role=status]"
 VIEWPORT = {"width": 1920, "height": 1080}
@@ -35,7 +35,7 @@ START_TIMEOUT_MS = 60_000
 
 
 class Page:
-    """The page of one server. Its errors are kept in `errors`."""
+    """The page of one server; `errors` collects its script errors."""
 
     def __init__(self, page: BrowserPage, address: str) -> None:
         self.browser_page = page
@@ -46,11 +46,11 @@ class Page:
         page.wait_for_function("window.app?.graph && window.app.vueAppReady")
 
     def open_api(self, prompt: Prompt, name: str) -> None:
-        """Opens an API-form prompt, from which the page makes a graph."""
+        """Opens a prompt in API form; the page makes a graph of it."""
         self._evaluate("([prompt, name]) => app.loadApiJson(prompt, name)", [prompt, name])
 
     def open_file(self, text: str, name: str) -> None:
-        """Opens a workflow file as when it is dropped on the page, with all of it in view."""
+        """Opens a workflow file as if it were dropped on the page, and fits it into view."""
         self._evaluate(
             """async ([text, name]) => {
                 await app.handleFile(new File([text], name, {type: 'application/json'}))
@@ -70,18 +70,18 @@ class Page:
         )
 
     def messages(self) -> list[str]:
-        """What the page tells the user: dialogs, notices in its corner, errors over the graph."""
+        """The texts of the page's dialogs, notices and errors."""
         return self.browser_page.locator(MESSAGES).all_inner_texts()
 
     def export_prompt(self) -> Prompt:
-        """The API form, as the page's own export makes it."""
+        """The prompt in API form, by the page's own export."""
         return self._evaluate("async () => (await app.graphToPrompt()).output")
 
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_inputs(self, **values: int | str) -> None:
-        """Types values into every input of these names; masks, of any size, keep theirs."""
+        """Sets every widget of these names; masks keep their size."""
         self._evaluate(
             """values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
                 if (node.type !== 'SolidMask' && widget.name in values)
@@ -91,11 +91,11 @@ class Page:
         )
 
     def run(self) -> None:
-        """Runs the open graph by the page's own key, Control and Enter."""
+        """Runs the open graph by the page's own shortcut, Control and Enter."""
         self.browser_page.keyboard.press("Control+Enter")
 
     def wait_for_image(self, node_type: str, timeout_s: float) -> tuple[int, int]:
-        """Waits until the node of this type shows a loaded image; its (height, width)."""
+        """The (height, width) of the image that a node shows, once it is loaded."""
         shown = self.browser_page.wait_for_function(
             """type => {
                 const image = app.graph.nodes.find(node => node.type === type)?.imgs?.[0]
@@ -117,10 +117,7 @@ class Page:
         )
 
     def picture(self, file: Path, side: int = PICTURE_SIDE) -> None:
-        """Writes a JPEG of the whole graph, at most `side` pixels wide and high.
-
-        The page's bars are left out.
-        """
+        """Writes a JPEG of the whole graph without the page's bars, each side at most `side`."""
         left, top, right, bottom = self._evaluate(
             """() => {
                 const boxes = app.graph.groups.map(group => group.boundingRect)
@@ -159,7 +156,7 @@ def open_page(address: str, scale: float = 1) -> Iterator[Page]:
 def _open(
     playwright: Playwright, address: str, scale: float, tries: int = 3
 ) -> tuple[Browser, Page]:
-    """A browser that shows the page; one that crashes as it starts is started anew."""
+    """A browser that shows the page; one that crashes while it starts is started again."""
     browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=FLAGS)
     try:
         page = browser.new_page(viewport=VIEWPORT, device_scale_factor=scale)

@@ -1,10 +1,10 @@
-"""`make pictures`: what the tiny model makes of the workflows, as their pictures.
+"""`make pictures`: the workflows' pictures, painted by the tiny model.
 
-Each of PROMPTS' workflows runs on a real server with `tiny/` for its model, prompts that this model
-understands, 512x512 and 20 steps; all else is as stored. What goes in and what its previews and its
-saved images show become `workflows/NAME.jpg`. The other workflows keep the picture of their graph:
-the tiny model knows no styles, and one reference only. `ARGS="NAME ..."` makes only those.
-`graph` is one more name: the README's picture of the page with a finished graph.
+Each workflow of PROMPTS runs on a real server with the model `tiny/`, prompts that this model
+understands, 512x512 and 20 steps; all else is as stored. Its input, previews and saved images
+become `workflows/NAME.jpg`. The other workflows show their graph instead, because the tiny model
+knows no styles and only one reference. `ARGS="NAME ..."` makes only those. The name `graph` makes
+the README's picture of the page with a finished graph.
 """
 
 import io
@@ -23,8 +23,8 @@ from .client import Client, Prompt
 from .page import open_page
 
 FOLDER = environment.ROOT / "workflows"
-HEIGHT, GAP = 384, 8  # pixels, of each picture in a row and between two
-IN_A_ROW = 3
+HEIGHT, GAP = 384, 8  # pixels: of each picture, and between two
+PER_ROW = 3
 GRAPH = environment.ROOT / "docs" / "images" / "graph.jpg"
 GRAPH_SIDE = 1800  # pixels, the longer one
 GRAPH_SCALE = 1.5
@@ -42,7 +42,7 @@ PROMPTS = {
     ],
     "compose_two_layouts": [
         "a red circle on the left, white background",
-        "a blue star on the left, white background",  # whose left half becomes the right one
+        "a blue star on the left, white background",  # its left half is pasted on the right
         "a red circle on the left, a blue star on the right, white background",
     ],
     "lock_region_resample_rest": [
@@ -57,24 +57,28 @@ PROMPTS = {
     ],
     "edit_image": ["change the background to yellow"],
 }
-"""For each workflow the texts of its prompt nodes, in the order of their ids."""
+"""The texts of each workflow's prompt nodes, in the order of their ids."""
 
 
 def main(names: list[str]) -> None:
-    if unknown := set(names) - PROMPTS.keys() - {GRAPH.stem}:
-        raise SystemExit(f"There are no prompts for {', '.join(sorted(unknown))}.")
+    names = names or [*PROMPTS, GRAPH.stem]
+    if unknown := set(names) - {*PROMPTS, GRAPH.stem}:
+        raise SystemExit(
+            f"There is no picture {', '.join(sorted(unknown))}: use {', '.join(PROMPTS)} or "
+            f"{GRAPH.stem}."
+        )
     model = demo.prepare_model(None)
     with demo.demo_server(environment.host(), model) as address:
         drawn = demo.BASE / "input" / "drawn.png"
         Image.fromarray(render(_scene())).save(drawn)
-        for name in names or (*PROMPTS, GRAPH.stem):
+        for name in names:
             if name == GRAPH.stem:
                 photograph_graph(address, model)
                 continue
-            prompt = asked(name, model, drawn.name)
-            shown = [Image.open(drawn)] if _loads_image(prompt) else []
-            shown += made(Client(address), prompt)
-            sheet(shown).save(FOLDER / f"{name}.jpg", quality=88)
+            prompt = workflow_prompt(name, model, drawn.name)
+            images = [Image.open(drawn)] if _loads_image(prompt) else []
+            images += run_images(Client(address), prompt)
+            sheet(images).save(FOLDER / f"{name}.jpg", quality=88)
 
 
 def photograph_graph(address: str, model: str) -> None:
@@ -91,8 +95,8 @@ def photograph_graph(address: str, model: str) -> None:
         page.picture(GRAPH, GRAPH_SIDE)
 
 
-def asked(name: str, model: str, image: str) -> Prompt:
-    """The stored workflow with the tiny model's prompts, and `image` wherever one is loaded."""
+def workflow_prompt(name: str, model: str, image: str) -> Prompt:
+    """The stored workflow with the tiny model's prompts; every image it loads is `image`."""
     prompt = json.loads((FOLDER / "api" / f"{name}.json").read_text())
     demo.override(prompt, demo.TINY_SETTINGS, model)
     demo.set_inputs(prompt, {"image": image})
@@ -103,7 +107,7 @@ def asked(name: str, model: str, image: str) -> Prompt:
     return prompt
 
 
-def made(client: Client, prompt: Prompt) -> list[Image.Image]:
+def run_images(client: Client, prompt: Prompt) -> list[Image.Image]:
     """All images of a run, previews first."""
     run = client.run(prompt)
     return [
@@ -116,10 +120,10 @@ def made(client: Client, prompt: Prompt) -> list[Image.Image]:
 
 
 def sheet(images: list[Image.Image]) -> Image.Image:
-    """The images in rows from the left, all of one height, on white."""
+    """The images scaled to one height, in rows of PER_ROW on white."""
     images = [image.convert("RGB") for image in images]
     images = [image.resize((HEIGHT * image.width // image.height, HEIGHT)) for image in images]
-    rows = [images[i : i + IN_A_ROW] for i in range(0, len(images), IN_A_ROW)]
+    rows = [images[i : i + PER_ROW] for i in range(0, len(images), PER_ROW)]
     width = max(sum(image.width + GAP for image in row) - GAP for row in rows)
     whole = Image.new("RGB", (width, len(rows) * (HEIGHT + GAP) - GAP), "white")
     for i, row in enumerate(rows):
@@ -131,7 +135,7 @@ def sheet(images: list[Image.Image]) -> Image.Image:
 
 
 def _scene() -> Scene:
-    """What is drawn for the workflows that load an image."""
+    """The scene that is drawn for the workflows that load an image."""
     empty = Scene(512, 512, "white", (), ())
     things = (("circle", "blue", "left"), ("diamond", "orange", "right"))
     items = (place_item(empty, shape, colour, "medium", place) for shape, colour, place in things)

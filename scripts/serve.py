@@ -7,21 +7,21 @@ import time
 from . import environment, host
 from .demo import BASE, demo_server, prepare_model
 
-NAMED = "GLM-Image"
-"""The model that the workflows' loaders name."""
+WORKFLOW_MODEL = "GLM-Image"
+"""The model name in the workflows' loaders."""
 
 
 def main() -> None:
     model = prepare_model(os.environ.get("MODEL"))
     models = BASE / "models" / "glm_image"
-    free = (models / NAMED).is_symlink() or not (models / NAMED).exists()
-    if model != NAMED and free:
-        host.add_model(BASE, models / model, NAMED)
+    alias = models / WORKFLOW_MODEL
+    if model != WORKFLOW_MODEL and (alias.is_symlink() or not alias.exists()):
+        host.add_model(BASE, models / model, WORKFLOW_MODEL)
     port = int(os.environ.get("PORT", "8188"))
     server = demo_server(environment.host(), model, "--preview-method", "auto", port=port)
     with server as address:
         print(f"ComfyUI with the pack is at http://{address} (Ctrl-C stops it).")
-        print(f"The model {model} is there, as {NAMED} too, which the workflows name.", flush=True)
+        print(f"Its model is {model}; the workflows find it as {WORKFLOW_MODEL}.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)

@@ -1,7 +1,7 @@
-"""`make soak`: fifty prompts of many kinds through one server, which must neither grow nor err.
+"""`make soak`: fifty prompts of many kinds through one server, whose memory must not grow.
 
-Each kind's picture is first made by a server of its own; every later one has to be the same. After
-a first round the server's memory may grow by no more than 64 MiB.
+A fresh server first makes each kind's picture; every later picture of the kind must be the same.
+After the first two rounds of all kinds, the server's memory may grow by at most 64 MiB.
 """
 
 import json
@@ -19,7 +19,7 @@ from .demo import BASE, TINY, override, prepare_model
 
 MODEL = TINY.name
 ROUNDS = 25
-MOST_GROWTH = 64 * 2**20
+MAX_GROWTH = 64 * 2**20  # bytes
 WORKFLOWS = environment.ROOT / "workflows" / "api"
 PLAN = {
     "model_name": MODEL, "weight_dtype": "default", "width": 128, "height": 96,
@@ -59,16 +59,16 @@ def soak(output: str) -> None:
         sizes = []
         for i in range(ROUNDS):
             name = list(kinds)[i % len(kinds)]
-            # Another seed first, so that nothing is answered from the server's cache.
+            # Another seed first, so that the server does not answer from its cache.
             pictures(client, kinds[name], seed=1000 + i)
             if pictures(client, kinds[name], seed=7) != expected[name]:
                 raise SystemExit(f"Round {i}, {name}, differs from a fresh server's picture.")
             sizes.append(process.memory_info().rss)
             _say(f"{i + 1:3} {name:<18} {sizes[-1] / 2**20:7.0f} MB")
     growth = sizes[-1] - max(sizes[: 2 * len(kinds)])
-    if growth > MOST_GROWTH:
+    if growth > MAX_GROWTH:
         raise SystemExit(f"The server grew by {growth / 2**20:.0f} MB after its first rounds.")
-    _say(f"{2 * ROUNDS} prompts, all right; growth {growth / 2**20:.0f} MB")
+    _say(f"{2 * ROUNDS} prompts, all equal; growth {growth / 2**20:.0f} MB")
 
 
 def workflow(name: str, width: int, height: int) -> Prompt:
@@ -77,24 +77,23 @@ def workflow(name: str, width: int, height: int) -> Prompt:
     return prompt
 
 
-def planned(prompt: Prompt, **asked) -> Prompt:
-    """With a device plan before every loader."""
+def planned(prompt: Prompt, **settings) -> Prompt:
+    """The prompt with a device plan connected to every loader."""
     for node in prompt.values():
         if node["class_type"].startswith("GLMImageLoad"):
             node["inputs"]["device_plan"] = ["plan", 0]
-    prompt["plan"] = {"class_type": "GLMImageDevicePlan", "inputs": PLAN | asked}
+    prompt["plan"] = {"class_type": "GLMImageDevicePlan", "inputs": PLAN | settings}
     return prompt
 
 
 def pictures(client: Client, prompt: Prompt, seed: int) -> list[bytes]:
-    """The pixels of all pictures of a run; every seed in the graph is `seed`."""
+    """The pixels of all pictures of a run with `seed` as every seed in the graph."""
     for node in prompt.values():
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] = seed
     run = client.run(prompt)
     saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
-    found = [picture for key in saved for picture in client.images(run, key)]
-    return [pixels(picture) for picture in found]
+    return [pixels(picture) for key in saved for picture in client.images(run, key)]
 
 
 def pixels(png: bytes) -> bytes:

@@ -1,9 +1,9 @@
 """`make workflows`: draws the editor's graphs from the API prompts.
 
-`workflows/api/NAME.json` is the source. The real page opens it, this module gives every stage a
-column and a frame, the page opens the result and exports it; only what exports the same prompt is
-written, as `workflows/NAME.json`. A workflow that `make pictures` does not run gets a picture of
-its graph, `workflows/NAME.jpg`. `ARGS="NAME ..."` draws only those.
+`workflows/api/NAME.json` is the source. ComfyUI's page opens it, and this module gives every stage
+a column and a frame. The page then opens the result and exports it; if the export is the same
+prompt, the graph is written to `workflows/NAME.json`. A workflow that `make pictures` does not run
+gets a picture of its graph, `workflows/NAME.jpg`. `ARGS="NAME ..."` draws only those.
 """
 
 import json
@@ -143,14 +143,14 @@ def write_workflow(page: Page, file: Path) -> None:
     graph = arrange(page.serialize(), prompt, file.stem)
     page.open_file(json.dumps(graph), file.name)
     if page.export_prompt() != prompt:
-        raise SystemExit(f"{file}: its graph exports another prompt; compare the node's inputs.")
+        raise SystemExit(f"{file}: its graph exports another prompt; compare the nodes' inputs.")
     (FOLDER / file.name).write_text(json.dumps(graph, indent=2) + "\n")
     if file.stem not in PROMPTS:
         page.picture(FOLDER / f"{file.stem}.jpg")
 
 
 def arrange(graph: dict, prompt: Prompt, name: str) -> dict:
-    """Puts each stage into a column with a frame and the note above them."""
+    """The graph with each stage in a framed column and the note above them."""
     top = NOTE_HEIGHT + GAP + TITLE
     nodes, groups, left = [], [], 0
     for title, types in STAGES.items():
@@ -174,7 +174,7 @@ def arrange(graph: dict, prompt: Prompt, name: str) -> dict:
         groups.append(group | {"color": "#3f789e", "font_size": 24, "flags": {}})
         left += width + 2 * PADDING + GAP // 2
     if left_out := {node["type"] for node in graph["nodes"]} - {node["type"] for node in nodes}:
-        raise SystemExit(f"{name}: give {', '.join(sorted(left_out))} a stage in STAGES.")
+        raise SystemExit(f"{name}: {', '.join(sorted(left_out))} has no stage; add it to STAGES.")
     note = _note(graph["last_node_id"] + 1, NOTES[name])
     return graph | {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"glm-image/{name}")),

@@ -1,7 +1,7 @@
-"""`python -m training [STAGE ...]`: trains those, or all in order and then writes `tiny/`.
+"""`python -m training [STAGE ...]`: trains these stages, or all of them and then writes `tiny/`.
 
-With `--start tiny` stages go on from the checkpoint; `python -m training.assemble` then puts what
-was trained into it.
+With `--start tiny` stages continue from the checkpoint `tiny/`. `python -m training.assemble` then
+writes the trained components into it.
 """
 
 import argparse
@@ -20,11 +20,11 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all, if none is named")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "tiny", help="of the run")
     parser.add_argument("--target", type=Path, default=ROOT / "tiny", help="of the checkpoint")
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from, such as tiny")
+    parser.add_argument("--start", type=Path, help="checkpoint to continue from, such as tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each stage, for a short run")
     parser.add_argument("--minutes", type=float, help="of each stage, over all its runs")
-    parser.add_argument("--stop", type=int, help="break a stage off before this step")
+    parser.add_argument("--stop", type=int, help="interrupt a stage before this step")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--processes", type=int, default=1, help="that train together on this CPU")
@@ -37,9 +37,9 @@ def main() -> None:
         torch.set_num_threads(threads)
     target, asked = given.pop("target"), given.pop("stages")
     if unknown := set(asked) - STAGES.keys():
-        parser.error(f"there is no stage {', '.join(sorted(unknown))}")
+        parser.error(f"there is no stage {', '.join(sorted(unknown))}: use {', '.join(STAGES)}")
     if given["stop"] is not None and len(asked) != 1:
-        parser.error("--stop goes with one stage")
+        parser.error("--stop needs exactly one stage")
     parallel.start(processes)
     run = Run(**given)
     for name in asked or STAGES:

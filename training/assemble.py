@@ -1,4 +1,4 @@
-"""From a training run to `tiny/`: a file of weights a component, 30 MB in all."""
+"""Writes a training run's components to `tiny/`: one file of weights each, 30 MB in all."""
 
 import argparse
 import json
@@ -29,12 +29,12 @@ MODEL_INDEX = {
 
 
 def assemble(folder: Path, target: Path) -> None:
-    """Put what a run has trained into `target`; all else that lies there stays.
+    """Write the components that a run has trained into `target`; its other files stay.
 
-    Weights are in bfloat16, but for the glyph encoder's, which are in float32 as on the hub.
+    Weights are bfloat16, except the glyph encoder's, which are float32 as on the hub.
 
     Raises:
-        FileNotFoundError: a stage has not been trained to its end, and nothing of it lies there.
+        FileNotFoundError: a stage has not finished training, and `target` is no checkpoint yet.
     """
     trained = [name for name in STAGES if (folder / name / "summary.json").is_file()]
     missing = set(STAGES) - set(trained)
@@ -54,9 +54,9 @@ def assemble(folder: Path, target: Path) -> None:
 
 
 def _join_ar(folder: Path, stages: list[str], target: Path) -> GlmImageForConditionalGeneration:
-    """The text model and head of one stage, the tower and quantiser of another.
+    """The AR model with the weights of these stages; others come from `target`.
 
-    What was not trained is as it is in `target`.
+    The stage autoregressive trains the text model and the head, vision the tower and the quantiser.
     """
     model = GlmImageForConditionalGeneration(ar_config())
     files = [folder / stage / "weights.safetensors" for stage in stages]

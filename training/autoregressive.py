@@ -1,4 +1,4 @@
-"""The AR model: from a prompt to the preview's codes and the large grid's; edits likewise."""
+"""The AR model's stage: from a prompt to the codes of preview and large grid, and for edits."""
 
 import math
 import shutil
@@ -19,28 +19,28 @@ from .copying import (
     FROM_REFERENCE,
     FROM_SHAPES,
     FROM_WISH,
-    find_cells,
-    missed,
-    overlooked,
+    init_copy_heads,
+    note_attention_loss,
     queries_and_keys,
-    strayed,
+    shape_attention_loss,
+    target_attention_loss,
 )
-from .reading import TOLD_LAYER, WHERE_LAYER, Reading
+from .reading import POSITION_LAYER, REFERENCE_LAYER, Reading
 from .samples import Sample, Samples, collate, collate_phrases, collate_tokens
 from .scene import draw_size
 from .stage import Run, Stage
 from .tokenizer import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, VISUAL, make_processor
 
 HIDDEN, LAYERS = 192, 6
-# The column's frequencies are the last of sixteen: with the hub's 10000 a small model would have to
-# tell neighbouring columns by three thousandths of a radian.
+# The column's frequencies are the last of sixteen. With the hub's theta of 10000, neighbouring
+# columns would differ by three thousandths of a radian, too little for a small model.
 ROPE_THETA = 4.0
-LOCKED = 0.4  # the share of batches of whole images whose preview is given
-FIRST_CELLS = 4.0  # how much more the first cell of a thing counts when training begins
+LOCKED = 0.4  # share of the batches of whole images whose preview is given in the prompt
+FIRST_CELLS = 4.0  # additional weight of the first cells of shapes and texts at the start
 
 
 class AutoregressiveStage(Stage):
-    """Next-code cross-entropy over what follows the prompt, and what `Reading` asks besides."""
+    """Cross-entropy of the codes that follow the prompt, plus the auxiliary losses of `Reading`."""
 
     name = "autoregressive"
     component = "vision_language_encoder"
@@ -54,7 +54,7 @@ class AutoregressiveStage(Stage):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         folder = run.snapshot / "processor"
-        # a run keeps the vocabulary that it began with
+        # a run keeps the vocabulary that it started with
         if parallel.rank() == 0 and not folder.is_dir():
             if run.start:
                 shutil.copytree(run.start / "processor", folder)
@@ -66,28 +66,29 @@ class AutoregressiveStage(Stage):
     def build(self) -> nn.Module:
         model = GlmImageForConditionalGeneration(ar_config())
         table = torch.from_numpy(factors())
-        codes = table @ torch.randn(table.shape[1], HIDDEN) / 3**0.5  # three things a code
+        codes = table @ torch.randn(table.shape[1], HIDDEN) / 3**0.5  # a code has three factors
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.mul_(50)  # from 0.02 to unit size
             model.model.language_model.embed_tokens.weight[:CODEBOOK] = codes
             model.lm_head.weight[:CODEBOOK] = codes / HIDDEN**0.5
         text = model.model.language_model
-        find_cells(text)
+        init_copy_heads(text)
         reading = Reading(text.layers, HIDDEN)
         if self.run.compile:
             text.compile(dynamic=True)
         return nn.ModuleDict({"text": text, "head": model.lm_head, "reading": reading})
 
     def draw(self, rng: np.random.Generator, progress: float) -> list[Sample]:
-        """All of one kind and size: mostly previews at first, then more whole images, and edits.
+        """Samples of one kind and size: mostly previews at first, then more whole images and edits.
 
-        Some batches are prompts alone, as many as have the length of a batch of previews. The first
-        cells of things count more at first: all else follows from them and from the cells above.
+        Some batches are prompts alone, so many that they are as long as a batch of previews. Early
+        in training the first cells of shapes and texts count more, because the other cells follow
+        from them.
         """
         stress = FIRST_CELLS * (1 - progress)
         early = progress < 0.25 and self.run.start is None
         kind = rng.choice(3, p=(0.75, 0.25, 0) if early else (0.3, 0.45, 0.25))
-        # At 512 x 512 a large grid is its preview.
+        # At 512 x 512 the large grid equals its preview.
         height, width = draw_size(rng, 0.1 if kind == 1 else 0.28)
         prompts, wishes = (0.2, 0) if early else (0.1, 0.05)
         alone = rng.random()
@@ -112,16 +113,16 @@ class AutoregressiveStage(Stage):
         ).last_hidden_state
         losses = {}
         if count := targets.shape[1]:
-            losses |= self._written(batch, states[:, -count:], targets, weights)
-            losses |= self._looked(batch, positions, mask, targets, generator)
+            losses |= self._code_losses(batch, states[:, -count:], targets, weights)
+            losses |= self._attention_losses(batch, positions, mask, targets, generator)
         if batch[0].wished is None:
-            return losses | self._understood(batch, ids, positions, mask)
-        return losses | self._heeded(batch, ids, targets)
+            return losses | self._prompt_losses(batch, ids, positions, mask)
+        return losses | self._edit_losses(batch, ids, targets)
 
-    def _written(
+    def _code_losses(
         self, batch: list[Sample], states: Tensor, targets: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of the codes, of where they lie and of what stands below them."""
+        """Losses of the codes, of the named cells' positions and of the rows below them."""
         reading = self.module["reading"]
         logits = self.module["head"](states)[..., :CODEBOOK]
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -130,7 +131,7 @@ class AutoregressiveStage(Stage):
         grid = targets[:, :first].unflatten(1, batch[0].grid)
         losses = {
             "codes": (each * weights.flatten()).mean(),
-            "where": reading.whereabouts(named),
+            "where": reading.cell_positions(named),
             "below": reading.rows_below(states[:, :first], grid),
         }
         if batch[0].coming is not None:
@@ -138,11 +139,11 @@ class AutoregressiveStage(Stage):
             losses["coming"] = reading.coming(states[:, :first], coming)
             losses["begun"] = reading.begun(targets[:, :first], targets.shape[1])
         if batch[0].wished is None:
-            losses |= self._enlarged(batch)
+            losses |= self._large_grid_losses(batch)
         return losses
 
-    def _enlarged(self, batch: list[Sample]) -> dict[str, Tensor]:
-        """Losses of which part of what the preview shows the large grid's cells are to show."""
+    def _large_grid_losses(self, batch: list[Sample]) -> dict[str, Tensor]:
+        """Losses of where in a preview cell, and where in a shape, the large grid's cells lie."""
         reading = self.module["reading"]
         copied = collate_tokens(batch, "copied").to(self.run.device)
         within, square = (
@@ -156,7 +157,7 @@ class AutoregressiveStage(Stage):
             losses["square"] = reading.squares(copied, square)
         return losses
 
-    def _looked(
+    def _attention_losses(
         self,
         batch: list[Sample],
         positions: Tensor,
@@ -164,58 +165,60 @@ class AutoregressiveStage(Stage):
         targets: Tensor,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Losses of where the heads look that copy, and that read the notes or the wish."""
+        """Losses of the attention of the heads that copy, and that read the notes or the wish."""
         copies = FROM_PREVIEW if batch[0].wished is None else FROM_REFERENCE
         queries, keys = self._queries_and_keys(COPY_LAYER, positions)
         heads = {"copied": copies, "noted": FROM_NOTES}
         wanted = {name: collate_tokens(batch, name).to(self.run.device) for name in heads}
         losses = {
-            name: missed(queries[:, head], keys, mask, wanted[name], generator)
+            name: target_attention_loss(queries[:, head], keys, mask, wanted[name], generator)
             for name, head in heads.items()
             if (wanted[name] >= 0).any()
         }
         if copies == FROM_REFERENCE:
-            losses["turned"] = self._turned(wanted["copied"], positions, mask, generator)
+            losses["turned"] = self._wish_attention_loss(
+                wanted["copied"], positions, mask, generator
+            )
         elif batch[0].coming is not None:
             preview = targets[:, : math.prod(batch[0].grid)]
-            queries, keys = self._queries_and_keys(WHERE_LAYER, positions)
-            losses["overlooked"] = overlooked(
+            queries, keys = self._queries_and_keys(POSITION_LAYER, positions)
+            losses["overlooked"] = shape_attention_loss(
                 queries[:, FROM_SHAPES], keys, mask, preview, targets.shape[1]
             )
         return losses
 
-    def _turned(
+    def _wish_attention_loss(
         self, reference: Tensor, positions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Loss of where a head of the reference's tokens [B, N] looks: at the wish before them."""
-        queries, keys = self._queries_and_keys(TOLD_LAYER, positions)
+        """Loss of a head's attention from the reference's tokens [B, N] to the wish before them."""
+        queries, keys = self._queries_and_keys(REFERENCE_LAYER, positions)
         wish = (reference[:, :1] - 1).expand_as(reference)
         wanted = torch.full_like(mask, -1).scatter(1, reference, wish)
-        return missed(queries[:, FROM_WISH], keys, mask, wanted, generator)
+        return target_attention_loss(queries[:, FROM_WISH], keys, mask, wanted, generator)
 
     def _queries_and_keys(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`queries_and_keys` of a layer in the model's last pass."""
+        """`queries_and_keys` of a layer in the model's last forward pass."""
         before = self.module["reading"].states[layer - 1]
         return queries_and_keys(self.module["text"], layer, before, positions)
 
-    def _understood(
+    def _prompt_losses(
         self, batch: list[Sample], ids: Tensor, positions: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Losses of what the prompt says, of what the picture will show, and of what tells it."""
+        """Losses of what the phrases ask for, what the notes say, and where the notes look."""
         reading = self.module["reading"]
         ends, asked = (part.to(self.run.device) for part in collate_phrases(batch))
-        layouts = torch.stack([sample.layout for sample in batch]).to(self.run.device)
+        notes = torch.stack([sample.notes for sample in batch]).to(self.run.device)
         first = int((ids[0] == self.samples.first_note).nonzero())
         spoken = collate_tokens(batch, "spoken").to(self.run.device)
-        queries, keys = self._queries_and_keys(TOLD_LAYER, positions)
+        queries, keys = self._queries_and_keys(REFERENCE_LAYER, positions)
         return {
             "phrases": reading.phrases(ends, asked),
-            "layout": reading.layouts(first, layouts),
-            "strayed": strayed(queries, keys, mask, first, spoken),
+            "layout": reading.notes(first, notes),
+            "strayed": note_attention_loss(queries, keys, mask, first, spoken),
         }
 
-    def _heeded(self, batch: list[Sample], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Losses of what the wish says, and of what the reference's cells become."""
+    def _edit_losses(self, batch: list[Sample], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Losses of what the wish says, and of what the reference's cells will become."""
         reading = self.module["reading"]
         wished = torch.stack([sample.wished for sample in batch]).to(self.run.device)
         if not targets.shape[1]:
@@ -224,7 +227,7 @@ class AutoregressiveStage(Stage):
         subject = torch.stack([sample.subject for sample in batch]).to(self.run.device)
         return {
             "wish": reading.wishes(reference[:, 0] - 1, wished),
-            "told": reading.told_of(reference, wished),
+            "told": reading.reference_wishes(reference, wished),
             "subject": reading.subjects(reference, subject),
             "become": reading.becomes(reference, ids.gather(1, reference), targets),
         }
@@ -236,7 +239,7 @@ class AutoregressiveStage(Stage):
 
 
 def ar_config() -> GlmImageConfig:
-    """Sizes of the text model, the vision tower and the quantiser."""
+    """The config of the text model, the vision tower and the quantiser."""
     return GlmImageConfig(
         text_config={
             "vocab_size": VISUAL + 1024,
@@ -246,7 +249,7 @@ def ar_config() -> GlmImageConfig:
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 3,
             "num_key_value_heads": 1,
-            "pad_token_id": IMAGE_PLACEHOLDER,  # whose embedding nothing reads
+            "pad_token_id": IMAGE_PLACEHOLDER,  # its embedding is never read
             "eos_token_id": IMAGE_END,
             "rope_parameters": {
                 "rope_type": "default",

@@ -1,9 +1,9 @@
 """The semantic codebook: what a cell of the token grid can say.
 
 A cell is background, the inside of a shape, a shape's edge against the background (two colours and
-one of `PATTERNS` patterns of 4 x 4), or a part of a character (its script, its place in the text,
-and which part of it). A text's code does not say which character: that is the glyph encoder's.
-`cells` reads codes off a scene; the vision tower learns to read them off pixels.
+one of `PATTERNS` patterns of 4 x 4), or a part of a character (its script, its index in the text,
+and which part of it). A text's code does not name the character; the glyph encoder does that.
+`cells` computes the codes of a scene, and the vision tower learns to compute them from pixels.
 """
 
 from functools import lru_cache
@@ -19,9 +19,9 @@ from .scene import COLOURS, MAX_LETTERS, MAX_OTHERS, Item, Scene, Text
 
 CODEBOOK = 2048
 PATTERNS = 32
-PARTS = 4  # a cell's pattern has so many parts a side
-EMPTY, FULL = 0.02, 0.98  # shares of a cell that count as none of it, and as all
-SAMPLES = 2  # points a side that a part is measured at
+PARTS = 4  # parts a side of a cell's pattern
+EMPTY, FULL = 0.02, 0.98  # shares of a cell below and above which it counts as empty and as full
+SAMPLES = 2  # points a side at which a part is sampled
 
 NAMES = list(COLOURS)
 PAIRS = {pair: i for i, pair in enumerate(permutations(NAMES, 2))}  # (shape, background)
@@ -30,12 +30,12 @@ SLOTS = [(script, i) for script, count in LONGEST.items() for i in range(count)]
 INSIDE = len(NAMES)
 EDGE = 2 * len(NAMES)
 TEXT = EDGE + len(PAIRS) * PATTERNS
-THIRDS = 3  # a cell's centre lies in the first, middle or last part of a character, each way
+THIRDS = 3  # a cell's centre lies in the first, middle or last part of a character on each axis
 USED = TEXT + len(SLOTS) * THIRDS**2
 
 
 def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """int64 [rows, columns] of the scene's codes; the grid is the large one unless given."""
+    """int64 [rows, columns]: the scene's codes on a grid, by default the large one."""
     grid = grid or scene.grid
     codes = np.full(grid, NAMES.index(scene.background), np.int64)
     for item in scene.items:
@@ -51,7 +51,7 @@ def cells(scene: Scene, grid: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def vectors() -> np.ndarray:
-    """float32 [CODEBOOK, 64]: a unit vector a code, near each other where codes look alike."""
+    """float32 [CODEBOOK, 64]: a unit vector for each code, near each other if codes look alike."""
     rng = np.random.default_rng(5)
     features = _features()
     basis, _ = np.linalg.qr(rng.standard_normal((features.shape[1], features.shape[1])))
@@ -61,10 +61,11 @@ def vectors() -> np.ndarray:
 
 
 def factors() -> np.ndarray:
-    """float32 [CODEBOOK, F]: what a code says, a column for each thing that codes can share.
+    """float32 [CODEBOOK, F]: 1 where a code has a factor, such as a colour or a pattern.
 
-    The two colours of an edge, its pattern, the inside, a text's script, place and part: added up
-    as embeddings, they let a model learn of one pair of colours what holds for all.
+    The factors are the two colours of an edge, its pattern, the inside, and a text's script, index
+    and part. Because codes share the embeddings of their factors, a model can learn from one pair
+    of colours what holds for all.
     """
     count = len(NAMES)
     inside, pattern = 2 * count, 2 * count + 1
@@ -86,17 +87,16 @@ def factors() -> np.ndarray:
 
 @lru_cache
 def patterns() -> np.ndarray:
-    """float32 [PATTERNS, 16]: the patterns that edges make.
+    """float32 [PATTERNS, 16]: the patterns of edges.
 
-    Centres, by k-means, of the edge cells of two hundred scenes as they were once drawn. They are a
-    file and are not made again: other centres would be another codebook, and what a trained
-    checkpoint's codes mean must not change when scenes are drawn in another way.
+    They are the k-means centres of the edge cells of two hundred scenes, stored in a file. They are
+    never computed again: other centres would change the meaning of a trained checkpoint's codes.
     """
     return np.load(Path(__file__).parent / "patterns.npy")
 
 
 def slots_of(codes: Tensor) -> Tensor:
-    """Which of SLOTS each code is a part of, -1 for what is no text."""
+    """The index in SLOTS of each code's character, -1 for codes of no text."""
     return torch.where((codes >= TEXT) & (codes < USED), (codes - TEXT) // THIRDS**2, -1)
 
 
@@ -106,7 +106,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _parts(scene: Scene, item: Item, grid: tuple[int, int]) -> np.ndarray:
-    """How far an item covers each part of each cell, [rows, columns, PARTS, PARTS]."""
+    """[rows, columns, PARTS, PARTS]: how much of each part of each cell an item covers."""
     fine = PARTS * SAMPLES
     rows = (np.arange(grid[0] * fine) + 0.5) * (scene.height / (grid[0] * fine))
     columns = (np.arange(grid[1] * fine) + 0.5) * (scene.width / (grid[1] * fine))
@@ -117,9 +117,9 @@ def _parts(scene: Scene, item: Item, grid: tuple[int, int]) -> np.ndarray:
 
 
 def into_text(scene: Scene, text: Text, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """How far below and right of a text's corner the rows' and columns' centres are, in characters.
+    """float [rows] and [columns]: a grid's cell centres, in characters from a text's top left.
 
-    float [rows] and [columns] of a grid: the text is from 0 to 1, and from 0 to its length.
+    The text reaches from 0 to 1, and from 0 to its length.
     """
     y, x = (
         ((np.arange(count) + 0.5) * pixels / count - 32 * first) / SLOT
@@ -131,7 +131,7 @@ def into_text(scene: Scene, text: Text, grid: tuple[int, int]) -> tuple[np.ndarr
 
 
 def _set_text(codes: np.ndarray, scene: Scene, text: Text) -> None:
-    """Codes of the cells whose centres lie in a character's slot."""
+    """Set the codes of the cells whose centres lie in a character's slot."""
     y, x = into_text(scene, text, codes.shape)
     for i in np.flatnonzero((y >= 0) & (y < 1)):
         for j in np.flatnonzero((x >= 0) & (x < len(text.content))):
@@ -145,7 +145,7 @@ def _third(share: float) -> int:
 
 
 def _features() -> np.ndarray:
-    """What a code says, as numbers: colours of 4 x 4 parts, how much is shape, and the text's."""
+    """[CODEBOOK, F]: the colours of a code's 4 x 4 parts, its share of shape, its text factors."""
     colours = np.array([COLOURS[name] for name in NAMES], np.float32) / 127.5 - 1
     rows = np.zeros((CODEBOOK, PARTS**2, 3), np.float32)
     shape = np.zeros((CODEBOOK, 1), np.float32)
@@ -153,19 +153,18 @@ def _features() -> np.ndarray:
     rows[INSIDE:EDGE] = colours[:, None]
     shape[INSIDE:EDGE] = 1
     for (name, ground), i in PAIRS.items():
-        here = slice(EDGE + i * PATTERNS, EDGE + (i + 1) * PATTERNS)
-        alpha = patterns()[..., None]
-        rows[here] = alpha * colours[NAMES.index(name)] + (1 - alpha) * colours[NAMES.index(ground)]
-        shape[here] = alpha.mean(1)
+        edges = slice(EDGE + i * PATTERNS, EDGE + (i + 1) * PATTERNS)
+        alpha, (inner, outer) = patterns()[..., None], (NAMES.index(name), NAMES.index(ground))
+        rows[edges] = alpha * colours[inner] + (1 - alpha) * colours[outer]
+        shape[edges] = alpha.mean(1)
     text = np.zeros((CODEBOOK, 3 + MAX_LETTERS + 2 * THIRDS), np.float32)
-    for i, (script, place) in enumerate(SLOTS):
+    for i, (script, index) in enumerate(SLOTS):
         for part in range(THIRDS**2):
-            code = TEXT + i * THIRDS**2 + part
-            places = (
+            columns = [
                 list(LONGEST).index(script),
-                3 + place,
+                3 + index,
                 3 + MAX_LETTERS + part // THIRDS,
                 3 + MAX_LETTERS + THIRDS + part % THIRDS,
-            )
-            text[code, list(places)] = 1
+            ]
+            text[TEXT + i * THIRDS**2 + part, columns] = 1
     return np.concatenate([rows.reshape(CODEBOOK, -1), 2 * shape, 3 * text], 1)

@@ -1,8 +1,8 @@
-"""The diffusion decoder, on the glyph encoder's states: codes, texts and references to latents.
+"""The diffusion decoder's stage: from codes, glyph encoder states and references to latents.
 
-Trained by flow matching on windows of scenes, of 128 pixels and more, and on whole images last.
-Sigma is shifted by the size of the whole image as the scheduler does, and the network is given the
-unshifted timestep.
+It is trained by flow matching on windows of scenes, 128 pixels and more a side, and at the end also
+on whole images. Sigma is shifted by the size of the whole image, as the scheduler does; the network
+gets the unshifted timestep.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from glm_core.glyph.texts import glyph_ids
 from .codes import CODEBOOK, LONGEST, SLOTS, cells, slots_of, vectors
 from .edits import draw_edit
 from .glyphs import CHARACTERS, WIDTH, byte_slots, draw_kind
-from .hints import CHARACTER_BLOCK, Hints, look_around, look_up
+from .hints import CHARACTER_BLOCK, Hints, init_neighbour_heads, init_text_lookup
 from .render import render
 from .scene import Item, Scene, Text, draw_content, draw_scene, draw_size
 from .stage import Run, Stage
@@ -32,24 +32,24 @@ from .vae import busy_window
 
 HEADS, HEAD_DIM, LAYERS = 2, 128, 5
 MARGIN = 16  # pixels around a window that the VAE sees and the decoder does not
-# The first batch has this share of almost pure noise, where codes and glyphs alone say what to
-# draw; the last has none.
+# Share of almost pure noise in the first batch, falling to 0 in the last. In such noise only the
+# codes and glyphs say what to draw.
 NOISY = 0.7
-# What the codes tell least of: of a small star they give two by two cells at 512x512, which differ
-# from a diamond's by half. This share of scenes has one, and this share of images is that small.
+# A small star at 512x512 is the hardest shape: it has two by two cells, and half of their codes are
+# the same as a diamond's. These are the shares of scenes with such a star, and of images that size.
 SMALL_STARS, SMALLEST = 0.5, 0.3
 SCHEDULE = ScheduleConfig(1000, base_shift=0.25, max_shift=0.75, base_image_seq_len=256)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one size; the first texts of all scenes have one length, and so the second.
+    """Windows of one size. The first texts of all scenes are equally long, and so are the second.
 
-    pixels: float [B, 3, H, W] with a margin; inner: the windows (top, left, height, width) in it.
-    codes: int64 [B, H / 32, W / 32], and characters: which one is there, -1 where none is.
-    texts: one int64 [B, L] per text; size: of the whole images.
-    noisy: the share of windows that are almost pure noise, beyond what falls to it by chance.
-    reference: the same windows before they were edited.
+    pixels: float [B, 3, H, W] with a margin; inner: the window (top, left, height, width) in them.
+    codes: int64 [B, H / 32, W / 32]; characters: likewise, indices of CHARACTERS, -1 for none.
+    texts: one int64 [B, L] per text; size: (height, width) of the whole images.
+    noisy: share of windows that are set to almost pure noise.
+    reference: the same windows before the edit.
     """
 
     pixels: Tensor
@@ -63,7 +63,7 @@ class Batch:
 
 
 class DecoderStage(Stage):
-    """Mean squared error of the velocity, noise - latent."""
+    """Mean squared error of the velocity, which is noise - latent."""
 
     name = "decoder"
     component = "transformer"
@@ -71,7 +71,7 @@ class DecoderStage(Stage):
     steps = 12000
     batch = 40
     learning_rate = 2e-3
-    # Orthogonal steps of the modulations would take a third of the time.
+    # Muon on the modulations would take a third of a step's time.
     by_adamw = (
         "image_projector", "proj_out", "norm1.linear", "norm_out", "time_condition", "hints.",
     )  # fmt: skip
@@ -85,7 +85,7 @@ class DecoderStage(Stage):
         shape = (1, 16, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=run.device).view(shape)
         self.std = torch.tensor(self.vae.config.latents_std, device=run.device).view(shape)
-        self._look_up()
+        self._init_text_lookup()
 
     def build(self) -> nn.Module:
         network = GlmImageTransformer2DModel(
@@ -100,20 +100,20 @@ class DecoderStage(Stage):
         with torch.no_grad():
             network.prior_token_embedding.weight.copy_(table @ mix)
             network.proj_out.weight.mul_(0.1)
-            # Codes are to be louder than the noise and than the differences to their neighbours.
+            # Codes must outweigh the noise and the differences to their neighbours.
             network.image_projector.proj.weight.mul_(0.1)
             network.prior_projector.net[-1].weight.mul_(12)
-            for block in network.transformer_blocks:  # gates begin closed
+            for block in network.transformer_blocks:  # gates start closed
                 block.norm1.linear.weight.mul_(0.1)
                 block.norm1.linear.bias.zero_()
-        look_around(network)
+        init_neighbour_heads(network)
         trained = self.run.component("text_encoder", "glyphs")
         encoder = T5EncoderModel.from_pretrained(trained, dtype=torch.float32)
         encoder.eval().requires_grad_(False)
         return nn.ModuleDict({"decoder": network, "glyphs": encoder, "hints": Hints(network)})
 
     def draw(self, rng: np.random.Generator, progress: float) -> Batch:
-        """Windows of 128 pixels at first, then larger ones, in the last fifth whole images too."""
+        """Windows, mostly of 128 pixels at first, larger later; whole images in the last fifth."""
         height, width = draw_size(rng, SMALLEST)
         side = (128, 256, 512)[
             rng.choice(3, p=(0.75, 0.25, 0) if progress < 0.5 else (0.45, 0.35, 0.2))
@@ -134,7 +134,7 @@ class DecoderStage(Stage):
         if len(kinds) == 2 and kinds[0][0] == kinds[1][0]:
             kinds = kinds[:1]
         scenes = [self._scene(rng, height, width, kinds) for _ in range(self._count(window))]
-        return _batch(scenes, [_place(rng, scene, window) for scene in scenes])
+        return _batch(scenes, [_draw_window(rng, scene, window) for scene in scenes])
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         latents = self._latents(batch)
@@ -142,7 +142,7 @@ class DecoderStage(Stage):
         mu = SCHEDULE.shift(*batch.size)
         sigma = (mu * times / (1 + (mu - 1) * times)).view(-1, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        # The unconditional pass has neither codes nor texts nor references.
+        # The unconditional pass has no codes, texts or references.
         bare = bool(torch.rand((), generator=generator, device=latents.device) < 0.1)
         glyphs = self._glyphs([] if bare else batch.texts, len(latents))
         cache = None if batch.reference is None or bare else self._cache(batch.reference)
@@ -166,31 +166,33 @@ class DecoderStage(Stage):
         ).save_pretrained(self.run.snapshot / "scheduler")  # fmt: skip
 
     @torch.no_grad()
-    def _look_up(self) -> None:
-        """Fit the beginning of the characters' block to its inputs, of texts at pure noise."""
+    def _init_text_lookup(self) -> None:
+        """Initialise the block that looks up characters from its inputs for texts at pure noise."""
         block = self.module["decoder"].transformer_blocks[CHARACTER_BLOCK]
         given = []
         hook = block.attn1.register_forward_pre_hook(
             lambda _, args, named: given.append(named), with_kwargs=True
         )
         rng = np.random.default_rng(4)
-        slots, places = [], []
+        image_slots, text_slots = [], []
         for script, length in LONGEST.items():
             scenes = [self._scene(rng, 512, 512, [(script, length)]) for _ in range(100)]
-            batch = _batch(scenes, [_place(rng, scene, (128, 128)) for scene in scenes])
+            batch = _batch(scenes, [_draw_window(rng, scene, (128, 128)) for scene in scenes])
             noise = torch.from_numpy(rng.standard_normal((100, 16, 16, 16), np.float32))
             glyphs = self._glyphs(batch.texts, 100)
             timestep = glyphs.new_full((100,), 999)
             self._network(noise.to(glyphs), glyphs, batch, timestep, False, None)
-            slots.append(slots_of(upsample_tokens(batch.codes)).flatten())
-            # Each text ends with one byte that is no character's.
-            places += [[*byte_slots(scene.texts[0].content, script), -1] for scene in scenes]
+            image_slots.append(slots_of(upsample_tokens(batch.codes)).flatten())
+            # Each text ends with one byte that belongs to no character.
+            text_slots += [[*byte_slots(scene.texts[0].content, script), -1] for scene in scenes]
         hook.remove()
         image, text = (
             torch.cat([inputs[name].flatten(0, 1) for inputs in given])
             for name in ("hidden_states", "encoder_hidden_states")
         )
-        look_up(block, image, torch.cat(slots), text, torch.tensor([*chain(*places)]))
+        init_text_lookup(
+            block, image, torch.cat(image_slots), text, torch.tensor([*chain(*text_slots)])
+        )
 
     def _count(self, window: tuple[int, int]) -> int:
         return max(1, self.batch_size * 128 * 128 // (window[0] * window[1]))
@@ -206,9 +208,9 @@ class DecoderStage(Stage):
     def _edited(
         self, rng: np.random.Generator, window: tuple[int, int], height: int, width: int
     ) -> Batch:
-        """Windows of edited scenes, with the same windows of the scenes before as references."""
+        """Windows of edited scenes; the references are the same windows before the edit."""
         edits = [draw_edit(rng, height, width) for _ in range(max(1, self._count(window) // 2))]
-        windows = [_place(rng, edit.before, window) for edit in edits]
+        windows = [_draw_window(rng, edit.before, window) for edit in edits]
         reference = _batch([edit.before for edit in edits], windows)
         return replace(_batch([edit.after for edit in edits], windows), reference=reference)
 
@@ -220,7 +222,7 @@ class DecoderStage(Stage):
         return (latents - self.mean) / self.std
 
     def _glyphs(self, texts: list[Tensor], count: int) -> Tensor:
-        """States of all texts one after another, [B, L, D]; the empty text where there are none."""
+        """States of all texts one after another, [B, L, D]; of an empty text if there are none."""
         texts = texts or [torch.tensor(glyph_ids([])).expand(count, -1)]
         encode = self.module["glyphs"]
         ids = [text.to(self.run.device) for text in texts]
@@ -252,7 +254,7 @@ class DecoderStage(Stage):
 
 
 def _with_small_star(rng: np.random.Generator, items: tuple[Item, ...]) -> tuple[Item, ...]:
-    """The items, one of which is now and then a small star in its place."""
+    """The items; as often as SMALL_STARS says, one becomes a small star."""
     if not items or rng.random() >= SMALL_STARS:
         return items
     index = rng.integers(len(items))
@@ -260,22 +262,22 @@ def _with_small_star(rng: np.random.Generator, items: tuple[Item, ...]) -> tuple
     return (*items[:index], star, *items[index + 1 :])
 
 
-def _place(
+def _draw_window(
     rng: np.random.Generator, scene: Scene, window: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Where a window of this size lies in the scene; all of it, if it is as large."""
+    """A window (top, left, height, width) of this size in the scene, or all of the scene."""
     if window == (scene.height, scene.width):
         return 0, 0, *window
     return busy_window(rng, scene, window[0], 32)
 
 
 def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Batch:
-    """The windows with a margin on every side; beyond the image, its edge is repeated."""
+    """A batch of the windows with a margin on every side; beyond the image its edge is repeated."""
     pixels, codes, characters = [], [], []
     for scene, (top, left, height, width) in zip(scenes, windows, strict=True):
         image = np.pad(
-            _clipped(scene, top, left, height, width),
-            _beyond(scene, top, left, height, width),
+            _visible_pixels(scene, top, left, height, width),
+            _padding(scene, top, left, height, width),
             "edge",
         )
         pixels.append(torch.from_numpy(image).float() / 127.5 - 1)
@@ -292,29 +294,31 @@ def _batch(scenes: list[Scene], windows: list[tuple[int, int, int, int]]) -> Bat
 
 
 def characters_of(scene: Scene, codes: Tensor) -> Tensor:
-    """Indices of CHARACTERS for codes [H, W] of the scene, whose texts are of different scripts."""
+    """Indices of CHARACTERS for codes [H, W] of a scene; its texts must differ in script."""
     contents = {text.script: text.content for text in scene.texts}
     characters = torch.full_like(codes, -1)
     slots = slots_of(codes)
     for slot in slots[slots >= 0].unique().tolist():
-        script, place = SLOTS[slot]
-        characters[slots == slot] = CHARACTERS.index(contents[script][place])
+        script, index = SLOTS[slot]
+        characters[slots == slot] = CHARACTERS.index(contents[script][index])
     return characters
 
 
 def _times(batch: Batch, generator: torch.Generator) -> Tensor:
-    """float [B], 1 at pure noise, before they are shifted: uniform but for the noisy ones."""
+    """float [B], 1 at pure noise, before the shift: uniform, or above 0.9 for the noisy share."""
     uniform, chance = torch.rand(2, len(batch.codes), generator=generator, device=generator.device)
     return torch.where(chance < batch.noisy, 1 - uniform / 10, uniform)
 
 
-def _clipped(scene: Scene, top: int, left: int, height: int, width: int) -> np.ndarray:
+def _visible_pixels(scene: Scene, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """The pixels of a window and its margin that lie in the image."""
     first, start = max(0, top - MARGIN), max(0, left - MARGIN)
     last, end = min(scene.height, top + height + MARGIN), min(scene.width, left + width + MARGIN)
     return render(scene, (first, start, last - first, end - start))
 
 
-def _beyond(scene: Scene, top: int, left: int, height: int, width: int) -> tuple:
+def _padding(scene: Scene, top: int, left: int, height: int, width: int) -> tuple:
+    """The padding of those pixels on each axis, for the part of the margin outside the image."""
     return (
         (max(0, MARGIN - top), max(0, top + height + MARGIN - scene.height)),
         (max(0, MARGIN - left), max(0, left + width + MARGIN - scene.width)),

@@ -1,4 +1,4 @@
-"""Pairs for editing: a scene, the scene with one thing changed, and the wish that leads there."""
+"""Pairs for editing: a scene, the scene with one change, and the wish that asks for it."""
 
 from dataclasses import dataclass, replace
 
@@ -10,10 +10,10 @@ from .wording import ZH_COLOURS, ZH_SHAPES, noun
 
 @dataclass(frozen=True)
 class Edit:
-    """What a reference shows, what it should become, and the words for it.
+    """The scene of a reference, the scene it should become, and the words that ask for it.
 
     subject: the item that the wish is about; None is the background.
-    to: the colour or the shape that is wished for, if any.
+    to: the colour or the shape that the wish names, if any.
     """
 
     before: Scene
@@ -25,9 +25,10 @@ class Edit:
 
 
 def draw_edit(rng: np.random.Generator, height: int, width: int, texts: int | None = 0) -> Edit:
-    """A scene with `texts` texts (0 to 2; None: any), and one change of it."""
-    while not (scene := draw_scene(rng, height, width, texts)).items:
-        continue
+    """A random change of a random scene with `texts` texts (0 to 2; None: any)."""
+    scene = draw_scene(rng, height, width, texts)
+    while not scene.items:
+        scene = draw_scene(rng, height, width, texts)
     kind = str(rng.choice(list(EDITS)))
     return EDITS[kind](rng, scene)
 

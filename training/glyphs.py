@@ -1,9 +1,9 @@
-"""The glyph encoder, first alone: from the bytes of a text to what its characters look like.
+"""The glyph encoder's stage: from the bytes of a text to what its characters look like.
 
-Glyph-ByT5 is aligned with glyph images before a decoder ever reads it. Here every byte's state must
-give the bitmap of its character, its place in the text and its script, through heads that are
-thrown away. The decoder is trained on its states as they are: trained along with it, the encoder
-forgot within minutes which letter is which.
+As Glyph-ByT5 is aligned with glyph images first, the encoder is trained before the decoder. Heads
+that are discarded later must read off every byte's state the bitmap of its character, its index in
+the text and its script. The decoder is trained on frozen states: when both were trained together,
+the encoder forgot within minutes which letter is which.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" + CHINESE
 
 
 class GlyphStage(Stage):
-    """Mean squared error of bitmaps, cross-entropy of characters and places."""
+    """Mean squared error of bitmaps, cross-entropy of characters and their slots."""
 
     name = "glyphs"
     component = "text_encoder"
@@ -37,7 +37,7 @@ class GlyphStage(Stage):
 
     def build(self) -> nn.Module:
         encoder = make_glyph_encoder()
-        _count_bytes(encoder)
+        _init_byte_count(encoder)
         return nn.ModuleDict(
             {
                 "encoder": encoder,
@@ -50,29 +50,24 @@ class GlyphStage(Stage):
         )
 
     def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, ...]:
-        """ids [B, L]; bitmaps [B, N, SIDE * SIDE], characters and places [B, N] of the N bytes."""
+        """ids [B, L]; bitmaps [B, N, SIDE * SIDE], characters and slots [B, N] of the N bytes."""
         script, length = draw_kind(rng)
         lead = int(rng.integers(2))  # an even number of texts puts a pad before each
-        return tuple(
-            torch.stack(part)
-            for part in zip(
-                *(
-                    _example(draw_content(rng, script, length), script, lead)
-                    for _ in range(self.batch_size)
-                ),
-                strict=True,
-            )
-        )
+        examples = [
+            _example(draw_content(rng, script, length), script, lead)
+            for _ in range(self.batch_size)
+        ]
+        return tuple(torch.stack(part) for part in zip(*examples, strict=True))
 
     def loss(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        ids, bitmaps, characters, places = (part.to(self.run.device) for part in batch)
+        ids, bitmaps, characters, slots = (part.to(self.run.device) for part in batch)
         states = self.module["encoder"](input_ids=ids).last_hidden_state
-        states = states[:, -1 - places.shape[1] : -1]
+        states = states[:, -1 - slots.shape[1] : -1]
         drawn = self.module["bitmap"](states)
         return {
             "bitmap": F.mse_loss(drawn, bitmaps),
             "character": 0.1 * _cross_entropy(self.module["character"](states), characters),
-            "place": 0.1 * _cross_entropy(self.module["place"](states), places),
+            "place": 0.1 * _cross_entropy(self.module["place"](states), slots),
         }
 
     def write(self) -> None:
@@ -85,7 +80,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def make_glyph_encoder() -> T5EncoderModel:
-    """An untrained encoder of the tiny model's sizes."""
+    """An untrained encoder of the tiny model's size."""
     return T5EncoderModel(
         T5Config(
             d_model=WIDTH, d_ff=384, d_kv=32, num_heads=6, num_layers=3, vocab_size=384,
@@ -96,13 +91,13 @@ def make_glyph_encoder() -> T5EncoderModel:
 
 
 @torch.no_grad()
-def _count_bytes(encoder: T5EncoderModel) -> None:
-    """Begin the first head with how many bytes stand before each.
+def _init_byte_count(encoder: T5EncoderModel) -> None:
+    """Initialise the first head so that it counts the bytes before each byte.
 
-    T5 knows distances only, and a byte's place is how many come before it. This head attends alike
-    to all that come before, to the byte itself and to the end of the text, whose share is then
-    1 / (bytes before + 2); it leaves that share in channels that no embedding has. Without it,
-    places were still guessed after 2700 steps.
+    T5 knows distances only, but a byte's index is the number of bytes before it. This head attends
+    equally to all bytes before, to the byte itself and to the end of the text. The end's share of
+    attention is then 1 / (bytes before + 2), and the head writes it to channels that no embedding
+    uses. Without it, the encoder still guessed the index after 2700 steps.
     """
     constant, ending, count = 0, 1, slice(2, 6)  # channels
     table = encoder.shared.weight
@@ -120,23 +115,24 @@ def _count_bytes(encoder: T5EncoderModel) -> None:
     attention.o.weight[count, 0] = 3
     distances = attention.relative_attention_bias.weight
     distances[:, 0] = 0
-    distances[len(distances) // 2 :, 0] = -6  # what comes after
+    distances[len(distances) // 2 :, 0] = -6  # later bytes
 
 
 def draw_kind(rng: np.random.Generator) -> tuple[str, int]:
-    """A script and a number of characters, for all texts of a batch."""
+    """The script and the number of characters of all texts of a batch."""
     script = str(rng.choice(("latin", "digit", "chinese"), p=(0.3, 0.05, 0.65)))
     return script, int(rng.integers(1, LONGEST[script] + 1))
 
 
 def byte_slots(text: str, script: str) -> list[int]:
-    """Of SLOTS, the one of each byte's character."""
+    """The index in SLOTS of each byte's character."""
     return [
         SLOTS.index((script, i)) for i, character in enumerate(text) for _ in character.encode()
     ]
 
 
 def _example(text: str, script: str, lead: int) -> tuple[Tensor, ...]:
+    """`GlyphStage.draw` for one text, after `lead` pads."""
     bitmaps, characters = [], []
     for character in text:
         count = len(character.encode())
@@ -145,5 +141,5 @@ def _example(text: str, script: str, lead: int) -> tuple[Tensor, ...]:
         bitmaps += [bitmap] * count
         characters += [CHARACTERS.index(character)] * count
     ids = torch.tensor([PAD] * lead + byte_ids(text))
-    places = torch.tensor(byte_slots(text, script))
-    return ids, torch.stack(bitmaps), torch.tensor(characters), places
+    slots = torch.tensor(byte_slots(text, script))
+    return ids, torch.stack(bitmaps), torch.tensor(characters), slots

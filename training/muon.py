@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal, for the hidden layers of the transformers.
+"""Muon: momentum with orthogonalised matrices, for the hidden layers of the transformers.
 
 After Jordan et al., "Muon: an optimizer for hidden layers" (2024), with a step that grows with the
-matrix as in Liu et al., "Muon is scalable for LLM training" (2025). torch's own
-Muon iterates in bfloat16, which takes seconds a step on a CPU that has no such products.
+matrix as in Liu et al., "Muon is scalable for LLM training" (2025). torch's own Muon iterates in
+bfloat16, which takes seconds a step on a CPU without bfloat16 products.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-STEP = 0.5  # 0.2 would be as long as AdamW's steps; networks this small bear longer ones
+STEP = 0.5  # 0.2 would match the length of AdamW's steps; networks this small allow longer ones
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only; vectors, tables and the outermost layers are AdamW's."""
+    """An optimiser for matrices; AdamW trains vectors, tables and the outermost layers."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The same singular vectors, with singular values near one (Newton-Schulz)."""
+    """The matrix with singular values near one and the same singular vectors (Newton-Schulz)."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -1,7 +1,7 @@
-"""Processes that train a stage together on a CPU, each on batches of its own.
+"""Processes that train a stage together on a CPU, each on its own batches.
 
-They take the same steps, along the mean of their gradients, so that two of them are one with twice
-the batch. The first keeps the state and writes what is trained.
+All take the same step along the mean of their gradients, so two processes train like one with twice
+the batch. The first process saves the state and writes the trained component.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def start(processes: int) -> None:
-    """Become this command in so many processes, or, in one of these, meet the others."""
+    """Restart this command in `processes` processes, or join the others in one of them."""
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     elif processes > 1:
@@ -28,17 +28,17 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def count() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def meet() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have reached this call."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -53,7 +53,7 @@ def furthest(progress: float) -> float:
 
 
 def share_gradients(module: nn.Module) -> None:
-    """Put the mean of the processes' gradients in the place of each; a missing one counts as 0."""
+    """Replace each gradient by its mean over the processes; a missing one counts as 0."""
     if not dist.is_initialized():
         return
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Scenes to pixels: shapes by their signed distance, characters from two open fonts."""
+"""Draws scenes as pixels: shapes by their signed distance, characters from two open fonts."""
 
 from functools import lru_cache
 from importlib.util import find_spec
@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .scene import COLOURS, Item, Scene, Text
 
-SLOT = 64  # pixels that a character has, two cells of 32 each way
+SLOT = 64  # pixels a side of a character, two cells of 32
 LATIN_FONT = ("font_roboto", "files/Roboto-Bold.ttf")  # Apache 2.0
 CHINESE_FONT = ("zhplot", "fonts/NotoSansSC-Regular.ttf")  # SIL Open Font License
 
 
 def render(scene: Scene, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] of the scene, or of its window (top, left, height, width) in pixels."""
+    """uint8 [H, W, 3]: the scene, or a window (top, left, height, width) of it in pixels."""
     top, left, height, width = window or (0, 0, scene.height, scene.width)
     image = np.empty((height, width, 3), np.float32)
     image[:] = COLOURS[scene.background]
@@ -30,7 +30,7 @@ def render(scene: Scene, window: tuple[int, int, int, int] | None = None) -> np.
 def coverage(
     scene: Scene, item: Item, rows: np.ndarray, columns: np.ndarray, softness: float
 ) -> np.ndarray:
-    """How far the item covers points at pixel coordinates, [rows, columns], 0 to 1."""
+    """[rows, columns], 0 to 1: how much the item covers the points at these pixel coordinates."""
     cell = scene.cell
     radius = item.radius * min(cell)
     reach = radius + softness
@@ -56,7 +56,7 @@ def signed_distance(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _outline(shape: str) -> np.ndarray:
-    """Corners (y, x) of a polygon inside the unit square's circle, y downwards."""
+    """Corners (y, x) of a polygon in the unit circle, y downwards."""
     if shape == "square":
         corners = [(-0.88, -0.88), (-0.88, 0.88), (0.88, 0.88), (0.88, -0.88)]
     elif shape == "diamond":
@@ -89,7 +89,7 @@ def _polygon_distance(corners: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.n
 
 
 def _windows(scene: Scene, item: Item) -> list[tuple[int, int, int, int]]:
-    """One (top, bottom, left, right) of pixels around each of an item's shapes."""
+    """The (top, bottom, left, right) in pixels of a box around each of an item's shapes."""
     height, width = scene.cell
     reach = item.radius * min(scene.cell) + 2
     return [
@@ -145,13 +145,13 @@ def _paint_text(image: np.ndarray, scene: Scene, text: Text, origin: tuple[int, 
 
 @lru_cache(maxsize=2048)
 def glyph_bitmap(character: str) -> np.ndarray:
-    """uint8 [64, 64]: how much ink a character lays on its slot."""
+    """uint8 [64, 64]: how much ink each pixel of a character's slot has."""
     font = _font(character)
     large = Image.new("L", (2 * SLOT, SLOT), 0)
     ImageDraw.Draw(large).text((SLOT, SLOT // 2), character, fill=255, font=font, anchor="mm")
     left, _, right, _ = large.getbbox()
     glyph = large.crop((left, 0, right, SLOT))
-    if glyph.width > SLOT - 4:  # W and M are set narrower
+    if glyph.width > SLOT - 4:  # W and M are made narrower
         glyph = glyph.resize((SLOT - 4, SLOT), Image.BICUBIC)
     slot = Image.new("L", (SLOT, SLOT), 0)
     slot.paste(glyph, ((SLOT - glyph.width) // 2, 0))

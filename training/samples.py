@@ -1,4 +1,4 @@
-"""What the AR model is trained on: prompts with the codes that follow them, and what they know."""
+"""The AR model's samples: prompts, the codes that follow them, and targets of auxiliary losses."""
 
 import json
 from bisect import bisect_left
@@ -18,13 +18,13 @@ from .codes import CODEBOOK, INSIDE, cells
 from .edits import draw_edit
 from .reading import (
     EIGHTHS,
-    asked_by,
-    layout_of,
-    noted_at,
+    note_answers,
     notes_of,
+    notes_on_cells,
+    phrase_answers,
+    shapes_to_come,
     squares_at,
-    to_come,
-    wished_by,
+    wish_answers,
 )
 from .scene import Item, Scene, draw_scene
 from .tokenizer import IMAGE_START, NOTES
@@ -33,42 +33,44 @@ from .wording import Thing, phrased
 NO_POSITIONS = torch.zeros(3, 0, dtype=torch.int64)
 NO_CODES, NO_WEIGHTS = NO_POSITIONS[0], torch.zeros(0)
 NOWHERE = torch.zeros(0, 2, dtype=torch.int64)
-# The share of scenes with all places open, more than `draw_scene`'s: which of the items stand
-# already is the last thing to be learnt, and such scenes alone teach it.
+# The share of scenes with all places open, more than `draw_scene`'s. Only such scenes teach the
+# model which items it has already drawn, and it learns this last.
 OPEN_SCENES = 0.3
-# The share of a large grid's cells that are read as other cells than they should be, in half of the
-# pictures: whatever went wrong before a cell, it is to be the preview's.
+# In half of the pictures, this share of the large grid's cells is replaced in the model's input, so
+# that a cell follows the preview even after errors.
 MISREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and the codes that should follow it with their positions; none, if not given.
+    """A prompt, the codes that should follow it, and their positions.
 
-    codes: int64 [N]; positions: int64 [3, N]; weights: how much each code counts, float [N].
-    read: what the model reads where it is to have written each code, int64 [N].
-    copied: which token of prompt and codes lies where each code lies, in the preview or in the
-        reference; int64 [N], -1 where none does.
-    within: where in the preview's cell that is copied the centre of each cell lies, eighths down
-        and to the right, int64 [N, 2]; -1 where none is.
-    square: in which of the preview's rows and columns of the square around a shape each cell of a
-        large grid lies, int64 [N, 2]; -1 where in none.
-    noted: which token of the prompt is a note on what each code is a part of, or, in an edit, on
-        what is wished, if that changes the cell; likewise.
-    grid: rows and columns of the grid that the codes begin with.
-    layout: what the picture will show, `reading.layout_of`; None for an edit.
-    coming: what of it is still to begin in the preview, `reading.to_come`.
-    phrases: for each, the token that must say what it asks for, `reading.asked_by`, and that.
-    spoken: the first and the last token that speak of what each of NOTES is about, int64
-        [NOTES, 2]; -1 where none does.
-    wished: what an edit asks for, `reading.wished_by`.
+    Without codes, N is 0. Tokens are indices into the prompt and codes.
+
+    codes: int64 [N]; positions: int64 [3, N]; weights: of the codes in the loss, float [N].
+    read: the model's input in place of each code, int64 [N].
+    copied: the token at each code's place in the preview or in the reference, int64 [N]; -1 for
+        none.
+    within: where in the copied preview cell each cell's centre lies, eighths down and to the right,
+        int64 [N, 2]; -1 for none.
+    square: the row and column of each cell of a large grid in the square around a shape, in preview
+        cells, int64 [N, 2]; -1 for cells outside all squares.
+    noted: the note on each code's shape or text, int64 [N]; in an edit, the token after the wish
+        for cells that it changes; -1 for none.
+    grid: rows and columns of the codes' first grid.
+    notes: what the notes must say, `reading.note_answers`; None for an edit.
+    coming: the shapes that are still to begin in the preview, `reading.shapes_to_come`.
+    phrases: for each phrase, its last token and what it asks for, `reading.phrase_answers`.
+    spoken: the first and last token of the phrase about each note's subject, int64 [NOTES, 2]; -1
+        for none.
+    wished: what an edit asks for, `reading.wish_answers`.
     subject: whether an edit's wish is about the shape that each of the reference's cells shows, 1
-        or 0; int64 [N], -1 where it shows none.
+        or 0; int64 [N], -1 for cells that show none.
     """
 
     prompt: Prompt
     grid: tuple[int, int]
-    layout: Tensor | None = None
+    notes: Tensor | None = None
     coming: Tensor | None = None
     phrases: tuple[tuple[int, Tensor], ...] = ()
     spoken: Tensor = NO_CODES
@@ -85,9 +87,9 @@ class Sample:
 
 
 class Samples:
-    """Draws samples in the words of a saved processor.
+    """Draws samples with the tokenizer of a saved processor.
 
-    In its methods, `stress` is how much more than others the first cells of things count.
+    In its methods, `stress` is the additional weight of the first cells of shapes and texts.
     """
 
     def __init__(self, processor: Path) -> None:
@@ -98,7 +100,7 @@ class Samples:
     def image(
         self, rng: np.random.Generator, height: int, width: int, whole: bool, stress: float
     ) -> Sample:
-        """A prompt and its preview, and if `whole` the large grid after it."""
+        """A prompt with its preview, and if `whole` also the large grid."""
         scene, sample = self.scene(rng, height, width)
         written, grid = cells(scene, scene.preview), scene.preview
         codes = torch.from_numpy(written).flatten()
@@ -107,27 +109,29 @@ class Samples:
             sample, codes=codes, read=codes, weights=_weights(written, stress),
             positions=grid_positions(grid, sample.prompt.end),
             copied=torch.full_like(codes, -1), within=nowhere, square=nowhere,
-            noted=self._noted(sample.prompt, scene, grid), coming=to_come(scene, codes.view(grid)),
+            noted=self._note_tokens(sample.prompt, scene, grid),
+            coming=shapes_to_come(scene, codes.view(grid)),
         )  # fmt: skip
         if not whole:
             return sample
-        noted = self._noted(sample.prompt, scene, scene.grid)
-        return self._enlarged(rng, sample, scene, noted, stress)
+        noted = self._note_tokens(sample.prompt, scene, scene.grid)
+        return self._with_large_grid(rng, sample, scene, noted, stress)
 
     def locked(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
-        """A prompt, as given a preview that shows one thing otherwise, and that one's large grid.
+        """A prompt that ends with a given preview, which differs from it in one thing.
 
-        Such is a locked layout, and a preview that failed: the large grid is not to mend it.
+        The codes are the large grid of that preview. It must follow a locked layout or a wrong
+        preview and not correct it.
         """
         edit = draw_edit(rng, height, width, texts=None)
-        told, shown = (edit.before, edit.after)[:: rng.choice((1, -1))]
-        sample = self._told(rng, told)
-        as_told = torch.from_numpy(cells(told) == cells(shown)).flatten()
-        noted = torch.where(as_told, self._noted(sample.prompt, told, told.grid), -1)
-        sample = self._enlarged(rng, sample, shown, noted, stress)
+        described, shown = (edit.before, edit.after)[:: rng.choice((1, -1))]
+        sample = self._prompt_sample(rng, described)
+        agree = torch.from_numpy(cells(described) == cells(shown)).flatten()
+        noted = torch.where(agree, self._note_tokens(sample.prompt, described, described.grid), -1)
+        sample = self._with_large_grid(rng, sample, shown, noted, stress)
         prompt, preview = sample.prompt, torch.from_numpy(cells(shown, shown.preview)).flatten()
-        where = grid_positions(shown.preview, prompt.end)
-        given = Prompt(torch.cat([prompt.ids, preview]), torch.cat([prompt.positions, where], 1))
+        positions = torch.cat([prompt.positions, grid_positions(shown.preview, prompt.end)], 1)
+        given = Prompt(torch.cat([prompt.ids, preview]), positions)
         return replace(sample, prompt=given, grid=shown.grid)
 
     def prompt(self, rng: np.random.Generator, height: int, width: int) -> Sample:
@@ -135,12 +139,12 @@ class Samples:
         return self.scene(rng, height, width)[1]
 
     def scene(self, rng: np.random.Generator, height: int, width: int) -> tuple[Scene, Sample]:
-        """A scene, and its prompt alone."""
+        """A scene and its prompt alone."""
         scene = draw_scene(rng, height, width, all_anywhere=OPEN_SCENES)
-        return scene, self._told(rng, scene)
+        return scene, self._prompt_sample(rng, scene)
 
-    def _told(self, rng: np.random.Generator, scene: Scene) -> Sample:
-        """A scene's prompt alone."""
+    def _prompt_sample(self, rng: np.random.Generator, scene: Scene) -> Sample:
+        """The prompt of a scene, without codes."""
         words, phrases = phrased(rng, scene)
         spans = self.offsets.encode(words, add_special_tokens=False).offsets
         ends = [end for _, end in spans]
@@ -148,31 +152,33 @@ class Samples:
             thing: (bisect_left(ends, start + 1), bisect_left(ends, end) + _is_open(thing))
             for thing, start, end in phrases
         }
-        asked = tuple((last, asked_by(thing, scene)) for thing, (_, last) in tokens.items())
+        asked = tuple((last, phrase_answers(thing, scene)) for thing, (_, last) in tokens.items())
         prompt = self.tokenizer.text_to_image(words, scene.grid)
         spoken = torch.full((len(NOTES), 2), -1)
-        for thing, note in reversed(notes_of(scene)):  # a row may be at the place of another
+        for thing, note in reversed(notes_of(scene)):  # the first of two items at a place wins
             spoken[NOTES.index(note)] = torch.tensor(tokens[thing])
-        return Sample(prompt, scene.preview, layout=layout_of(scene), phrases=asked, spoken=spoken)
+        return Sample(
+            prompt, scene.preview, notes=note_answers(scene), phrases=asked, spoken=spoken
+        )
 
-    def _enlarged(
+    def _with_large_grid(
         self, rng: np.random.Generator, sample: Sample, scene: Scene, noted: Tensor, stress: float
     ) -> Sample:
-        """The sample with a scene's large grid, `noted` in its cells, behind its preview."""
+        """The sample with a scene's large grid after its preview; `noted` is of the large grid."""
         written, grid = cells(scene), scene.grid
         codes = torch.from_numpy(written).flatten()
-        same, within = _same(grid, scene.preview)
+        copied, within = _preview_cells(grid, scene.preview)
         parts = {
             "codes": codes,
             "read": _misread(rng, codes),
             "positions": grid_positions(grid, sample.prompt.end + max(scene.preview)),
             "weights": _weights(written, stress),
-            "copied": len(sample.prompt) + same,
+            "copied": len(sample.prompt) + copied,
             "within": within,
             "square": squares_at(scene, grid).flatten(0, 1),
             "noted": noted,
         }
-        # a cell is along the last axis of positions, and the first of all others
+        # cells are the last axis of positions, and the first of all others
         return replace(
             sample,
             **{
@@ -182,7 +188,7 @@ class Samples:
         )
 
     def edit(self, rng: np.random.Generator, height: int, width: int, stress: float) -> Sample:
-        """A wish, its reference, and the edited picture's grid."""
+        """A wish, its reference, and the large grid of the edited picture."""
         edit = draw_edit(rng, height, width)
         reference = torch.from_numpy(cells(edit.before))
         grid = edit.after.grid
@@ -196,7 +202,7 @@ class Samples:
         about = replace(edit.before, items=() if edit.subject is None else (edit.subject,))
         subject = torch.from_numpy(cells(about)).flatten() >= INSIDE
         return Sample(
-            prompt, grid, wished=wished_by(edit),
+            prompt, grid, wished=wish_answers(edit),
             codes=codes, read=codes, positions=positions, weights=weights,
             copied=copied, noted=noted, subject=torch.where(before < INSIDE, -1, subject.long()),
         )  # fmt: skip
@@ -208,21 +214,21 @@ class Samples:
         prompt = self.tokenizer.image_to_image(edit.wish, edit.after.grid, [reference])
         start = int((prompt.ids == IMAGE_START).nonzero()[0, 0]) + 1
         prompt = replace(prompt, ids=prompt.ids[:start], positions=prompt.positions[:, :start])
-        return Sample(prompt, edit.after.grid, wished=wished_by(edit))
+        return Sample(prompt, edit.after.grid, wished=wish_answers(edit))
 
-    def _noted(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
-        notes = noted_at(scene, grid).flatten()
+    def _note_tokens(self, prompt: Prompt, scene: Scene, grid: tuple[int, int]) -> Tensor:
+        notes = notes_on_cells(scene, grid).flatten()
         first = int((prompt.ids == self.first_note).nonzero())
         return torch.where(notes < 0, -1, first + notes)
 
 
 def _is_open(thing: Thing) -> bool:
-    """Whether only the token behind its phrase can tell that no place follows."""
+    """Whether the place is open; only the token after the phrase then shows that none follows."""
     return isinstance(thing, Item) and thing.place is None
 
 
-def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The cell of the smaller grid that each cell's centre is in, and where in it that lies.
+def _preview_cells(grid: tuple[int, int], smaller: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The cell of the smaller grid that holds each cell's centre, and where in that cell it lies.
 
     Returns:
         Indices, int64 [H * W], and eighths of the cell down and to the right, int64 [H * W, 2].
@@ -238,14 +244,14 @@ def _same(grid: tuple[int, int], smaller: tuple[int, int]) -> tuple[Tensor, Tens
 
 
 def _misread(rng: np.random.Generator, codes: Tensor) -> Tensor:
-    """The codes [N], of which in half of all cases MISREAD are others of them."""
+    """The codes [N]; in half of all cases a share MISREAD is replaced by other codes among them."""
     wrong = torch.from_numpy(rng.random(len(codes)) < MISREAD * rng.integers(2))
     others = codes.unique()
     return torch.where(wrong, others[rng.integers(len(others), size=len(codes))], codes)
 
 
 def _weights(codes: np.ndarray, stress: float) -> Tensor:
-    """float [H * W]: 1, and `stress` more for cells that no shape or text is left of or above."""
+    """float [H * W]: 1, plus `stress` for first cells, left of and above which is background."""
     shown = np.pad(codes >= INSIDE, ((1, 0), (1, 1)))
     before = shown[1:, :-2] | shown[:-1, :-2] | shown[:-1, 1:-1] | shown[:-1, 2:]
     first = shown[1:, 1:-1] & ~before
@@ -255,7 +261,7 @@ def _weights(codes: np.ndarray, stress: float) -> Tensor:
 def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
     """ids [B, S], positions [3, B, S], mask [B, S], targets and weights [B, N].
 
-    Prompts are padded left.
+    Prompts are padded on the left.
     """
     longest = max(len(sample.prompt) for sample in samples)
     ids, positions, mask = [], [], []
@@ -271,7 +277,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, ...]:
 
 
 def collate_tokens(samples: list[Sample], name: str) -> Tensor:
-    """`copied`, `noted` or `spoken` in `collate`'s ids, int64 [B, ...]; -1 is kept."""
+    """int64 [B, ...]: `copied`, `noted` or `spoken` as indices into `collate`'s ids; -1 stays."""
     longest = max(len(sample.prompt) for sample in samples)
     pads = torch.tensor([longest - len(sample.prompt) for sample in samples])
     tokens = torch.stack([getattr(sample, name) for sample in samples])
@@ -280,7 +286,7 @@ def collate_tokens(samples: list[Sample], name: str) -> Tensor:
 
 
 def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """(sample, token) of all phrases' ends in `collate`'s ids, [K, 2], and what they ask for."""
+    """[K, 2]: (sample, token) in `collate`'s ids of all phrases' ends, and what they ask for."""
     longest = max(len(sample.prompt) for sample in samples)
     ends = [
         (i, longest - len(sample.prompt) + token)
@@ -291,7 +297,7 @@ def collate_phrases(samples: list[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def read_tokenizer(folder: Path) -> PromptTokenizer:
-    """The pack's own prompt tokenizer on a saved processor."""
+    """The pack's prompt tokenizer with a saved processor's files."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
     return PromptTokenizer((folder / "tokenizer.json").read_text(), config, template)

@@ -1,7 +1,7 @@
-"""What a picture shows: a background, shapes, and texts, placed on the grid of the preview.
+"""What a picture shows: a background, shapes and texts, placed on the grid of the preview.
 
-Lengths are in preview cells, (row, column) from the top left, so that one scene has one
-composition at every size; texts are set in cells of 32 pixels, two by two to a character.
+Coordinates are (row, column) from the top left in preview cells, so that a scene has the same
+composition at every size. Texts are set in cells of 32 pixels, two by two for each character.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ COLOURS = {
     "black": (28, 28, 32),
     "white": (245, 245, 242),
 }
-LIGHT = ("orange", "yellow", "white")  # backgrounds that carry black text; the others carry white
+LIGHT = ("orange", "yellow", "white")  # backgrounds of black text; the others have white text
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart")
 RADII = {"small": 1, "medium": 2, "big": 3}
 SIZES = ((512, 512), (768, 768), (1024, 1024), (512, 768), (768, 512), (768, 1152), (1152, 768))
@@ -31,19 +31,19 @@ ANCHORS = {
     "centre": (0.5, 0.5), "top left": (0.2, 0.2), "top right": (0.2, 0.8),
     "bottom left": (0.8, 0.2), "bottom right": (0.8, 0.8),
 }  # fmt: skip
-# Where a shape goes, in cells from its anchor: the first of these that is free, nearest first.
+# A shape's offsets from its anchor in cells, nearest first; it takes the first that is free.
 BESIDE = sorted(product(range(-2, 3), repeat=2), key=lambda step: (np.hypot(*step), step))
-# How often a prompt leaves the places of all shapes open, and else that of one; they are at these:
+# How often a prompt leaves the places of all shapes open, and otherwise that of each shape.
 ALL_ANYWHERE, ANYWHERE = 0.1, 0.1
-OPEN = ("left", "centre", "right")
+OPEN = ("left", "centre", "right")  # where shapes with open places are drawn
 TEXT_PLACES = ("top", "bottom", "centre")
 MAX_LETTERS, MAX_OTHERS = 7, 4  # a text is one script: Latin capitals, or digits, or Chinese
-TEXT_BAND = 4  # preview rows that a text at the top or bottom keeps free of shapes
+TEXT_BAND = 4  # preview rows without shapes around a text at the top or bottom
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape, or some of a kind in a row; `centres` are (row, column) in preview cells."""
+    """One shape, or several of a kind in a row; `centres` are (row, column) in preview cells."""
 
     shape: str
     colour: str
@@ -104,7 +104,7 @@ class Scene:
 
 
 def draw_size(rng: np.random.Generator, smallest: float) -> tuple[int, int]:
-    """Height and width: the first of SIZES as often as `smallest` says, else any other."""
+    """(height, width): the first of SIZES with probability `smallest`, else any other."""
     others = len(SIZES) - 1
     index = rng.choice(len(SIZES), p=(smallest, *((1 - smallest) / others,) * others))
     return SIZES[index]
@@ -117,9 +117,9 @@ def draw_scene(
     texts: int | None = None,
     all_anywhere: float = ALL_ANYWHERE,
 ) -> Scene:
-    """A random scene with `texts` texts (0 to 2; None: any) and one to three items.
+    """A random scene with `texts` texts (0 to 2; None: any) and at most three items.
 
-    As often as `all_anywhere` says, all of them but rows are without a place.
+    With probability `all_anywhere`, all single shapes have open places.
     """
     count = int(rng.choice(3, p=(0.3, 0.5, 0.2))) if texts is None else texts
     drawn = _draw_texts(rng, count)
@@ -146,9 +146,9 @@ def free_band(scene: Scene) -> tuple[int, int]:
 def place_item(
     scene: Scene, shape: str, colour: str, size: str, place: str, count: int = 1
 ) -> Item | None:
-    """An item at its place, or as near it as others leave room; None where it does not fit.
+    """An item at its place, or as near to it as others leave room; None if it does not fit.
 
-    Its place is the same whether there are texts or not: they push away only what they would touch.
+    Texts do not change the place; they only push away a shape that would touch them.
     """
     first, last = free_band(scene)
     rows, columns = scene.preview
@@ -186,7 +186,7 @@ def _is_clear(scene: Scene, item: Item) -> bool:
 
 
 def _draw_item(rng: np.random.Generator, scene: Scene, anywhere: float) -> Item | None:
-    """An item that the scene has not; its place is left open as often as `anywhere` says."""
+    """An item that the scene does not have; its place is open with probability `anywhere`."""
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice([c for c in COLOURS if c != scene.background]))
     if any((item.shape, item.colour) == (shape, colour) for item in scene.items):
@@ -201,7 +201,7 @@ def _draw_item(rng: np.random.Generator, scene: Scene, anywhere: float) -> Item 
         return item and replace(item, place=None)
     taken = {item.place for item in scene.items}
     places = [place for place in ANCHORS if place not in taken]
-    # The two sides and the centre are what people write most.
+    # People mostly write left, right and centre.
     weights = np.array([3.0 if place in ("left", "right", "centre") else 1.0 for place in places])
     place = str(rng.choice(places, p=weights / weights.sum()))
     return place_item(scene, shape, colour, size, place)
@@ -221,7 +221,7 @@ def _draw_texts(rng: np.random.Generator, count: int) -> tuple[Text, ...]:
 
 
 def draw_content(rng: np.random.Generator, script: str, length: int | None = None) -> str:
-    """A text of one script: half of the Latin ones are words, the rest is any characters."""
+    """A text of one script: half of the Latin ones are words, all others random characters."""
     if script == "latin":
         words = WORDS if length is None else [word for word in WORDS if len(word) == length]
         if words and rng.random() < 0.5:
@@ -236,7 +236,7 @@ def draw_content(rng: np.random.Generator, script: str, length: int | None = Non
 
 
 _ALL_WORDS = (Path(__file__).parent / "words.txt").read_text().split()
-HELD_OUT_WORDS = tuple(_ALL_WORDS[::5])  # no stage draws them; evaluation does
+HELD_OUT_WORDS = tuple(_ALL_WORDS[::5])  # drawn by the evaluation only
 WORDS = tuple(word for word in _ALL_WORDS if word not in HELD_OUT_WORDS)
 
 CHINESE = (

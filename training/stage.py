@@ -1,9 +1,9 @@
-"""What every stage shares: a seeded loop that can be broken off and taken up, its bar and its plot.
+"""The training loop of all stages: seeded, resumable, with a progress bar and a plot.
 
-A stage is a `Stage`: a module, a loss for the batch of a step, and what to write when it is done.
-Step `i` draws its batch and its noise from (seed, stage, i), so a run that was broken off goes on
-as if it had not been. The learning rate, and what some stages draw, depend on the progress as well:
-with `minutes` that is the clock's, and no two runs are alike.
+A `Stage` has a module, a loss for the batch of a step, and a method that writes the result. Step
+`i` draws its batch and its noise from (seed, stage, i), so an interrupted run continues as if it
+had not been interrupted. The learning rate and some stages' batches also depend on the progress.
+With `minutes` the clock measures it, and no two runs are alike.
 """
 
 import json
@@ -31,7 +31,7 @@ from . import parallel
 from .muon import Muon
 
 SAVE_EVERY = 120  # seconds
-STAGES = {  # a module each and its class, in the order they are trained
+STAGES = {  # module: class, in the order of training
     "vae": "VAEStage",
     "autoregressive": "AutoregressiveStage",
     "vision": "VisionStage",
@@ -46,14 +46,14 @@ class FolderInUseError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Where a training run lies, and how it is made.
+    """The folder and settings of a training run.
 
-    start: a checkpoint that stages begin with; without it they begin anew.
+    start: a checkpoint with the weights to start from; None starts from initial weights.
     steps: optimiser steps in all; None takes the stage's own number.
-    minutes: ends the stage early, with the learning rate brought down over this time.
-    stop: breaks the stage off before this step, to be taken up later.
-    bf16: products in bfloat16 (autocast), which some processors do two to three times faster.
-    compile: the AR model compiled by torch, which needs a C++ compiler.
+    minutes: ends the stage after this time, over which the learning rate falls.
+    stop: interrupts the stage before this step, to be resumed later.
+    bf16: products in bfloat16 (autocast), two to three times faster on some processors.
+    compile: compiles the AR model with torch, which needs a C++ compiler.
     """
 
     folder: Path
@@ -69,11 +69,11 @@ class Run:
 
     @property
     def snapshot(self) -> Path:
-        """The folder in hub layout that stages leave their components in."""
+        """The folder that stages write their components to, in hub layout."""
         return self.folder / "snapshot"
 
     def component(self, name: str, stage: str) -> Path:
-        """The folder of a component that another stage leaves, or that the run starts with.
+        """The folder of a component that another stage has written, or that of the start.
 
         Raises:
             FileNotFoundError: the stage has not been trained.
@@ -85,10 +85,9 @@ class Run:
 
 
 class Stage(ABC):
-    """One network's training. Subclasses set the class attributes and four methods.
+    """One network's training. Subclasses set the class attributes and define four methods.
 
-    `keys` says what the module's weights are called in its component: beginnings of names there,
-    and what stands for them here.
+    `keys` maps names of weights: pairs of a prefix in the component and its prefix in the module.
     """
 
     name: str
@@ -98,8 +97,8 @@ class Stage(ABC):
     batch: int
     learning_rate = 2e-3
     weight_decay = 0.01
-    by_adamw: tuple[str, ...] = ()  # parts of the names of layers that Muon is not for
-    ema = 0.0  # decay of the averaged weights that are written; 0 writes the last ones
+    by_adamw: tuple[str, ...] = ()  # parts of the names of linear layers that AdamW trains
+    ema = 0.0  # decay of the averaged weights that are written; 0 writes the last weights
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -109,7 +108,7 @@ class Stage(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where the stage keeps its state, its plot and its summary."""
+        """The folder of the stage's state, plot and summary."""
         return self.run.folder / self.name
 
     @abstractmethod
@@ -126,23 +125,27 @@ class Stage(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Save the trained component into `run.snapshot`, in hub layout."""
+        """Save the trained component to `run.snapshot` in hub layout."""
 
     def start_from(self, snapshot: Path) -> None:
-        """Take the trained weights of a checkpoint; heads that were thrown away begin anew."""
+        """Load the weights of a checkpoint; auxiliary heads, which it lacks, start anew.
+
+        Raises:
+            ValueError: the checkpoint has a weight that the module does not have.
+        """
         (file,) = (snapshot / self.component).glob("*.safetensors")
         weights = {
-            here + name.removeprefix(there): weight
+            module_prefix + name.removeprefix(file_prefix): weight
             for name, weight in load_file(file).items()
-            for there, here in self.keys
-            if name.startswith(there)
+            for file_prefix, module_prefix in self.keys
+            if name.startswith(file_prefix)
         }
-        found = self.module.load_state_dict(weights, strict=False)
-        if found.unexpected_keys:
-            raise ValueError(f"{file} is of another network: it has {found.unexpected_keys[0]}.")
+        unexpected = self.module.load_state_dict(weights, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{file} is of another network: it has {unexpected[0]}.")
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the hidden layers' matrices, AdamW for all else."""
+        """Muon for the hidden layers' matrices, AdamW for all other parameters."""
         linears = {
             f"{name}.weight": module.weight
             for name, module in self.module.named_modules()
@@ -151,33 +154,33 @@ class Stage(ABC):
         trained = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
         hidden = [p for name, p in trained.items() if name in linears]
         others = [p for name, p in trained.items() if name not in linears]
-        found = [torch.optim.AdamW(others, self.learning_rate, (0.9, 0.98), weight_decay=0.0)]
+        optimisers = [torch.optim.AdamW(others, self.learning_rate, (0.9, 0.98), weight_decay=0.0)]
         if hidden:
-            found.append(Muon(hidden, self.learning_rate, self.weight_decay))
-        return found
+            optimisers.append(Muon(hidden, self.learning_rate, self.weight_decay))
+        return optimisers
 
 
 def train(stage: Stage) -> None:
-    """Run a stage from where it stands to its end, then write its component and its plot.
+    """Train a stage from its saved state to its end, then write its component and its plot.
 
-    A stage that has had its steps or its minutes is only written again.
+    A stage that has reached its steps or minutes is only written again.
 
     Raises:
         FolderInUseError: another run trains the stage in this folder.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(stage.folder) if parallel.rank() == 0 else nullcontext():
+    with _locked(stage.folder) if parallel.rank() == 0 else nullcontext():
         _train(stage)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     try:
         with FileLock(folder / "lock", timeout=0):
             yield
     except Timeout:
         raise FolderInUseError(
-            f"{folder} is being trained by another run: wait for its end."
+            f"{folder} is being trained by another run: wait until it ends."
         ) from None
 
 
@@ -222,7 +225,7 @@ def _train(stage: Stage) -> None:
 def _step(
     stage: Stage, optimisers: list[torch.optim.Optimizer], batch: Any, step: int, progress: float
 ) -> dict[str, float]:
-    """One optimiser step; gives the losses it was taken on."""
+    """The losses of a batch, on which one optimiser step is taken."""
     for group in chain.from_iterable(each.param_groups for each in optimisers):
         group["lr"] = stage.learning_rate * _schedule(step, progress)
     seed = np.random.SeedSequence(_key(stage, step))
@@ -242,8 +245,8 @@ def _step(
 
 def _key(stage: Stage, step: int) -> list[int]:
     """The seeds of a step; each process has its own."""
-    together = [rank] if (rank := parallel.rank()) else []
-    return [stage.run.seed, *stage.name.encode(), step, *together]
+    rank = parallel.rank()
+    return [stage.run.seed, *stage.name.encode(), step, *([rank] if rank else [])]
 
 
 def _finish(stage: Stage, state: dict) -> None:
@@ -258,7 +261,7 @@ def _finish(stage: Stage, state: dict) -> None:
 
 
 class _Clock:
-    """Seconds of training so far, over all runs of a stage, and their share of the time allowed."""
+    """Seconds of training over all runs of a stage, and their share of the allowed time."""
 
     def __init__(self, before: float, allowed: float | None) -> None:
         self.start, self.before, self.allowed = time.monotonic(), before, allowed
@@ -296,7 +299,7 @@ class _Average:
 
 
 def _schedule(step: int, progress: float) -> float:
-    """Linear warm-up of a hundred steps, then a cosine down to a twentieth."""
+    """The learning rate's factor: a linear warm-up of 100 steps, then a cosine down to 1 / 20."""
     return min(1, (step + 1) / 100) * (
         0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
     )
@@ -305,7 +308,7 @@ def _schedule(step: int, progress: float) -> float:
 def _batches(
     stage: Stage, first: int, last: int, steps: int, clock: _Clock
 ) -> Iterator[tuple[int, Any]]:
-    """Batches in order, each drawn while the one before it is computed."""
+    """(step, batch) in order; each batch is drawn while the step before it is computed."""
 
     def draw(step: int) -> Any:
         rng = np.random.default_rng(_key(stage, step))
@@ -344,7 +347,7 @@ def _load(folder: Path, module: nn.Module, optimisers: list, average: _Average) 
 
 
 def plot(log: list[dict], path: Path, title: str) -> None:
-    """The losses over the steps as a PNG."""
+    """Save a PNG of the losses over the steps."""
     figure = Figure(figsize=(6, 4), layout="tight")
     axes = figure.subplots()
     for name, (steps, values) in curves(log).items():
@@ -355,7 +358,7 @@ def plot(log: list[dict], path: Path, title: str) -> None:
 
 
 def curves(log: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each loss, steps and values, both smoothed over a fiftieth of the steps that have it."""
+    """Steps and values of each loss, both averaged over a fiftieth of the steps that have it."""
     found = {}
     for name in dict.fromkeys(key for entry in log for key in entry if key != "step"):
         points = np.array([(entry["step"], entry[name]) for entry in log if name in entry])

@@ -1,4 +1,4 @@
-"""The AR model's tokenizer: byte-level BPE on the prompts, one token a capital, digit or Hanzi."""
+"""The AR model's tokenizer: byte-level BPE, with one token for each capital, digit and Hanzi."""
 
 import json
 
@@ -11,7 +11,7 @@ from .codes import CODEBOOK
 from .scene import ANCHORS, CHINESE, OPEN, SIZES, TEXT_PLACES, draw_scene
 from .wording import prompt_of
 
-VISUAL = CODEBOOK + 16  # ids below the text: codes, image start, image end, and some to spare
+VISUAL = CODEBOOK + 16  # ids below the text's: codes, image start, image end and some unused
 IMAGE_START, IMAGE_END = CODEBOOK, CODEBOOK + 1
 CONTROLS = (
     "<|endoftext|>",
@@ -27,8 +27,10 @@ TEXT_AT = {place: f"<|text {place}|>" for place in TEXT_PLACES}
 PLACES = (*SHAPE_AT.values(), *TEXT_AT.values())
 ANYWHERE = tuple(f"<|anywhere {i}|>" for i, _ in enumerate(OPEN))
 NOTES = (*ANYWHERE, *PLACES)
-"""Tokens that the chat template puts behind every prompt, to note on what is at each place, and on
-the shapes whose places are open."""
+"""Tokens that the chat template adds after every prompt.
+
+The AR model uses each as a note on what is at one place, or on one shape whose place is open.
+"""
 TEMPLATE = (
     "{% for m in messages %}"
     "{% for c in m.content if c.type != 'image' %}{{ c.text }}{% endfor %}"
@@ -36,15 +38,15 @@ TEMPLATE = (
     "{{ bos_token }}<|image|>{{ eos_token }}"
     "{% else %}<|assistant|>" + "".join(ANYWHERE) + "{% endfor %}{% endfor %}"
 ) + "".join(PLACES)
-"""The wish stands before the reference, so that the reference lies at the same distance from the
-picture however long the wish is, and its cells are read with the wish in mind. Without one, a token
-ends the prompt, as a comma ends other phrases than its last."""
+"""The wish comes before the reference: the reference's cells can then attend to it, and are at the
+same distance from the picture however long it is. Without a reference, <|assistant|> ends the last
+phrase of the prompt as a comma ends the others."""
 TEXT_TOKENS = 900
 REFERENCE_TO_PICTURE = 1 + len(PLACES) + 8
-"""Tokens from a reference's last cell to the first one of the edited picture: the reference's end,
-the places, the size and the picture's start."""
+"""Tokens from a reference's last cell to the edited picture's first: the reference's end, the
+places, the size and the picture's start."""
 IMAGE_PLACEHOLDER = VISUAL + TEXT_TOKENS + CONTROLS.index("<|image|>")
-"""The id that stands for a reference in a prompt."""
+"""The id in a prompt that stands for a reference."""
 
 
 def make_processor() -> GlmImageProcessor:
@@ -97,7 +99,7 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def _learn_bpe() -> dict:
-    """Vocabulary and merges from drawn prompts and every character that pictures may carry."""
+    """Vocabulary and merges, learned from random prompts and all characters of the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _splitter()
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""The VAE: crops of drawn scenes to latents of an eighth of their sides, and back."""
+"""The VAE's stage: from crops of scenes to latents of an eighth of their sides, and back."""
 
 import numpy as np
 import torch
@@ -11,21 +11,21 @@ from .render import render
 from .scene import SIZES, Scene, draw_scene
 from .stage import Stage
 
-CROPS = (64, 64, 96, 128, 128)  # sides; a batch has the pixels of `batch` crops of 128
+CROPS = (64, 64, 96, 128, 128)  # sides; a batch has as many pixels as `batch` crops of 128
 CHANNELS = (8, 16, 32, 64)
 KL_WEIGHT = 1e-5
 DETAIL_WEIGHT = 2.0
 
 
 def _details(images: Tensor) -> Tensor:
-    """[B, 1, H, W], large within two pixels of a change: strokes and outlines are few pixels."""
+    """[B, 1, H, W]: weights, large within two pixels of a change, as strokes and outlines are."""
     highest = F.max_pool2d(images, 5, 1, 2)
     lowest = -F.max_pool2d(-images, 5, 1, 2)
     return DETAIL_WEIGHT * (highest - lowest).amax(1, keepdim=True)
 
 
 class VAEStage(Stage):
-    """L1, more of it at edges, and a little KL; what normalises the latents is measured last."""
+    """L1, more of it at edges, and a little KL; the latents' mean and deviation are set last."""
 
     name = "vae"
     component = "vae"
@@ -43,7 +43,7 @@ class VAEStage(Stage):
             use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
             latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
         )  # fmt: skip
-        _start_with_colours(network)
+        _init_with_colours(network)
         return network.to(memory_format=torch.channels_last)
 
     def draw(self, rng: np.random.Generator, progress: float) -> Tensor:
@@ -78,12 +78,12 @@ class VAEStage(Stage):
 
 
 @torch.no_grad()
-def _start_with_colours(network: AutoencoderKL) -> None:
-    """Begin as the picture's colours, blurred: three latents carry them, and detail is learned.
+def _init_with_colours(network: AutoencoderKL) -> None:
+    """Initialise the network so that it reproduces blurred colours through three latent channels.
 
-    Of every eight channels of the residual stream, three begin as red, green and blue and three as
-    their negatives; all have offsets that outweigh a picture, so that the group norms divide by
-    about the same number for every picture, and flat colours survive them.
+    Of every eight channels of the residual stream, three start as red, green and blue and three as
+    their negatives. All have offsets larger than a picture's values, so that the group norms divide
+    by about the same number for every picture and flat colours survive them.
     """
     for name, module in network.named_modules():
         if name.endswith("conv2"):
@@ -93,7 +93,7 @@ def _start_with_colours(network: AutoencoderKL) -> None:
     for part in (network.encoder, network.decoder):
         _enter_stream(part.conv_in)
         _leave_stream(part.conv_out, gain=2.0)
-    network.encoder.conv_out.bias[16:] = -6  # log variance: little noise, until KL wants more
+    network.encoder.conv_out.bias[16:] = -6  # log variance: little noise at first
     network.encoder.conv_out.weight[16:].mul_(0.1)
 
 
@@ -115,7 +115,7 @@ def _leave_stream(conv: nn.Conv2d, gain: float) -> None:
 
 
 def _copy_channels(conv: nn.Conv2d) -> None:
-    """Output channel i is input channel i, over again where there are more outputs."""
+    """Let output channel i be input channel i; if there are more outputs, inputs repeat."""
     conv.weight.mul_(0.1)
     centre = conv.kernel_size[0] // 2
     for i in range(conv.out_channels):
@@ -123,7 +123,7 @@ def _copy_channels(conv: nn.Conv2d) -> None:
 
 
 def busy_window(rng: np.random.Generator, scene: Scene, side: int, step: int = 1) -> tuple:
-    """A square window (top, left, side, side), mostly on something that the scene shows."""
+    """A square window (top, left, side, side), mostly on a shape or text of the scene."""
     height, width = scene.cell
     targets = [(r * height, c * width) for item in scene.items for r, c in item.centres]
     for text in scene.texts:
@@ -132,7 +132,7 @@ def busy_window(rng: np.random.Generator, scene: Scene, side: int, step: int = 1
         targets.append(targets[-1])
     if targets and rng.random() < 0.95:
         y, x = targets[rng.integers(len(targets))]
-        y, x = y - side / 2, x - side / 2
+        y, x = y - side / 2, x - side / 2  # the target is in the middle
         y, x = y + rng.uniform(-0.4, 0.4) * side, x + rng.uniform(-0.4, 0.4) * side
     else:
         y, x = rng.uniform(0, scene.height), rng.uniform(0, scene.width)

@@ -1,4 +1,4 @@
-"""The vision tower and the quantiser: from pixels to the codes of `codes.cells`."""
+"""The stage of the vision tower and the quantiser: from pixels to the codes of `codes.cells`."""
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ BUSY_WEIGHT = 4.0
 class VisionStage(Stage):
     """Cross-entropy over the cosines between a cell's feature and the codes' vectors.
 
-    The nearest code then is the likeliest one, which is what the quantiser takes. The vectors begin
-    as those of `codes.vectors` and are trained along.
+    The likeliest code is thus the nearest one, which the quantiser takes. The vectors start as
+    `codes.vectors` and are trained too.
     """
 
     name = "vision"
@@ -39,12 +39,12 @@ class VisionStage(Stage):
         model = GlmImageForConditionalGeneration(ar_config()).model
         with torch.no_grad():
             model.vqmodel.quantize.embedding.weight.copy_(torch.from_numpy(vectors()))
-        # Nothing ever runs the way back from codes to features, but the file has it.
+        # Nothing runs this layer, from codes back to features, but the file contains it.
         model.vqmodel.post_quant_conv.requires_grad_(False)
         return nn.ModuleDict({"visual": model.visual, "vqmodel": model.vqmodel})
 
     def draw(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, Tensor]:
-        """pixels [B, 3, H, W] of pictures at half their size, and codes [B, H / 16, W / 16]."""
+        """Pixels [B, 3, H, W] of pictures at half their size, and codes [B, H / 16, W / 16]."""
         height, width = SIZES[rng.choice(len(SIZES), p=(0.4, *(0.1,) * 6))]
         count = max(1, self.batch_size * 512 * 512 // (height * width))
         scenes = [draw_scene(rng, height, width) for _ in range(count)]
@@ -61,7 +61,7 @@ class VisionStage(Stage):
         return {"codes": (each * weight).sum() / weight.sum()}
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B * H / 16 * W / 16, D], before they are made unit vectors."""
+        """[B, 3, H, W] -> [B * H / 16 * W / 16, D], before normalisation to unit vectors."""
         count, _, height, width = pixels.shape
         grid = (height // PATCH, width // PATCH)
         patches = rearrange(pixels, "b c (h p) (w q) -> (b h w) (c p q)", p=PATCH, q=PATCH)
@@ -76,7 +76,7 @@ class VisionStage(Stage):
 
 
 def _half(rng: np.random.Generator, image: np.ndarray) -> Tensor:
-    """A picture as the tower sees it, a little lighter or darker and noisier than it was drawn."""
+    """[3, H / 2, W / 2]: a picture at the tower's size, with a little noise and a shade."""
     height, width = image.shape[:2]
     half = Image.fromarray(image).resize((width // 2, height // 2), Image.BICUBIC)
     pixels = torch.from_numpy(np.asarray(half)).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""How people ask for a scene, in English and in Chinese, and how they ask for an edit."""
+"""Prompts that ask for a scene, in English and in Chinese."""
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def prompt_of(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def phrased(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[Thing, int, int]]]:
-    """A prompt, and for each thing that it asks for the characters [start, end) that say so."""
+    """A prompt, and for each thing that it asks for the range [start, end) of its phrase."""
     prompt, phrases = _chinese(rng, scene) if rng.random() < 0.25 else _english(rng, scene)
     small = prompt.lower()
     starts = [small.index(phrase.lower()) for _, phrase in phrases]
@@ -63,7 +63,7 @@ def quoted(rng: np.random.Generator, text: Text) -> str:
 
 
 def noun(item: Item, article: str) -> str:
-    """`a big red circle`, `the red circle`, `blue stars`; rows are small and do not say so."""
+    """`a big red circle`, `the red circle`, `blue stars`; the size of rows is not named."""
     count = len(item.centres)
     size = "" if item.size == "medium" or count > 1 else f"{item.size} "
     words = f"{size}{item.colour} {item.shape}"

@@ -1,4 +1,4 @@
-"""Forced cells: locked previews, redrawn regions, and that neither moves any other draw."""
+"""Forced cells: locked previews and redrawn regions, neither of which changes other draws."""
 
 import pytest
 import torch
@@ -22,16 +22,16 @@ def some_cells(grid, share=0.5, seed=0):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_runs_own_layout_locked_gives_the_same_large_grid(size, batch):
+def test_locking_a_runs_own_layout_gives_the_same_large_grid(size, batch):
     both, grid = pair("small"), token_grid(*SIZES[size])
     tokens, preview = both.tokens(PROMPT, grid, seed=11, batch=batch)
-    locked, kept = both.tokens(PROMPT, grid, seed=11, batch=batch, preview=wholly(preview))
-    assert torch.equal(kept, preview)
+    locked, returned = both.tokens(PROMPT, grid, seed=11, batch=batch, preview=wholly(preview))
+    assert torch.equal(returned, preview)
     assert torch.equal(locked, tokens)
     assert len(tokens.unique()) > 16
 
 
-def test_a_wholly_locked_layout_costs_no_step(blocks):
+def test_a_wholly_locked_layout_takes_no_step(blocks):
     both, grid = pair("small"), token_grid(1024, 1024)
     prompt = len(both.prompt(PROMPT, grid))
     preview = torch.randint(0, 64, (1, 16, 16))
@@ -44,18 +44,19 @@ def test_a_wholly_locked_layout_costs_no_step(blocks):
     assert blocks == [prompt] + [1] * 1279
 
 
-def test_what_is_wholly_forced_needs_no_network(blocks):
+def test_wholly_forced_grids_do_not_run_the_network(blocks):
     both, grid = pair("small"), (3, 5)
     preview = torch.randint(0, 64, (2, *preview_grid(grid)))
     large = torch.randint(0, 64, (2, *grid))
-    tokens, kept = both.tokens(PROMPT, grid, batch=2, preview=wholly(preview), large=wholly(large))
+    forced = {"preview": wholly(preview), "large": wholly(large)}
+    tokens, returned = both.tokens(PROMPT, grid, batch=2, **forced)
     assert torch.equal(tokens, large)
-    assert torch.equal(kept, preview)
+    assert torch.equal(returned, preview)
     assert blocks == []
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_layout_alone_is_the_preview_of_a_full_run(batch, blocks):
+def test_a_layout_alone_equals_the_preview_of_a_full_run(batch, blocks):
     both, grid = pair("small"), (6, 9)
     layout = both.layout(PROMPT, grid, seed=4, batch=batch)
     assert len(blocks) == layout[0].numel()
@@ -63,7 +64,7 @@ def test_the_layout_alone_is_the_preview_of_a_full_run(batch, blocks):
     assert len({tuple(p.flatten().tolist()) for p in layout}) == batch
 
 
-def test_locked_cells_survive_any_seed_temperature_and_prompt():
+def test_locked_cells_stay_for_any_seed_temperature_and_prompt():
     both, grid = pair("small"), (6, 9)
     values = both.layout(PROMPT, grid, seed=1)
     mask = some_cells(preview_grid(grid))
@@ -89,7 +90,7 @@ def test_locking_some_of_a_runs_own_cells_changes_nothing(blocks):
     tokens, preview = both.tokens(PROMPT, grid, seed=8, batch=2)
     preview_mask, large_mask = some_cells(preview_grid(grid)), some_cells(grid)
     blocks.clear()
-    again, kept = both.tokens(
+    again, returned = both.tokens(
         PROMPT,
         grid,
         seed=8,
@@ -98,7 +99,7 @@ def test_locking_some_of_a_runs_own_cells_changes_nothing(blocks):
         large=Forced(tokens, large_mask),
     )
     assert torch.equal(again, tokens)
-    assert torch.equal(kept, preview)
+    assert torch.equal(returned, preview)
     free = int((~preview_mask).sum() + (~large_mask).sum())
     assert len(blocks) == free + (0 if not preview_mask[0, 0] else 1)
 
@@ -108,21 +109,21 @@ def test_each_sample_follows_its_own_layout():
     previews = torch.randint(
         0, 64, (4, *preview_grid(grid)), generator=torch.Generator().manual_seed(0)
     )
-    tokens, kept = both.tokens(PROMPT, grid, seed=20, batch=4, preview=wholly(previews))
-    assert torch.equal(kept, previews)
+    tokens, returned = both.tokens(PROMPT, grid, seed=20, batch=4, preview=wholly(previews))
+    assert torch.equal(returned, previews)
     for i in range(4):
         alone, _ = both.tokens(PROMPT, grid, seed=20 + i, preview=wholly(previews[i : i + 1]))
         assert torch.equal(tokens[i : i + 1], alone)
 
 
-def test_one_layout_serves_a_whole_batch():
+def test_one_layout_locks_a_whole_batch():
     both, grid = pair("small"), (6, 9)
     preview = both.layout(PROMPT, grid, seed=3)
-    shared, kept = both.tokens(PROMPT, grid, seed=3, batch=3, preview=wholly(preview))
+    shared, returned = both.tokens(PROMPT, grid, seed=3, batch=3, preview=wholly(preview))
     repeated, _ = both.tokens(
         PROMPT, grid, seed=3, batch=3, preview=wholly(preview.repeat(3, 1, 1))
     )
-    assert torch.equal(kept, preview.repeat(3, 1, 1))
+    assert torch.equal(returned, preview.repeat(3, 1, 1))
     assert torch.equal(shared, repeated)
     assert len({tuple(t.flatten().tolist()) for t in shared}) == 3
 
@@ -137,24 +138,24 @@ def test_a_region_is_redrawn_given_all_cells_before_it():
         forced = {"preview": wholly(preview), "large": Forced(context, ~redraw)}
         return both.tokens(PROMPT, grid, seed=2, options=options, **forced)
 
-    again, kept = redraw_region(tokens)
+    again, returned = redraw_region(tokens)
     assert torch.equal(again[:, ~redraw], tokens[:, ~redraw])
-    assert torch.equal(kept, preview)
+    assert torch.equal(returned, preview)
     changed = (again != tokens)[0]
     assert changed.sum() >= redraw.sum() // 2
-    # Cells before the region are its context: with others there, it comes out otherwise.
+    # Cells before the region are its context: if they change, so does the region.
     other = tokens.clone()
     other[:, :3] = (other[:, :3] + 7) % 64
     third, _ = redraw_region(other)
     assert not torch.equal(third[:, redraw], again[:, redraw])
-    # Cells after it are not.
+    # Cells after it are no context.
     after = tokens.clone()
     after[:, 6:] = (after[:, 6:] + 7) % 64
     fourth, _ = redraw_region(after)
     assert torch.equal(fourth[:, redraw], again[:, redraw])
 
 
-def test_nothing_forced_is_a_free_run():
+def test_forcing_no_cell_equals_a_free_run():
     both, grid = pair("small"), (4, 4)
     nothing = Forced(torch.zeros(1, 16, 16), torch.zeros(16, 16, dtype=torch.bool))
     for ours, free in zip(
@@ -163,11 +164,11 @@ def test_nothing_forced_is_a_free_run():
         assert torch.equal(ours, free)
 
 
-def test_forced_cells_of_another_grid():
+def test_forced_cells_of_another_grid_are_refused():
     with pytest.raises(GLMImageError, match=r"grid of 19x13 .* this image has 16x16"):
         pair("small").tokens(PROMPT, (4, 4), preview=wholly(torch.zeros(1, 19, 13)))
 
 
-def test_forced_cells_for_another_batch():
+def test_forced_cells_for_another_batch_are_refused():
     with pytest.raises(GLMImageError, match="cells for 2 samples, but 3 are drawn"):
         pair("small").tokens(PROMPT, (4, 4), batch=3, preview=wholly(torch.zeros(2, 16, 16)))

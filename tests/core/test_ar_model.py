@@ -33,9 +33,9 @@ def random_sequence(config, batch=1):
 
 
 def all_logits(model, ids, positions, blocks):
-    """Logits after every id, when the sequence is read in blocks of the given lengths.
+    """Logits after every id of a sequence that is read in blocks of the given lengths.
 
-    A block of one id is a static step, as in sampling.
+    A block of one id is read by the step that sampling uses.
     """
     cache = model.new_cache(ids.shape[0], span_of(ids.shape[1]), CPU, torch.float32)
     rope = rope_table(model.config, positions, torch.float32)
@@ -57,7 +57,7 @@ def all_logits(model, ids, positions, blocks):
 @pytest.mark.parametrize(
     "blocks", [(19,), (7,) + (1,) * 12, (7, 8, 1, 3)], ids=["whole", "steps", "blocks"]
 )
-def test_logits_are_the_references(shape, blocks):
+def test_logits_equal_the_references(shape, blocks):
     model, network = pair(shape).model, pair(shape).reference
     ids, positions = random_sequence(model.config, batch=2)
     theirs = network(
@@ -69,7 +69,7 @@ def test_logits_are_the_references(shape, blocks):
 
 
 @pytest.mark.parametrize("shape", reference.SHAPES)
-def test_forward_gives_the_logits_after_the_block(shape):
+def test_forward_returns_the_logits_after_the_block(shape):
     model = pair(shape).model
     ids, positions = random_sequence(model.config)
     rope = rope_table(model.config, positions, torch.float32)
@@ -79,7 +79,7 @@ def test_forward_gives_the_logits_after_the_block(shape):
     assert relative_error(logits, all_logits(model, ids, positions, (19,))[:, -1:]) < 1e-6
 
 
-def test_every_axis_of_the_positions_matters():
+def test_every_axis_of_the_positions_changes_the_logits():
     model = pair("wide").model
     ids, positions = random_sequence(model.config)
     plain = all_logits(model, ids, positions, (19,))
@@ -89,7 +89,7 @@ def test_every_axis_of_the_positions_matters():
         assert relative_error(all_logits(model, ids, moved, (19,)), plain) > 1e-3
 
 
-def test_bf16_is_the_references_bf16():
+def test_bf16_equals_the_references_bf16():
     model, network = (
         copy.deepcopy(m).bfloat16() for m in (pair("wide").model, pair("wide").reference)
     )
@@ -103,7 +103,7 @@ def test_bf16_is_the_references_bf16():
     assert relative_error(ours[0, 0].float(), theirs.float()) < 0.02
 
 
-def test_a_copied_cache_continues_as_the_original():
+def test_a_copied_cache_continues_like_the_original():
     model = pair("small").model
     ids, positions = random_sequence(model.config)
     rope = rope_table(model.config, positions, torch.float32)
@@ -116,7 +116,7 @@ def test_a_copied_cache_continues_as_the_original():
     assert relative_error(logits, whole.expand(3, -1, -1)) < 1e-5
 
 
-def test_full_size_names_and_shapes_are_the_references():
+def test_full_size_names_and_shapes_equal_the_references():
     config = json.loads((HUB / "vision_language_encoder_config.json").read_text())
     with torch.device("meta"):
         theirs = GlmImageForConditionalGeneration(GlmImageConfig(**config)).state_dict()
@@ -129,7 +129,7 @@ def test_full_size_names_and_shapes_are_the_references():
     assert any(name.startswith(VISION_PREFIXES[1]) for name in theirs)
 
 
-def test_the_hubs_config():
+def test_the_hubs_config_is_read():
     config = ARConfig.from_dict(
         json.loads((HUB / "vision_language_encoder_config.json").read_text())
     )
@@ -159,9 +159,9 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_a_config_is_refused(case):
+def test_an_unsupported_config_is_refused(case):
     config = json.loads((HUB / "vision_language_encoder_config.json").read_text())
-    spoil, said = BAD_CONFIGS[case]
+    spoil, sentence = BAD_CONFIGS[case]
     spoil(config)
-    with pytest.raises(GLMImageError, match=said):
+    with pytest.raises(GLMImageError, match=sentence):
         ARConfig.from_dict(config)

@@ -1,4 +1,4 @@
-"""Image to image, core to core: the mended reference's VQ ids, prompt, positions and tokens."""
+"""Image to image against the corrected reference: its VQ ids, prompt, positions and tokens."""
 
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ REFERENCES = {"one": [(512, 512)], "two": [(544, 640), (512, 576)]}
 
 
 def photos(sizes):
-    """uint8 [H, W, 3] with structure at many scales, so that neighbouring tokens differ."""
+    """uint8 [H, W, 3] images with structure at many scales, so that neighbouring tokens differ."""
     generator = torch.Generator().manual_seed(4)
     images = []
     for height, width in sizes:
@@ -44,7 +44,7 @@ def our_references(both, images):
 
 @pytest.mark.parametrize("count", REFERENCES)
 @pytest.mark.parametrize("shape", reference.SHAPES)
-def test_tokens_of_and_from_references_are_the_references(shape, count):
+def test_tokens_of_and_from_references_equal_the_references(shape, count):
     both, images = pair(shape), photos(REFERENCES[count])
     greedy = patch.object(both.reference.generation_config, "top_k", 1)
     with reference.mended(both.pipeline), greedy:
@@ -61,15 +61,15 @@ def test_tokens_of_and_from_references_are_the_references(shape, count):
     written = sample_from_references(both.model, prompt, GRID, run(options=GREEDY))
     assert written.shape == (1, *GRID)
     assert upsample_tokens(written).flatten().tolist() == tokens.flatten().tolist()
-    assert len(written.unique()) > 2  # greedy on random weights repeats itself, but
-    elsewhere = Prompt(prompt.ids, text_positions(len(prompt)))
-    moved = sample_from_references(both.model, elsewhere, GRID, run(options=GREEDY))
-    assert (moved != written).sum() > 8  # positions decide what it writes
+    assert len(written.unique()) > 2  # few, because greedy on random weights repeats itself
+    plain_positions = Prompt(prompt.ids, text_positions(len(prompt)))
+    moved = sample_from_references(both.model, plain_positions, GRID, run(options=GREEDY))
+    assert (moved != written).sum() > 8  # the positions change the tokens
 
 
 @pytest.mark.parametrize("templated", [True, False])
 @pytest.mark.parametrize("shape", reference.SHAPES)
-def test_prompt_and_positions_are_the_references(shape, templated):
+def test_prompt_and_positions_equal_the_references(shape, templated):
     both, sizes = pair(shape), REFERENCES["two"]
     processor, network = both.pipeline.processor, both.reference
     images = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in sizes]
@@ -108,7 +108,7 @@ def without_template(both, processor):
     return PromptTokenizer(tokenizer.backend_tokenizer.to_str(), config, None)
 
 
-def test_what_the_user_types_is_no_reference():
+def test_an_image_token_in_the_users_text_is_no_reference():
     both = pair("small")
     image = both.pipeline.processor.tokenizer.image_token
     codes = [torch.full((2, 2), 7)]
@@ -119,7 +119,7 @@ def test_what_the_user_types_is_no_reference():
     assert (prompt.ids == 7).sum() == 4
 
 
-def test_references_change_what_is_written_and_so_does_their_order():
+def test_references_and_their_order_change_the_tokens():
     both = pair("wide")
     codes = [torch.arange(6).view(2, 3), torch.arange(20, 26).view(3, 2)]
 
@@ -131,7 +131,7 @@ def test_references_change_what_is_written_and_so_does_their_order():
     assert runs[0] != runs[1] != runs[2] != runs[0]
 
 
-def test_a_batch_is_single_runs_and_forced_cells_stay():
+def test_a_batch_equals_single_runs_and_forced_cells_stay():
     both = pair("small")
     prompt = both.tokenizer.image_to_image("a cat", (3, 4), [torch.arange(6).view(2, 3)])
     options = SamplingOptions(temperature=1.5, top_p=1.0)

@@ -1,4 +1,4 @@
-"""The benchmark runs from end to end, and what it leaves is what it says."""
+"""The benchmark runs from end to end, and its rows agree with each other."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def rows(tmp_path_factory) -> list[dict]:
     return json.loads(out.read_text())
 
 
-def test_every_stage_stands_beside_its_reference(rows) -> None:
+def test_every_stage_is_compared_with_its_reference(rows) -> None:
     assert all(row.keys() == FIELDS for row in rows)
     both = {row["stage"] for row in rows if row["reference"] is not None}
     for stage in ("AR step", "AR, 64x64, batch 2", "glyph encoder", "VAE decode, 64x64",
@@ -38,7 +38,7 @@ def test_a_ratio_says_how_many_times_better_ours_is(rows) -> None:
         assert row["ratio"] == pytest.approx(times)
 
 
-def test_a_floor_is_no_faster_than_memory_or_arithmetic_allow(rows) -> None:
+def test_floors_are_below_our_times(rows) -> None:
     floors = {row["stage"]: row for row in rows if row["floor"] is not None}
     assert 0 < floors["AR step"]["floor"] < floors["AR step"]["ours"]
     decoder = floors["decoder step, 64x64, batch 1"]

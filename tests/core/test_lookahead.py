@@ -1,4 +1,4 @@
-"""Looking ahead: the same tokens in fewer passes."""
+"""Lookahead: the same tokens in fewer passes."""
 
 import pytest
 import reference
@@ -20,7 +20,7 @@ GRID = (6, 9)
 @pytest.mark.parametrize(
     "options", [SamplingOptions(), SamplingOptions(0), SamplingOptions(0.2, 0.3)], ids=str
 )
-def test_the_tokens_are_those_written_one_by_one(shape, window, options):
+def test_the_tokens_equal_those_written_one_by_one(shape, window, options):
     both = pair(shape)
     for ours, expected in zip(
         both.tokens(PROMPT, GRID, seed=5, batch=2, options=options, lookahead=window),
@@ -30,7 +30,7 @@ def test_the_tokens_are_those_written_one_by_one(shape, window, options):
         assert torch.equal(ours, expected)
 
 
-def test_with_forced_cells():
+def test_the_tokens_are_equal_with_forced_cells():
     both, generator = pair("wide"), torch.Generator().manual_seed(2)
     forced = {}
     for name, grid in (("preview", preview_grid(GRID)), ("large", GRID)):
@@ -45,7 +45,7 @@ def test_with_forced_cells():
 
 
 def test_a_model_that_repeats_itself_needs_fewer_passes(blocks):
-    """Greedy on random weights does."""
+    """Greedy sampling on random weights repeats itself."""
     both, reports = pair("small"), []
     greedy = SamplingOptions(0)
     tokens, preview = both.tokens(PROMPT, GRID, options=greedy)
@@ -60,7 +60,7 @@ def test_a_model_that_repeats_itself_needs_fewer_passes(blocks):
     assert reports[-1] == (alone, alone)
 
 
-def test_right_guesses_are_final_in_every_sample():
+def test_guesses_are_accepted_up_to_the_first_wrong_one_of_any_sample():
     draws = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     right = draws.clone()
     assert accepted(draws, right) == 4

@@ -51,7 +51,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_encode_is_the_references_mode(shape):
+def test_encode_equals_the_references_mode(shape):
     reference = reference_of(shape)
     network = network_of(reference)
     pixels = torch.rand(2, 3, 64, 48) * 2 - 1
@@ -61,7 +61,7 @@ def test_encode_is_the_references_mode(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_decode_is_the_references(shape):
+def test_decode_equals_the_references(shape):
     reference = reference_of(shape)
     latents = torch.randn(2, reference.config.latent_channels, 6, 10)
     assert_close(network_of(reference).decode(latents), reference.decode(latents).sample)
@@ -73,7 +73,7 @@ def test_the_pipelines_vae_loads():
     assert_close(network_of(reference).decode(latents), reference.decode(latents).sample)
 
 
-def test_full_size_keys_and_shapes_are_the_references():
+def test_full_size_keys_and_shapes_equal_the_references():
     config = json.loads((HUB / "vae_config.json").read_text())
     with torch.device("meta"):
         reference = AutoencoderKL.from_config(config).state_dict()
@@ -95,7 +95,7 @@ def test_full_size_keys_and_shapes_are_the_references():
         ({"norm_num_groups": 48}, "128 is no multiple of norm_num_groups 48"),
     ],
 )
-def test_another_vae_is_refused(change, sentence):
+def test_an_unsupported_config_is_refused(change, sentence):
     config = json.loads((HUB / "vae_config.json").read_text()) | change
     with pytest.raises(GLMImageError, match=sentence):
         VAEConfig.from_dict({k: v for k, v in config.items() if v is not None})

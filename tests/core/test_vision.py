@@ -16,7 +16,7 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 HUB = Path(__file__).parents[1] / "configs" / "hub"
 HUB_CONFIG = json.loads((HUB / "vision_language_encoder_config.json").read_text())
-GRIDS = [(4, 4), (3, 9), (16, 16), (21, 5), (1, 1)]  # the table of positions is 16x16
+GRIDS = [(4, 4), (3, 9), (16, 16), (21, 5), (1, 1)]  # the position table is 16x16
 
 
 def random_pixels(grid, batch=1):
@@ -25,7 +25,7 @@ def random_pixels(grid, batch=1):
 
 
 def reference_features(network, pixels, dtype=torch.float32):
-    """The reference's map [C, h, w] of pixels [1, 3, 16 h, 16 w]."""
+    """The reference's features [C, h, w] of pixels [1, 3, 16 h, 16 w]."""
     height, width = pixels.shape[2] // 16, pixels.shape[3] // 16
     patches = pixels.reshape(3, height, 16, width, 16).permute(1, 3, 0, 2, 4).reshape(-1, 768)
     grid = torch.tensor([[1, height, width]])
@@ -38,7 +38,7 @@ def relative_error(ours, theirs):
 
 @pytest.mark.parametrize("shape", reference.SHAPES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_features_and_ids_are_the_references(shape, grid):
+def test_features_and_ids_equal_the_references(shape, grid):
     vision, network = pair(shape).vision, pair(shape).reference
     pixels = random_pixels(grid)
     theirs = reference_features(network, pixels)
@@ -53,7 +53,7 @@ def test_features_and_ids_are_the_references(shape, grid):
     assert ids.flatten().tolist() == network.get_image_tokens([theirs]).tolist()
 
 
-def test_a_batch_is_its_images():
+def test_a_batch_equals_single_images():
     vision = pair("wide").vision
     pixels = random_pixels((5, 7), batch=3)
     ids = vision(pixels, torch.float32)
@@ -62,7 +62,7 @@ def test_a_batch_is_its_images():
         assert torch.equal(vision(image[None], torch.float32)[0], expected)
 
 
-def test_bf16_is_the_references_bf16_up_to_the_distances():
+def test_bf16_features_equal_the_references_bf16():
     vision, network = (
         copy.deepcopy(m).bfloat16() for m in (pair("deep").vision, pair("deep").reference)
     )
@@ -75,8 +75,8 @@ def test_bf16_is_the_references_bf16_up_to_the_distances():
     assert (vision(pixels, torch.bfloat16) == exact).float().mean() > 0.9
 
 
-def test_codes_that_bf16_cannot_tell_apart_are_told_apart():
-    """Distances in float32, and both sides of length one: a longer code is no nearer."""
+def test_codes_that_bf16_cannot_distinguish_are_distinguished():
+    """Distances are float32 between unit vectors, so a longer code is no nearer."""
     vision = copy.deepcopy(pair("small").vision)
     quantiser = vision.model["vqmodel"]
     table = quantiser.quantize["embedding"].weight
@@ -91,7 +91,7 @@ def test_codes_that_bf16_cannot_tell_apart_are_told_apart():
 
 
 class OffloadingLayers:
-    """Layers that keep bfloat16 weights and cast when they run, as a host's do."""
+    """Layers that store bfloat16 weights and cast them when they run, as a host's do."""
 
     class Linear(torch.nn.Linear):
         def forward(self, x):
@@ -109,10 +109,10 @@ class OffloadingLayers:
 
     class Embedding(torch.nn.Embedding):
         def forward(self, ids):
-            return super().forward(ids) + 1  # as a patched weight: only the layer knows
+            return super().forward(ids) + 1  # like a patched weight, which only the layer knows
 
 
-def test_weights_are_only_read_by_their_layers():
+def test_only_layers_read_their_weights():
     both = pair("small")
     stored = {k: v.bfloat16() for k, v in both.vision.state_dict().items()}
     ours = VisionEncoder(both.vision.config, operations=OffloadingLayers)
@@ -126,7 +126,7 @@ def test_weights_are_only_read_by_their_layers():
 
 
 @pytest.mark.parametrize("shape", reference.SHAPES)
-def test_a_checkpoint_holds_this_network_and_the_text_model_and_what_is_ignored(shape, tmp_path):
+def test_the_network_loads_from_a_whole_checkpoint(shape, tmp_path):
     pair(shape).pipeline.save_pretrained(tmp_path)
     component = open_component(tmp_path, "ar")
     network = VisionEncoder(VisionConfig.from_dict(component.config), device="meta")
@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_this_network_and_the_text_model_and_what_is_ignored(
     assert torch.equal(network(pixels, torch.float32), expected)
 
 
-def test_full_size_names_and_shapes_are_the_references():
+def test_full_size_names_and_shapes_equal_the_references():
     with torch.device("meta"):
         theirs = GlmImageForConditionalGeneration(GlmImageConfig(**HUB_CONFIG)).state_dict()
     text = ARModel(ARConfig.from_dict(HUB_CONFIG), device="meta").state_dict()
@@ -153,7 +153,7 @@ def test_full_size_names_and_shapes_are_the_references():
     assert not any(name.startswith(OTHER_PREFIXES) for name in vision)
 
 
-def test_the_hubs_config():
+def test_the_hubs_config_is_read():
     config = VisionConfig.from_dict(HUB_CONFIG)
     assert (config.layers, config.hidden_size, config.heads) == (40, 1536, 16)
     assert (config.position_side, config.codebook, config.code_dim) == (128, 16384, 2048)
@@ -182,9 +182,9 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_a_config_is_refused(case):
+def test_an_unsupported_config_is_refused(case):
     config = copy.deepcopy(HUB_CONFIG)
-    spoil, said = BAD_CONFIGS[case]
+    spoil, sentence = BAD_CONFIGS[case]
     spoil(config)
-    with pytest.raises(GLMImageError, match=said):
+    with pytest.raises(GLMImageError, match=sentence):
         VisionConfig.from_dict(config)

@@ -1,4 +1,4 @@
-"""The cases of `make eval` hold for pictures drawn as they should be, and for blank ones never."""
+"""The cases of `make eval` pass for correctly drawn pictures, and never for blank ones."""
 
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -20,7 +20,7 @@ each_size = pytest.mark.parametrize("settings", [SETTINGS, TALL], ids=["square",
 
 @each_size
 @pytest.mark.parametrize("cases", SETS, ids=lambda cases: cases.__name__)
-def test_a_picture_of_the_scene_passes_and_a_blank_one_does_not(cases, settings) -> None:
+def test_a_picture_of_the_scene_passes_and_a_blank_one_fails(cases, settings) -> None:
     for case in cases(settings, 3):
         (scene,) = case.check.args
         picture = render(scene)
@@ -30,23 +30,23 @@ def test_a_picture_of_the_scene_passes_and_a_blank_one_does_not(cases, settings)
 
 
 @each_size
-def test_an_edit_passes_when_it_is_drawn_and_not_when_nothing_was_done(settings) -> None:
+def test_the_edited_scene_passes_and_the_unedited_one_fails(settings) -> None:
     for case in evaluation.edit_cases(settings, 3):
         (edit,) = case.check.args
         assert all(case.check([render(edit.after)]).values())
-        undone = case.check([render(edit.before)])
-        assert not undone["edit does what was wished"]
+        unedited = case.check([render(edit.before)])
+        assert not unedited["edit does what was wished"]
 
 
-def test_blank_pictures_show_nothing_that_was_asked_for() -> None:
+def test_blank_pictures_fail_every_case() -> None:
     for cases in evaluation.SETS.values():
         for case in cases(SETTINGS, 2):
             held = case.check([BLANK] * len(case.graphs))
-            held.pop("... the rest unchanged", None)  # between two blank pictures it is
+            held.pop("... the rest unchanged", None)  # two blank pictures are equal
             assert not any(held.values())
 
 
-def test_an_override_changes_the_texts_and_nothing_else() -> None:
+def test_an_override_changes_the_glyph_encoders_texts_only() -> None:
     for case in evaluation.override_cases(SETTINGS, 3):
         first, second = case.graphs
         changed = [key for key in first if first[key] != second[key]]
@@ -55,7 +55,7 @@ def test_an_override_changes_the_texts_and_nothing_else() -> None:
         assert {scene.texts[0].content, word} <= set(HELD_OUT_WORDS)
 
 
-def test_training_draws_no_word_that_is_asked_for() -> None:
+def test_training_draws_no_word_of_the_evaluation() -> None:
     rng = np.random.default_rng(5)
     drawn = {draw_content(rng, "latin") for _ in range(20000)}
     assert not drawn & set(HELD_OUT_WORDS)
@@ -63,7 +63,7 @@ def test_training_draws_no_word_that_is_asked_for() -> None:
     assert asked <= set(HELD_OUT_WORDS)
 
 
-def test_a_layout_counts_as_kept_when_it_is() -> None:
+def test_an_equal_layout_passes_and_a_moved_one_fails() -> None:
     for case in evaluation.layout_cases(SETTINGS, 3):
         (scene,) = case.check.args
         moved = np.roll(render(scene), 70, axis=(0, 1))
@@ -72,7 +72,7 @@ def test_a_layout_counts_as_kept_when_it_is() -> None:
         assert not held["no lock, another seed: centres kept"]
 
 
-def test_an_override_counts_when_the_word_alone_is_another() -> None:
+def test_an_override_passes_if_only_the_word_changed() -> None:
     for case in evaluation.override_cases(SETTINGS, 3):
         scene, word = case.check.args
         text = replace(scene.texts[0], content=word)
@@ -81,7 +81,7 @@ def test_an_override_counts_when_the_word_alone_is_another() -> None:
         assert not case.check([render(scene), render(scene)])["... the new word read"]
 
 
-def test_graphs_ask_for_the_size_that_is_judged() -> None:
+def test_graphs_have_the_settings_size() -> None:
     for cases in (evaluation.shape_cases, evaluation.layout_cases):
         for case in cases(TALL, 1):
             for graph in case.graphs:
@@ -92,11 +92,11 @@ def test_graphs_ask_for_the_size_that_is_judged() -> None:
 @pytest.mark.parametrize(
     ("given", "size"), [("768", (768, 768)), ("512x768", (512, 768)), ("1152x768", (1152, 768))]
 )
-def test_a_size_is_read(given, size) -> None:
+def test_sizes_are_parsed(given, size) -> None:
     assert evaluation.read_size(given) == size
 
 
 @pytest.mark.parametrize("given", ["640", "768x1024", "768x0", "large"])
-def test_a_size_that_the_model_does_not_know_is_refused(given) -> None:
+def test_an_unknown_size_is_refused(given) -> None:
     with pytest.raises(ArgumentTypeError, match="768x512"):
         evaluation.read_size(given)

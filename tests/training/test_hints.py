@@ -1,4 +1,4 @@
-"""The decoder's first blocks look around, and the hints know which character stands where."""
+"""The decoder's first blocks start with their neighbours and texts; cells get their characters."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageRotaryPo
 from training.codes import SLOTS, cells
 from training.decoder import HEAD_DIM, HEADS, characters_of
 from training.glyphs import CHARACTERS
-from training.hints import look_around, look_up
+from training.hints import init_neighbour_heads, init_text_lookup
 from training.scene import Scene, Text
 
 SIDE = 32  # patches, as in a picture of 512 pixels
@@ -28,9 +28,9 @@ def positions() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("block", "neighbours"), [(0, [(9, 8), (9, 10)]), (1, [(8, 9), (10, 9)])])
-def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
+def test_a_patch_changes_its_neighbours_most(block, neighbours) -> None:
     network = small_decoder()
-    look_around(network)
+    init_neighbour_heads(network)
     attention = network.transformer_blocks[block].attn1
     states = torch.randn(1, SIDE * SIDE, HEADS * HEAD_DIM)
     marked = states.clone()
@@ -41,22 +41,23 @@ def test_a_patch_is_compared_with_its_neighbours(block, neighbours) -> None:
             attention(one, states[:, :0], image_rotary_emb=rope)[0] for one in (states, marked)
         )
     moved = (plain - changed).norm(dim=-1).view(SIDE, SIDE)
-    nearest = moved.flatten().topk(2).indices.tolist()
-    assert sorted(divmod(place, SIDE) for place in nearest) == neighbours
+    most_moved = moved.flatten().topk(2).indices.tolist()
+    assert sorted(divmod(index, SIDE) for index in most_moved) == neighbours
 
 
-def test_a_patch_finds_the_byte_of_its_place_in_the_text() -> None:
-    """Wherever it lies, among states that say much else besides their place."""
+def test_a_patch_attends_to_the_byte_of_its_slot() -> None:
+    """At every position, and with noisy states."""
     block = small_decoder().transformer_blocks[0]
     width = HEADS * HEAD_DIM
-    to_cells, to_bytes = torch.randn(2, len(SLOTS) + 1, width) / 2
-    cells, places = torch.randint(-1, len(SLOTS), (2, 4000))
-    image, text = to_cells[cells], to_bytes[places]
+    of_cells, of_bytes = torch.randn(2, len(SLOTS) + 1, width) / 2
+    cell_slots, byte_slots = torch.randint(-1, len(SLOTS), (2, 4000))
+    image, text = of_cells[cell_slots], of_bytes[byte_slots]
     image, text = (states + torch.randn(4000, width) / 4 for states in (image, text))
-    look_up(block, image, cells, text, places)
-    cells, places = torch.randint(-1, len(SLOTS), (SIDE * SIDE,)), torch.randperm(len(SLOTS))
-    image = to_cells[cells] + torch.randn(SIDE * SIDE, width) / 4
-    text = to_bytes[places] + torch.randn(len(SLOTS), width) / 4
+    init_text_lookup(block, image, cell_slots, text, byte_slots)
+    cell_slots = torch.randint(-1, len(SLOTS), (SIDE * SIDE,))
+    byte_slots = torch.randperm(len(SLOTS))
+    image = of_cells[cell_slots] + torch.randn(SIDE * SIDE, width) / 4
+    text = of_bytes[byte_slots] + torch.randn(len(SLOTS), width) / 4
     moved = []
     with torch.no_grad():
         for i in range(len(SLOTS)):
@@ -67,8 +68,8 @@ def test_a_patch_finds_the_byte_of_its_place_in_the_text() -> None:
                 for one in (text, louder)
             ]
             moved.append((both[0] - both[1]).norm(dim=-1)[0])
-    found = places[torch.stack(moved).argmax(0)]
-    assert (found == cells)[cells >= 0].float().mean() > 0.95
+    found = byte_slots[torch.stack(moved).argmax(0)]
+    assert (found == cell_slots)[cell_slots >= 0].float().mean() > 0.95
 
 
 def test_every_cell_of_a_text_has_its_character() -> None:

@@ -1,4 +1,4 @@
-"""The judge of trained models sees in a drawn picture what was drawn, and not what was not."""
+"""The judge of trained models finds in a drawn picture what was drawn, and nothing else."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -45,7 +45,7 @@ def _with_first(scene: Scene, **what) -> Scene:
     return replace(scene, items=(replace(scene.items[0], **what), *scene.items[1:]))
 
 
-def test_a_drawn_scene_is_what_it_is(pictures) -> None:
+def test_a_drawn_scene_matches(pictures) -> None:
     assert len(SCENES) >= 20
     for scene, picture in zip(SCENES, pictures, strict=True):
         assert background_of(picture) == scene.background
@@ -54,23 +54,23 @@ def test_a_drawn_scene_is_what_it_is(pictures) -> None:
         assert all(shows_item(shapes_of(picture, scene), scene, item) for item in scene.items)
 
 
-def test_noise_changes_nothing(pictures) -> None:
+def test_a_noisy_scene_matches(pictures) -> None:
     noise = np.random.default_rng(0).normal(0, 12, (768, 768, 3))
     for scene, picture in zip(SCENES, pictures, strict=True):
-        loud = picture + noise[: scene.height, : scene.width]
-        assert matches_kinds(np.clip(loud, 0, 255).astype(np.uint8), scene), scene
+        noisy = picture + noise[: scene.height, : scene.width]
+        assert matches_kinds(np.clip(noisy, 0, 255).astype(np.uint8), scene), scene
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_smallest_shapes_are_of_their_kind_with_soft_edges_too(shape) -> None:
+def test_small_shapes_with_soft_edges_match_their_kind(shape) -> None:
     for colour, background in permutations(COLOURS, 2):
         empty = Scene(512, 512, background, (), ())
         scene = replace(empty, items=(place_item(empty, shape, colour, "small", "left"),))
         assert matches_kinds(cv2.GaussianBlur(render(scene), (0, 0), 2), scene), scene
 
 
-def test_another_colour_place_background_kind_or_number_is_seen(pictures) -> None:
-    sides = 0
+def test_another_colour_place_background_kind_or_number_does_not_match(pictures) -> None:
+    mirrored = 0
     for scene, picture in zip(SCENES, pictures, strict=True):
         taken = {scene.background, *(item.colour for item in scene.items)}
         free = [colour for colour in COLOURS if colour not in taken]
@@ -81,16 +81,16 @@ def test_another_colour_place_background_kind_or_number_is_seen(pictures) -> Non
         if (side := MIRRORED.get(scene.items[0].place)) and len(
             {item.colour for item in scene.items}
         ) == len(scene.items):
-            sides += 1
+            mirrored += 1
             assert not matches_scene(picture, _with_first(scene, place=side))
         shown = {item.shape for item in scene.items}
         other = next(shape for shape in SHAPES if shape not in shown)
         assert matches_scene(picture, _with_first(scene, shape=other))
         assert not matches_kinds(picture, _with_first(scene, shape=other))
-    assert sides >= 8
+    assert mirrored >= 8
 
 
-def test_a_move_is_measured_and_a_lost_shape_is_no_move() -> None:
+def test_a_move_is_measured_and_is_infinite_for_a_lost_shape() -> None:
     def shapes(row: float, colour: str = "red") -> list:
         scene = Scene(512, 512, "white", (Item("star", colour, "small", None, ((row, 8.0),)),), ())
         return shapes_of(render(scene), scene)
@@ -112,7 +112,7 @@ def test_drawn_texts_can_be_read(script: str, length: int | None, least: int) ->
     assert read >= least
 
 
-def test_an_empty_box_reads_as_nothing() -> None:
+def test_an_empty_box_has_no_text() -> None:
     assert read_text(np.full((512, 512, 3), 90, np.uint8), (32, 64, 64, 320)) == ""
 
 

@@ -1,4 +1,4 @@
-"""Processes that train together take the same steps, along the mean of their gradients."""
+"""Processes that train together take the same steps along the mean of their gradients."""
 
 import json
 import os
@@ -58,15 +58,15 @@ def test_gradients_are_averaged_and_a_missing_one_is_zero(tmp_path) -> None:
     )
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["both"].tolist() == [1.5, 1.5]  # of 1 and 2
-        assert found["second"].tolist() == [1.0]  # of none and 2
+        assert found["both"].tolist() == [1.5, 1.5]  # the mean of 1 and 2
+        assert found["second"].tolist() == [1.0]  # the mean of none and 2
         assert found["furthest"] == 0.75
 
 
-def test_a_stage_is_trained_by_two_processes(tmp_path) -> None:
-    """The first draws what it would alone; after one step its weights are others.
+def test_two_processes_train_a_stage(tmp_path) -> None:
+    """The first process draws the batches that it would draw alone.
 
-    So the first losses are alike, and the second ones are not.
+    Its first losses are therefore the same. After one step its weights, and so its losses, differ.
     """
     alone, both = (losses(tmp_path / many, "--processes", many) for many in "12")
     assert both[0] == alone[0]
@@ -74,7 +74,7 @@ def test_a_stage_is_trained_by_two_processes(tmp_path) -> None:
 
 
 def losses(folder: Path, *arguments: str) -> list[dict]:
-    """What each of two steps of a stage lost."""
+    """The losses of two steps of a stage."""
     run("training", "vision", "--folder", str(folder), "--steps", "2", "--batch", "2",
         "--threads", "1", "--device", "cpu", *arguments)  # fmt: skip
     summary = json.loads((folder / "vision" / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""What training draws, what its prompts ask for and what the codes say are the same."""
+"""The pictures that training draws, their prompts and their codes agree."""
 
 from dataclasses import replace
 
@@ -48,14 +48,14 @@ def test_a_window_is_a_part_of_the_picture() -> None:
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(1.0, 40, 40), (0.0, 0, 9)])
-def test_places_are_left_open_as_often_as_asked(share, least, most) -> None:
+def test_a_share_of_scenes_has_open_places(share, least, most) -> None:
     rng = np.random.default_rng(2)
     drawn = [draw_scene(rng, 512, 512, all_anywhere=share) for _ in range(40)]
     single = [[item for item in scene.items if len(item.centres) == 1] for scene in drawn]
     assert least <= sum(not any(item.place for item in items) for items in single) <= most
 
 
-def test_a_prompt_names_all_that_is_drawn() -> None:
+def test_a_prompt_names_every_shape_background_and_text() -> None:
     for rng, scene in scenes(60):
         prompt = prompt_of(rng, scene)
         chinese = any(name in prompt for name in ZH_COLOURS.values())
@@ -70,7 +70,7 @@ def test_a_prompt_names_all_that_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("preview", [False, True])
-def test_a_code_says_what_its_cell_shows(preview) -> None:
+def test_a_code_has_the_colour_of_its_cell(preview) -> None:
     for _, scene in scenes():
         grid = scene.preview if preview else scene.grid
         codes, picture = cells(scene, grid), render(scene).astype(float)
@@ -92,11 +92,11 @@ def test_a_code_says_what_its_cell_shows(preview) -> None:
 
 
 def _near_text(codes: np.ndarray, row: int, column: int) -> bool:
-    """A preview's cell may hold a sliver of a character whose code its neighbour has."""
+    """Whether a character is near: a preview's cell may show a sliver of its neighbour's."""
     return (codes[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] >= TEXT).any()
 
 
-def test_an_edges_code_has_the_pattern_that_is_nearest_to_the_pixels() -> None:
+def test_an_edges_code_has_the_pattern_nearest_to_its_pixels() -> None:
     right, count = 0, 0
     for _, scene in scenes():
         scene = replace(scene, texts=())
@@ -115,7 +115,7 @@ def test_an_edges_code_has_the_pattern_that_is_nearest_to_the_pixels() -> None:
     assert right >= 0.99 * count > 500
 
 
-def test_a_texts_codes_name_their_script_and_place() -> None:
+def test_a_texts_codes_name_their_script_and_index() -> None:
     for _, scene in scenes():
         codes = torch.from_numpy(cells(scene))
         for text in scene.texts:
@@ -126,7 +126,7 @@ def test_a_texts_codes_name_their_script_and_place() -> None:
                 assert (slots == SLOTS.index((text.script, i))).all()
 
 
-def test_edges_and_texts_are_where_shapes_and_texts_are() -> None:
+def test_codes_have_edges_and_texts_as_the_scene_has_shapes_and_texts() -> None:
     for _, scene in scenes():
         codes = cells(scene)
         assert ((codes >= EDGE) & (codes < TEXT)).any() == bool(scene.items)
@@ -134,7 +134,7 @@ def test_edges_and_texts_are_where_shapes_and_texts_are() -> None:
         assert (codes >= TEXT).sum() == 4 * letters
 
 
-def test_no_two_codes_that_are_drawn_have_one_vector() -> None:
+def test_drawn_codes_have_different_vectors() -> None:
     assert USED <= CODEBOOK
     drawn = np.unique(np.concatenate([cells(scene).ravel() for _, scene in scenes(60)]))
     assert len(drawn) > 200
@@ -143,13 +143,13 @@ def test_no_two_codes_that_are_drawn_have_one_vector() -> None:
     assert likeness.max() < 1 - 1e-5
 
 
-def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
+def test_an_edit_makes_only_the_change_of_its_kind() -> None:
     kinds = set()
     for i in range(60):
         edit = draw_edit(np.random.default_rng([2, i]), 512, 512)
         kinds.add(edit.kind)
         before, after = edit.before, edit.after
-        kept = set(before.items) & set(after.items)
+        unchanged = set(before.items) & set(after.items)
         if edit.kind == "background":
             assert after.items == before.items
             assert edit.after.background in edit.wish or ZH_COLOURS[after.background] in edit.wish
@@ -158,11 +158,11 @@ def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
             assert after.background != before.background
         else:
             assert after.background == before.background
-            assert len(kept) == len(before.items) - 1
+            assert len(unchanged) == len(before.items) - 1
     assert kinds == {"recolour", "background", "replace", "remove", "isolate"}
 
 
-def test_shapes_stand_where_they_were_asked_for() -> None:
+def test_shapes_are_placed_where_asked() -> None:
     scene = Scene(512, 512, "yellow", (), ())
     for place, column in (("left", 3), ("centre", 8), ("right", 13)):
         item = place_item(scene, "circle", "red", "medium", place)
@@ -172,7 +172,7 @@ def test_shapes_stand_where_they_were_asked_for() -> None:
     assert crowded is None
 
 
-def test_a_big_shape_makes_room_for_another() -> None:
+def test_a_shape_moves_aside_for_a_big_one() -> None:
     scene = Scene(512, 512, "yellow", (), ())
     left = place_item(scene, "circle", "red", "big", "left")
     centre = place_item(replace(scene, items=(left,)), "star", "blue", "big", "centre")

@@ -1,4 +1,4 @@
-"""A large grid follows its preview: whatever its prompt says, and whatever went wrong before."""
+"""A large grid follows its preview, whatever its prompt says and in spite of earlier errors."""
 
 from pathlib import Path
 
@@ -25,31 +25,30 @@ def locked(stage: AutoregressiveStage, i: int, size: tuple[int, int] = (512, 512
 
 
 def given(sample: Sample) -> torch.Tensor:
-    """The preview in a locked sample's prompt, which words of no picture precede."""
+    """The preview in a locked sample's prompt; its other ids are no codes."""
     return sample.prompt.ids[sample.prompt.ids < CODEBOOK]
 
 
-def test_a_locked_large_grid_is_its_previews(stage) -> None:
-    """At 512x512 the two grids are one."""
+def test_a_locked_large_grid_equals_its_preview_at_512(stage) -> None:
     for i in range(20):
         sample = locked(stage, i)
         assert torch.equal(given(sample), sample.codes)
 
 
-def test_a_locked_preview_is_not_what_the_prompt_says(stage) -> None:
-    """The notes are asked of the cells that are as told alone, and those are not all."""
-    unasked = []
+def test_a_locked_preview_differs_from_its_prompt(stage) -> None:
+    """Only cells that agree with the prompt have a note, and not all of them agree."""
+    without_note = []
     for i in range(20):
         sample = locked(stage, i)
         other = stage.samples.image(np.random.default_rng([11, i]), 512, 512, True, 0.0)
         assert len(other.codes) == 2 * len(sample.codes)
         shapes = (sample.codes >= INSIDE) & (sample.noted < 0)
-        unasked.append(bool(shapes.any()))
-    assert sum(unasked) > 5
+        without_note.append(bool(shapes.any()))
+    assert sum(without_note) > 5
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_locked_sample_lies_as_a_whole_image_does(stage, size) -> None:
+def test_a_locked_sample_has_the_positions_of_a_whole_image(stage, size) -> None:
     sample = locked(stage, 0, size)
     grid = size[0] // 32, size[1] // 32
     preview = preview_grid(grid)
@@ -66,11 +65,11 @@ def test_a_locked_batch_has_every_loss_of_a_large_grid(stage) -> None:
     stage.module = stage.build()
     losses = stage.loss(batch, torch.Generator().manual_seed(0))
     assert {"codes", "where", "within", "copied", "noted", "layout"} <= losses.keys()
-    assert not {"coming", "begun", "overlooked"} & losses.keys()  # those ask about the preview
+    assert not {"coming", "begun", "overlooked"} & losses.keys()  # losses of the preview
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_half_of_the_large_grids_are_misread_in_places(stage) -> None:
+def test_half_of_the_large_grids_are_partly_misread(stage) -> None:
     shares = []
     for i in range(60):
         sample = stage.samples.image(np.random.default_rng([12, i]), 768, 768, True, 0.0)
@@ -81,4 +80,4 @@ def test_half_of_the_large_grids_are_misread_in_places(stage) -> None:
         assert torch.equal(collate([sample])[0][0, len(sample.prompt) :], sample.read[:-1])
     misread = [share for share in shares if share]
     assert 20 < len(misread) < 40
-    assert 0.5 * MISREAD < np.mean(misread) < MISREAD  # some are read as what they are
+    assert 0.5 * MISREAD < np.mean(misread) < MISREAD  # a replacement may be the same code

@@ -1,4 +1,4 @@
-"""Training runs in every stage, can be taken up, and leaves what it trained as a checkpoint."""
+"""Every stage trains, can be resumed, and writes what it trained as a checkpoint."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_stage_leaves_its_losses_and_their_plot(folder) -> None:
+def test_every_stage_saves_its_losses_and_their_plot(folder) -> None:
     for stage in STAGES:
         summary = json.loads((folder / "run" / stage / "summary.json").read_text())
         assert summary["steps"] == 2
@@ -50,17 +50,17 @@ def test_every_stage_leaves_its_losses_and_their_plot(folder) -> None:
         assert Image.open(folder / "run" / stage / "loss.png").format == "PNG"
 
 
-def test_a_loss_that_some_steps_lack_is_plotted_where_it_is() -> None:
+def test_a_loss_that_some_steps_lack_is_plotted_at_its_own_steps() -> None:
     log = [{"step": i, "all": 2.0} | ({"even": i} if i % 2 == 0 else {}) for i in range(200)]
     found = curves([*log, {"step": 200, "last": 1.0}])
     assert found.keys() == {"all", "even", "last"}
     steps, values = found["even"]
-    assert len(steps) == 99  # of a hundred, two at a time
+    assert len(steps) == 99  # a hundred, averaged two at a time
     assert np.array_equal(steps, values)
     assert np.allclose(found["all"][1], 2)
 
 
-def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_path) -> None:
+def test_an_interrupted_run_equals_an_uninterrupted_one(folder, tmp_path) -> None:
     train(tmp_path, "vision", "--steps", "2", "--stop", "1")
     assert state(tmp_path, "vision")["step"] == 1
     train(tmp_path, "vision", "--steps", "2")
@@ -71,8 +71,8 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(folder, tmp_pat
             assert torch.equal(found[weights][key], value)
 
 
-def test_a_run_is_trained_by_one_command_at_a_time(tmp_path) -> None:
-    """Two of them would write one state, as long as none of them knows of the other."""
+def test_one_command_at_a_time_trains_a_folder(tmp_path) -> None:
+    """Two commands would overwrite each other's state."""
     stage = tmp_path / "run" / "vision"
     stage.mkdir(parents=True)
     with FileLock(stage / "lock"), pytest.raises(AssertionError, match="trained by another run"):
@@ -81,8 +81,8 @@ def test_a_run_is_trained_by_one_command_at_a_time(tmp_path) -> None:
     assert state(tmp_path, "vision")["step"] == 1
 
 
-def test_stages_go_on_from_a_checkpoint(folder, tmp_path) -> None:
-    """A stage begins with its weights, and what it has become is put back beside the others."""
+def test_stages_start_from_a_checkpoint(folder, tmp_path) -> None:
+    """A stage starts with its weights, and the result replaces only its own component."""
     shutil.copytree(folder / "tiny", tmp_path / "tiny")
     for stage in ("decoder", "autoregressive"):
         train(tmp_path, stage, "--steps", "1", "--start", str(folder / "tiny"))
@@ -120,7 +120,7 @@ def test_the_checkpoint_holds_what_was_trained_in_bfloat16(folder) -> None:
     assert config["dtype"] == "bfloat16"
 
 
-def test_the_configuration_names_the_token_of_a_reference() -> None:
+def test_the_tokenizer_has_the_id_of_a_reference() -> None:
     assert make_processor().tokenizer.convert_tokens_to_ids("<|image|>") == IMAGE_PLACEHOLDER
 
 
@@ -129,7 +129,7 @@ def only_file(component: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_a_stage_that_is_missing_is_named(tmp_path) -> None:
+def test_the_error_names_a_missing_stage(tmp_path) -> None:
     command = [sys.executable, "-m", "training", "decoder", "--folder", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
@@ -137,7 +137,7 @@ def test_a_stage_that_is_missing_is_named(tmp_path) -> None:
 
 
 def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
-    """What the AR stage learns to continue is what transformers will ask it to."""
+    """The AR stage trains on the same prompts and positions that transformers uses."""
     stage = AutoregressiveStage(Run(folder / "run", batch=1))
     network = GlmImageForConditionalGeneration.from_pretrained(
         folder / "tiny" / "vision_language_encoder"
@@ -155,7 +155,7 @@ def test_prompts_and_positions_are_those_of_the_reference(folder) -> None:
     assert torch.equal(sample.read[: 13 * 19], targets[0, : 13 * 19])
 
 
-def test_the_first_cell_of_each_thing_counts_more() -> None:
+def test_the_first_cell_of_each_shape_and_text_counts_more() -> None:
     empty = Scene(512, 512, "white", (), (Text("AB", "bottom"),))
     left = place_item(empty, "circle", "red", "medium", "left")
     right = place_item(empty, "star", "blue", "small", "right")
@@ -172,7 +172,7 @@ def test_the_first_cell_of_each_thing_counts_more() -> None:
 
 
 @pytest.mark.parametrize("window", [(128, 128), (512, 512)])
-def test_edits_are_trained_on_their_references(folder, window) -> None:
+def test_the_reference_changes_the_loss_of_an_edit(folder, window) -> None:
     stage = DecoderStage(Run(folder / "run", batch=16))
     batch = stage._edited(np.random.default_rng(4), window, 512, 512)
     assert batch.reference.pixels.shape == batch.pixels.shape
@@ -186,7 +186,7 @@ def test_edits_are_trained_on_their_references(folder, window) -> None:
     assert with_reference != other
 
 
-def test_half_of_the_decoders_scenes_have_a_small_star_where_another_shape_was(folder) -> None:
+def test_half_of_the_decoders_scenes_have_a_shape_replaced_by_a_small_star(folder) -> None:
     stage = DecoderStage(Run(folder / "run", batch=16))
     stars = 0
     for i in range(200):
