@@ -1,8 +1,8 @@
-"""A recording of a step on the CPU, in the place of a CUDA graph.
+"""Records a step on the CPU in place of a CUDA graph.
 
-It keeps what a graph keeps, the operations with the addresses they read and write, so whatever a
-step takes from the host, be it a number or a shape, is baked in and shows as wrong tokens. It
-refuses to let a step read the device.
+A tape stores the operations with the addresses they read and write, as a graph does. A number or a
+shape that a step takes from the host is therefore fixed, and a replay shows it as wrong tokens. A
+step that reads the device raises.
 """
 
 import torch
@@ -17,7 +17,7 @@ class DeviceReadError(Exception):
 
 
 class Tape(TorchDispatchMode):
-    """A step's operations; calling the tape does them again on the same memory."""
+    """The operations of a step. Calling the tape repeats them on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -32,14 +32,14 @@ class Tape(TorchDispatchMode):
 
     @property
     def operations(self):
-        """Their names."""
+        """Names of the recorded operations."""
         return {func._schema.name for func, *_ in self.calls}
 
     def __call__(self):
         for func, args, kwargs, outputs in self.calls:
-            for kept, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
-                    kept.copy_(new)
+            for recorded, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(recorded, torch.Tensor) and recorded.data_ptr() != new.data_ptr():
+                    recorded.copy_(new)
 
 
 class Recorder:
