@@ -66,6 +66,6 @@ def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
 
 def show_text(node_id: str, text: str) -> None:
     """Shows a line under the widgets of a node, while it runs and after."""
-    from server import PromptServer  # cannot be imported without a server
+    from server import PromptServer  # only a running server has it
 
     PromptServer.instance.send_progress_text(text, node_id)

@@ -109,7 +109,7 @@ def _without_empty_vae_warning() -> Iterator[None]:
     """Drops the root logger's record of a VAE with an empty state dict, and no other record."""
 
     def passes(record: logging.LogRecord) -> bool:
-        return EMPTY_VAE_WARNING not in record.getMessage()
+        return EMPTY_VAE_WARNING not in str(record.msg)
 
     logging.root.addFilter(passes)
     try:
