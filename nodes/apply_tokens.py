@@ -1,4 +1,4 @@
-"""Where the two encoders meet: semantic tokens join the glyph conditioning."""
+"""Joins semantic tokens to the glyph conditioning."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from .host.reference_cache import HostReferenceCache
 from .types import CATEGORY, ReferenceCache, Tokens
 
 LATENT_CHANNELS = 16
-"""Of an empty LATENT; ComfyUI's samplers widen an empty one to what their MODEL takes."""
+"""Channels of an empty LATENT; ComfyUI's samplers change them to those that their MODEL takes."""
 
 
 class ApplyTokens(io.ComfyNode):
@@ -23,30 +23,31 @@ class ApplyTokens(io.ComfyNode):
             node_id="GLMImageApplyTokens",
             display_name="GLM-Image Apply Tokens",
             category=CATEGORY,
-            description="Puts semantic tokens into the conditioning and makes the empty latent "
-            "that fits them. The negative has the tokens' grid with nothing in it, as the model "
-            "was trained; without one, the empty text is used.",
+            description="Adds semantic tokens to the conditioning and makes an empty latent of "
+            "their size. The negative gets the same grid with every token dropped, as in training.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="From GLM-Image Glyph Encode."),
-                Tokens.Input("tokens", tooltip="From GLM-Image Sample Tokens or Load Tokens."),
+                Tokens.Input(
+                    "tokens", tooltip="From GLM-Image Sample Tokens, Load Tokens or Encode Tokens."
+                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Glyph conditioning for the unconditional pass; leave it unconnected "
-                    "for the empty text, which the model was trained with.",
+                    tooltip="Glyph conditioning for the unconditional pass. Unconnected: the empty "
+                    "text, which the model was trained with.",
                 ),
                 ReferenceCache.Input(
                     "reference_cache",
                     optional=True,
-                    tooltip="From GLM-Image Reference Cache: the positive pass attends to it.",
+                    tooltip="From GLM-Image Reference Cache. The positive pass attends to it.",
                 ),
                 io.Int.Input(
                     "batch_index",
                     default=-1,
                     min=-1,
                     max=4095,
-                    tooltip="Take this one image of the tokens' batch, from 0, with the noise it "
-                    "has in the batch; -1 takes all.",
+                    tooltip="Which image of the batch to take, counted from 0; it gets the same "
+                    "noise as in the whole batch. -1 takes all.",
                 ),
             ],
             outputs=[

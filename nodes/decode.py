@@ -1,16 +1,21 @@
-"""The second stage: latents from semantic tokens, in one node or with ComfyUI's own samplers."""
+"""The second stage: latents from semantic tokens, in one node or with ComfyUI's samplers."""
 
 from typing import Any
 
 from comfy_api.latest import io
 
 from .host import sampling
+from .inputs import seed_input
 from .types import CATEGORY
 
 
 def _steps() -> io.Int.Input:
     return io.Int.Input(
-        "steps", default=50, min=1, max=10000, tooltip="Denoising steps; the checkpoint's are 50."
+        "steps",
+        default=50,
+        min=1,
+        max=10000,
+        tooltip="Denoising steps; the checkpoint recommends 50.",
     )
 
 
@@ -21,9 +26,16 @@ def _denoise() -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Below 1 the latent's own image is kept in part: only the last of the noise levels "
-        "are run.",
+        tooltip="1 starts from pure noise. Below 1, sampling starts at a lower noise level and "
+        "part of the latent's own image remains.",
     )
+
+
+def _model_and_latent() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
+        io.Latent.Input("latent", tooltip="From GLM-Image Apply Tokens; its size is used."),
+    ]
 
 
 class Scheduler(io.ComfyNode):
@@ -33,16 +45,11 @@ class Scheduler(io.ComfyNode):
             node_id="GLMImageScheduler",
             display_name="GLM-Image Scheduler",
             category=f"{CATEGORY}/sampling",
-            description="The checkpoint's noise levels for the latent's size, for Sampler Custom "
-            "Advanced. Larger images are given more steps at high noise. Where a share of the "
-            "steps is meant (Set Timestep Range, EasyCache), give the guider the MODEL of "
+            description="Makes the checkpoint's noise levels for the latent's size, for Sampler "
+            "Custom Advanced. Larger images get more steps at high noise. Nodes that take a share "
+            "of the steps (Set Timestep Range, EasyCache) need a guider with the MODEL of "
             "GLM-Image Model Sampling.",
-            inputs=[
-                io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
-                io.Latent.Input("latent", tooltip="From GLM-Image Apply Tokens; sets the size."),
-                _steps(),
-                _denoise(),
-            ],
+            inputs=[*_model_and_latent(), _steps(), _denoise()],
             outputs=[io.Sigmas.Output()],
         )
 
@@ -60,10 +67,7 @@ class ModelSampling(io.ComfyNode):
             category=f"{CATEGORY}/sampling",
             description="Shifts the model's noise levels to the latent's size, so that KSampler "
             "and its schedulers can drive the decoder.",
-            inputs=[
-                io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
-                io.Latent.Input("latent", tooltip="From GLM-Image Apply Tokens; sets the size."),
-            ],
+            inputs=_model_and_latent(),
             outputs=[io.Model.Output()],
         )
 
@@ -79,20 +83,18 @@ class Decode(io.ComfyNode):
             node_id="GLMImageDecode",
             display_name="GLM-Image Decode",
             category=CATEGORY,
-            description="Turns semantic tokens into a latent with the checkpoint's schedule: Euler "
-            "with CFG, the same as Sampler Custom Advanced with GLM-Image Scheduler.",
+            description="Turns semantic tokens into a latent with Euler, CFG and the checkpoint's "
+            "schedule. Sampler Custom Advanced with GLM-Image Scheduler gives the same latent.",
             inputs=[
                 io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
                 io.Conditioning.Input("positive", tooltip="From GLM-Image Apply Tokens."),
                 io.Conditioning.Input("negative", tooltip="From GLM-Image Apply Tokens."),
-                io.Latent.Input("latent", tooltip="From GLM-Image Apply Tokens, or an image's."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the noise; the layout and the content come from the tokens' seed.",
+                io.Latent.Input(
+                    "latent", tooltip="From GLM-Image Apply Tokens, or of an encoded image."
+                ),
+                seed_input(
+                    "Seed of the noise. It changes details; the tokens' seed decides the layout "
+                    "and the content."
                 ),
                 _steps(),
                 io.Float.Input(
@@ -101,7 +103,8 @@ class Decode(io.ComfyNode):
                     min=1.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Guidance; the checkpoint's is 1.5. 1 is off and takes half the time.",
+                    tooltip="Guidance; the checkpoint recommends 1.5. 1 is off and halves the "
+                    "time.",
                 ),
                 _denoise(),
             ],

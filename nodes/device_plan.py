@@ -4,10 +4,9 @@ from comfy_api.latest import io
 
 from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from ..glm_core.placement.plan import AUTO, STRATEGIES
-from .choices import check_choices, require_choices
 from .host.devices import check_device, device_names
 from .host.plan import make_plan, plannable_names
-from .semantic import size_inputs
+from .inputs import check_choices, require_choices, size_inputs
 from .types import CATEGORY, DevicePlan
 
 STAGES = {

@@ -1,4 +1,4 @@
-"""The texts to be rendered, byte by byte."""
+"""Encodes the texts that the image should show."""
 
 from typing import Any
 
@@ -16,21 +16,20 @@ class GlyphEncode(io.ComfyNode):
             node_id="GLMImageGlyphEncode",
             display_name="GLM-Image Glyph Encode",
             category=CATEGORY,
-            description="Encodes the texts that the image should show: those in quotes in the "
-            "prompt ('...', “...”, \"...\", 「...」), or the lines of texts. An apostrophe counts "
-            "as a quote; look at the second output, and list the texts yourself where it errs.",
+            description="Encodes the texts that the image should show: those that the prompt has "
+            "in quotes ('...', “...”, \"...\", 「...」), or the lines of texts. An apostrophe "
+            "counts as a quote: if the second output is wrong, list the texts yourself.",
             inputs=[
                 io.Clip.Input("clip", tooltip="From GLM-Image Load Glyph Encoder."),
                 io.String.Input(
-                    "prompt", multiline=True, tooltip="The prompt of GLM-Image Sample Tokens."
+                    "prompt", multiline=True, tooltip="The same as in GLM-Image Sample Tokens."
                 ),
                 io.String.Input(
                     "texts",
                     multiline=True,
                     optional=True,
                     default="",
-                    tooltip="One text a line, instead of what the prompt has in quotes. "
-                    "Leave empty to take the prompt's.",
+                    tooltip="Texts to render, one a line. Empty: those in quotes in the prompt.",
                 ),
             ],
             outputs=[

@@ -1,4 +1,4 @@
-"""Layouts on the graph: keep one, lock it or a part of it, join two, look at one in pixels."""
+"""Nodes on layouts: choose and lock one, join two, paint one as a small image."""
 
 import torch
 from comfy_api.latest import io
@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
-from .choices import check_choices, require_choices
+from .inputs import check_choices, require_choices
 from .types import CATEGORY, Layout, Tokens
 
 SUBCATEGORY = f"{CATEGORY}/layout"
@@ -21,9 +21,9 @@ class LockLayout(io.ComfyNode):
             node_id="GLMImageLockLayout",
             display_name="GLM-Image Lock Layout",
             category=SUBCATEGORY,
-            description="Takes one layout of a batch and locks it, or part of it. A sampler keeps "
-            "the locked cells under any prompt, seed and temperature, and draws the others anew. "
-            "Locks add up; none removes all.",
+            description="Takes one layout of a batch and locks it, or a part of it. A sampler "
+            "keeps the locked cells under any prompt, seed and temperature and draws the others "
+            "anew. New locks are added to those the layout has; none removes all.",
             inputs=[
                 Layout.Input("layout", tooltip="From a sampler, Load Tokens or Encode Tokens."),
                 io.Combo.Input(
@@ -38,14 +38,14 @@ class LockLayout(io.ComfyNode):
                     default=0,
                     min=-1,
                     max=4095,
-                    tooltip="Which layout of the batch, from 0, counted row by row in Show "
-                    "Tokens; -1 keeps all of them.",
+                    tooltip="Which layout of the batch to take, counted from 0, row by row in Show "
+                    "Tokens. -1 takes all.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Of any size: it is stretched over the layout, and a cell of which it "
-                    "covers half or more is masked.",
+                    tooltip="For masked and outside mask. Of any size: it is stretched over the "
+                    "layout. A cell counts as masked when at least half of it is.",
                 ),
             ],
             outputs=[Layout.Output(display_name="layout")],
@@ -70,30 +70,30 @@ class ComposeLayouts(io.ComfyNode):
             node_id="GLMImageComposeLayouts",
             display_name="GLM-Image Compose Layouts",
             category=SUBCATEGORY,
-            description="Pastes one layout, or the part of it under a mask, into another. Locks of "
-            "both are kept; follow it with Lock Layout to hold the result.",
+            description="Pastes one layout, or the part of it under a mask, into another. Both "
+            "keep their locks; connect Lock Layout behind it to lock the result.",
             inputs=[
-                Layout.Input("base", tooltip="The layout to paste into; it gives the size."),
+                Layout.Input("base", tooltip="The layout to paste into. The result has its size."),
                 Layout.Input("source", tooltip="The layout to take cells from."),
                 io.Int.Input(
                     "row",
                     default=0,
                     min=-REACH,
                     max=REACH,
-                    tooltip="Cells by which the source is moved down; a preview has about 16 rows. "
-                    "What falls outside of the base is cut off.",
+                    tooltip="How many cells the source is moved down. A preview has about 16 rows; "
+                    "cells outside the base are cut off.",
                 ),
                 io.Int.Input(
                     "column",
                     default=0,
                     min=-REACH,
                     max=REACH,
-                    tooltip="Cells by which the source is moved to the right.",
+                    tooltip="How many cells the source is moved to the right.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Which part of the source is pasted; without a mask all of it is.",
+                    tooltip="The part of the source to paste. Unconnected: all of it.",
                 ),
             ],
             outputs=[Layout.Output(display_name="layout")],
@@ -118,9 +118,13 @@ class LayoutToTokens(io.ComfyNode):
             node_id="GLMImageLayoutToTokens",
             display_name="GLM-Image Layout To Tokens",
             category=SUBCATEGORY,
-            description="A layout as the tokens of a small picture, 32 px a cell: decode them in a "
-            "few steps to judge layouts in real pixels before the large image is written.",
-            inputs=[Layout.Input("layout", tooltip="A batch of layouts makes a batch of tokens.")],
+            description="Turns a layout into the tokens of a small image, 32 pixels a cell. Decode "
+            "them in a few steps to see the layout as an image before the large one is written.",
+            inputs=[
+                Layout.Input(
+                    "layout", tooltip="The layout to paint. A batch makes a batch of tokens."
+                )
+            ],
             outputs=[Tokens.Output(display_name="tokens")],
         )
 

@@ -1,10 +1,8 @@
-"""Loaders: each component of a checkpoint is its own node, model and patcher."""
+"""Loaders: one node for each component of a checkpoint."""
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError
 from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
-from .choices import require_choices
 from .host.ar import load_ar
 from .host.decoder import load_decoder
 from .host.devices import DevicePlan as Plan
@@ -12,6 +10,7 @@ from .host.devices import Placement
 from .host.glyph import load_glyph_encoder
 from .host.paths import find_model, model_names
 from .host.vae import load_vae
+from .inputs import require_choices, validate
 from .types import AR, CATEGORY, DevicePlan
 
 
@@ -19,7 +18,7 @@ def _model_name(component: str, what: str) -> io.Combo.Input:
     return io.Combo.Input(
         "model_name",
         options=model_names(component),
-        tooltip=f"The {what}: a snapshot folder in models/glm_image, or a single file.",
+        tooltip=f"The {what} to load: a snapshot folder in models/glm_image, or a single file.",
     )
 
 
@@ -28,9 +27,9 @@ def _weight_dtype() -> io.Combo.Input:
         "weight_dtype",
         options=list(WEIGHT_DTYPES),
         default="default",
-        tooltip="How the weights are kept. default: as the file has them. fp8 and int8 halve the "
-        "memory of the layers' matrices, int4 quarters it; both are quantised while loading, which "
-        "`python -m glm_core.convert` does once for all. fp16 is not offered: it overflows.",
+        tooltip="Format of the weights in memory; default: that of the file. Against bf16, fp8 and "
+        "int8 halve the layers' matrices, and int4 quarters them. `python -m glm_core.convert` "
+        "writes files that load without quantising.",
     )
 
 
@@ -38,7 +37,7 @@ def _device_plan() -> DevicePlan.Input:
     return DevicePlan.Input(
         "device_plan",
         optional=True,
-        tooltip="From GLM-Image Device Plan; without one, ComfyUI's own device is used.",
+        tooltip="From GLM-Image Device Plan. Unconnected: ComfyUI chooses the device.",
     )
 
 
@@ -46,13 +45,8 @@ def _placement(plan: Plan | None, stage: str) -> Placement | None:
     return None if plan is None else plan.placement(stage)
 
 
-def check_model_name(component: str, model_name: str | None) -> bool | str:
-    """For `validate_inputs`: True, or the sentence that says what is wrong."""
-    try:
-        find_model(component, model_name or "")
-    except GLMImageError as error:
-        return str(error)
-    return True
+def _check_model_name(component: str, model_name: str | None) -> bool | str:
+    return validate(find_model, component, model_name or "")
 
 
 class LoadAR(io.ComfyNode):
@@ -63,14 +57,14 @@ class LoadAR(io.ComfyNode):
             display_name="GLM-Image Load AR Model",
             category=f"{CATEGORY}/loaders",
             description="Loads the autoregressive model, which writes an image's semantic tokens "
-            "from a prompt. It is memory-mapped here and moved to the GPU when a sampler needs it.",
+            "from a prompt. Its weights move to the GPU only when a sampler needs them.",
             inputs=[_model_name("ar", "AR model"), _weight_dtype(), _device_plan()],
             outputs=[AR.Output(display_name="ar")],
         )
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return check_model_name("ar", model_name)
+        return _check_model_name("ar", model_name)
 
     @classmethod
     def execute(
@@ -87,15 +81,15 @@ class LoadDecoder(io.ComfyNode):
             node_id="GLMImageLoadDecoder",
             display_name="GLM-Image Load Decoder",
             category=f"{CATEGORY}/loaders",
-            description="Loads the diffusion decoder as a native MODEL: KSampler and the custom "
-            "samplers, LoRA loaders, torch.compile and caching nodes work on it.",
+            description="Loads the diffusion decoder as a native MODEL. It works with KSampler, "
+            "the custom samplers, LoRA loaders, torch.compile and caching nodes.",
             inputs=[_model_name("decoder", "diffusion decoder"), _weight_dtype(), _device_plan()],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return check_model_name("decoder", model_name)
+        return _check_model_name("decoder", model_name)
 
     @classmethod
     def execute(
@@ -114,15 +108,15 @@ class LoadGlyphEncoder(io.ComfyNode):
             node_id="GLMImageLoadGlyphEncoder",
             display_name="GLM-Image Load Glyph Encoder",
             category=f"{CATEGORY}/loaders",
-            description="Loads the Glyph-ByT5 encoder as a native CLIP. It reads the text to be "
-            "rendered byte by byte; GLM-Image Glyph Encode and CLIP Text Encode work on it.",
+            description="Loads the Glyph-ByT5 encoder, which reads the texts to render byte by "
+            "byte, as a native CLIP. It works with GLM-Image Glyph Encode and CLIP Text Encode.",
             inputs=[_model_name("glyph", "glyph encoder"), _device_plan()],
             outputs=[io.Clip.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return check_model_name("glyph", model_name)
+        return _check_model_name("glyph", model_name)
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
@@ -136,15 +130,15 @@ class LoadVAE(io.ComfyNode):
             node_id="GLMImageLoadVAE",
             display_name="GLM-Image Load VAE",
             category=f"{CATEGORY}/loaders",
-            description="Loads GLM-Image's autoencoder as a native VAE: VAE Decode, VAE Encode and "
-            "their tiled forms work on it.",
+            description="Loads GLM-Image's autoencoder as a native VAE. It works with VAE Decode, "
+            "VAE Encode and their tiled forms.",
             inputs=[_model_name("vae", "VAE"), _device_plan()],
             outputs=[io.Vae.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return check_model_name("vae", model_name)
+        return _check_model_name("vae", model_name)
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:

@@ -1,4 +1,4 @@
-"""LoRAs of the decoder and of the AR model, from one file or from two."""
+"""Adds a LoRA to the decoder, the AR model, or both."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,19 @@ from ..glm_core.errors import GLMImageError
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
+from .inputs import validate
 from .types import AR, CATEGORY
+
+
+def _strength(name: str, model: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-100.0,
+        max=100.0,
+        step=0.01,
+        tooltip=f"Strength on {model}. 0 leaves it unchanged; a negative value inverts the LoRA.",
+    )
 
 
 def _find(lora_name: str) -> Path:
@@ -28,30 +40,16 @@ class LoadLora(io.ComfyNode):
             node_id="GLMImageLoadLora",
             display_name="GLM-Image Load LoRA",
             category=f"{CATEGORY}/loaders",
-            description="Adds a LoRA to the decoder, to the AR model, or to both, each with its "
-            "own strength. Reads the names of diffusers, PEFT, kohya and ComfyUI.",
+            description="Adds a LoRA to the decoder, the AR model, or both, each with its own "
+            "strength. Reads files of diffusers, PEFT, kohya and ComfyUI.",
             inputs=[
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="A file in models/loras.",
+                    tooltip="The LoRA: a file in models/loras.",
                 ),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Strength on the decoder; 0 leaves it as it is, negative inverts.",
-                ),
-                io.Float.Input(
-                    "strength_ar",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Strength on the AR model; 0 leaves it as it is, negative inverts.",
-                ),
+                _strength("strength_model", "the decoder"),
+                _strength("strength_ar", "the AR model"),
                 io.Model.Input("model", optional=True, tooltip="The decoder to adapt."),
                 AR.Input("ar", optional=True, tooltip="The AR model to adapt."),
             ],
@@ -60,11 +58,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        try:
-            _find(lora_name or "")
-        except GLMImageError as error:
-            return str(error)
-        return True
+        return validate(_find, lora_name or "")
 
     @classmethod
     def execute(

@@ -1,4 +1,4 @@
-"""Reference images: encoded once, cached once, attended to at every step."""
+"""Images read by the model: references for editing and style, tokens and layouts of photos."""
 
 from typing import Any
 
@@ -6,14 +6,13 @@ import torch
 from comfy_api.latest import io
 
 from ..glm_core.data.references import References as ReferenceData
-from .choices import check_choices, require_choices
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
 from .host.progress import show_text
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
-from .semantic import size_inputs
-from .types import AR, CATEGORY, Layout, ReferenceCache, References, Tokens
+from .inputs import check_choices, require_choices, size_inputs, vision_input
+from .types import CATEGORY, Layout, ReferenceCache, References, Tokens
 
 BATCHES = ("references", "one per sample")
 
@@ -25,30 +24,33 @@ class EncodeReference(io.ComfyNode):
             node_id="GLMImageEncodeReference",
             display_name="GLM-Image Encode Reference",
             category=f"{CATEGORY}/references",
-            description="Reads an image for editing, style or identity: as semantic tokens for the "
-            "AR model and as a latent for the decoder. It is first brought to the nearest size on "
-            "which both agree (multiples of 32, sides 512 to 2048); transparency becomes white.",
+            description="Reads an image for editing, style or identity, as semantic tokens for "
+            "the AR model and as a latent for the decoder. The image is first resized to the "
+            "nearest size that both read (multiples of 32, sides 512 to 2048); transparency "
+            "becomes white.",
             inputs=[
-                AR.Input("ar", tooltip="From GLM-Image Load AR Model; its vision tower is used."),
+                vision_input(),
                 io.Vae.Input("vae", tooltip="From GLM-Image Load VAE."),
-                io.Image.Input("image", tooltip="A batch makes several references."),
+                io.Image.Input(
+                    "image", tooltip="The image to refer to. A batch makes several references."
+                ),
                 References.Input(
                     "references",
                     optional=True,
-                    tooltip="Earlier references; these come after them in the prompt.",
+                    tooltip="Earlier references. This image comes after them in the prompt.",
                 ),
                 io.Combo.Input(
                     "batch",
                     options=list(BATCHES),
                     default=BATCHES[0],
-                    tooltip="references: every image of the batch is shown to every sample. "
-                    "one per sample: image i is for sample i alone.",
+                    tooltip="references: every sample sees every image of the batch. "
+                    "one per sample: sample i sees image i alone.",
                 ),
             ],
             outputs=[
                 References.Output(display_name="references"),
-                io.Int.Output(display_name="width", tooltip="What the image was brought to."),
-                io.Int.Output(display_name="height", tooltip="What the image was brought to."),
+                io.Int.Output(display_name="width", tooltip="Width of the resized image."),
+                io.Int.Output(display_name="height", tooltip="Height of the resized image."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -68,12 +70,15 @@ class EncodeReference(io.ComfyNode):
     ) -> io.NodeOutput:
         require_choices(("batch", batch, BATCHES))
         chain, (height, width) = encode_references(ar, vae, image, references, batch == BATCHES[1])
-        was = f"{image.shape[2]} x {image.shape[1]}"
-        now = f"{width} x {height}"
-        count = len(chain.sets[0])
-        text = f"{was} read as it is" if was == now else f"{was} brought to {now}"
-        show_text(cls.hidden.unique_id, f"{text}; {count} reference{'s' * (count > 1)} a sample")
+        show_text(cls.hidden.unique_id, _summary(image, width, height, len(chain.sets[0])))
         return io.NodeOutput(chain, width, height)
+
+
+def _summary(image: torch.Tensor, width: int, height: int, count: int) -> str:
+    """One line for the node: how the image was resized, and how many references a sample has."""
+    was, now = f"{image.shape[2]} x {image.shape[1]}", f"{width} x {height}"
+    size = f"{was} read as it is" if was == now else f"{was} resized to {now}"
+    return f"{size}; {count} reference{'s' * (count > 1)} a sample"
 
 
 class MakeReferenceCache(io.ComfyNode):
@@ -83,24 +88,25 @@ class MakeReferenceCache(io.ComfyNode):
             node_id="GLMImageReferenceCache",
             display_name="GLM-Image Reference Cache",
             category=f"{CATEGORY}/references",
-            description="Runs the decoder once over the references and keeps every block's keys "
-            "and values. The result is exact for any prompt and seed, and is made again only when "
-            "the references, the decoder or its LoRAs change.",
+            description="Runs the decoder once over the references and stores every block's keys "
+            "and values. The cache is exact for any prompt and seed. It is computed again only "
+            "when the references, the decoder or its LoRAs change.",
             inputs=[
-                io.Model.Input("model", tooltip="The decoder that will sample, LoRAs included."),
+                io.Model.Input("model", tooltip="The decoder that will sample, with its LoRAs."),
                 References.Input("references", tooltip="From GLM-Image Encode Reference."),
                 io.Combo.Input(
                     "store",
                     options=list(STORES),
                     default="auto",
-                    tooltip="gpu: fastest, 1.9 GiB for a 1024 x 1024 reference. cpu: streamed from "
-                    "host memory block by block. auto: gpu where there is room.",
+                    tooltip="gpu: fastest; takes 1.9 GiB for a 1024 x 1024 reference. cpu: "
+                    "streamed from host memory block by block. auto: gpu if it fits, else cpu.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="model",
-                    tooltip="fp8 takes half the memory and changes the picture slightly.",
+                    tooltip="model: as the decoder computes. fp8: half the memory, and a slightly "
+                    "different image.",
                 ),
             ],
             outputs=[ReferenceCache.Output(display_name="reference_cache")],
@@ -126,12 +132,14 @@ class EncodeTokens(io.ComfyNode):
             node_id="GLMImageEncodeTokens",
             display_name="GLM-Image Encode Tokens",
             category=CATEGORY,
-            description="Turns a photo or a sketch into semantic tokens and a layout of an asked "
-            "size. Lock the layout to keep the drawing's composition under another prompt, or "
-            "decode the tokens as they are. The image is cropped to the aspect.",
+            description="Turns a photo or a sketch into semantic tokens and a layout of the chosen "
+            "size; the image is cropped to its aspect. Lock the layout to keep the composition "
+            "under another prompt, or decode the tokens as they are.",
             inputs=[
-                AR.Input("ar", tooltip="From GLM-Image Load AR Model; its vision tower is used."),
-                io.Image.Input("image", tooltip="A batch makes a batch of tokens."),
+                vision_input(),
+                io.Image.Input(
+                    "image", tooltip="The image to read. A batch makes a batch of tokens."
+                ),
                 *size_inputs(),
             ],
             outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],

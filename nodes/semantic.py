@@ -10,13 +10,11 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .host.ar import HostAR
+from .inputs import seed_input, size_inputs
 from .types import AR, CATEGORY, Layout, References, Tokens
 
-MAX_SIDE = 16384  # as ComfyUI's own nodes
-NO_LAYOUT = "An image made from references has no layout: there is no preview stage with them."
-BATCH_OF_LAYOUTS = (
-    "A batch of layouts is written batch_size times: all layouts once, then all again."
-)
+NO_LAYOUT = "An image made from references has no layout, because it has no preview stage."
+BATCH_OF_LAYOUTS = "A batch of layouts is used batch_size times: all layouts once, then all again."
 
 
 class SampleTokens(io.ComfyNode):
@@ -26,40 +24,40 @@ class SampleTokens(io.ComfyNode):
             node_id="GLMImageSampleTokens",
             display_name="GLM-Image Sample Tokens",
             category=CATEGORY,
-            description="Writes an image's semantic tokens: first a preview of about 256, which "
-            "fixes the layout, then one for every 32 x 32 pixels. Every position has its own "
-            "random draw, so image i of a batch is the single image of seed + i.",
+            description="Writes an image's semantic tokens: first a preview of about 256 tokens, "
+            "which fixes the layout, then one for every 32 x 32 pixels. Image i of a batch equals "
+            "a single image with seed + i.",
             inputs=[
                 *_sampling_inputs(),
                 Layout.Input(
                     "layout",
                     optional=True,
-                    tooltip="Its locked cells are kept and cost no time, the others are drawn: "
-                    "lock it with GLM-Image Lock Layout. " + BATCH_OF_LAYOUTS,
+                    tooltip="From GLM-Image Lock Layout. Locked cells stay and cost no time; the "
+                    "others are drawn. " + BATCH_OF_LAYOUTS,
                 ),
                 References.Input(
                     "references",
                     optional=True,
-                    tooltip="From GLM-Image Encode Reference: images for the prompt to speak of. "
-                    "With them there is no preview stage, so no layout.",
+                    tooltip="From GLM-Image Encode Reference: images that the prompt refers to. "
+                    "With them no preview is written, so the image has no layout.",
                 ),
                 Tokens.Input(
                     "tokens",
                     optional=True,
-                    tooltip="A finished image's tokens, of which only what lies under the mask is "
-                    "drawn anew. Connect its layout too, locked, or the preview is drawn anew.",
+                    tooltip="Tokens of a finished image, to redraw what the mask covers. Connect "
+                    "its locked layout too, or the preview is also drawn anew.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="With tokens: the region to draw anew. Of any size; a cell belongs to "
-                    "it from half its area on.",
+                    tooltip="The region of tokens to redraw. Of any size; a cell counts as masked "
+                    "when at least half of it is.",
                 ),
-                lookahead_input(),
+                _lookahead_input(),
             ],
             outputs=[
                 Tokens.Output(display_name="tokens"),
-                Layout.Output(display_name="layout", tooltip="The layout that the image has."),
+                Layout.Output(display_name="layout", tooltip="The layout of the image."),
             ],
         )
 
@@ -81,21 +79,15 @@ class SampleTokens(io.ComfyNode):
         mask: torch.Tensor | None = None,
         lookahead: int = 1,
     ) -> io.NodeOutput:
-        request = (
-            prompt,
-            height,
-            width,
-            seed,
-            batch_size,
-            SamplingOptions(temperature, top_p, top_k),
-        )
+        options = SamplingOptions(temperature, top_p, top_k)
+        request = (prompt, height, width, seed, batch_size, options)
         extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
         if references is None:
             return io.NodeOutput(*ar.sample(*request, layout=layout, **extra))
         if layout is not None:
             raise GLMImageError(
-                "A layout and references cannot be used together, since with references there is "
-                "no preview stage; disconnect one of them."
+                "A layout and references cannot be used together, because an image from references "
+                "has no preview stage; disconnect one of them."
             )
         edited = ar.sample_from_references(*request, references, **extra)
         return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT))
@@ -109,17 +101,17 @@ class SampleLayout(io.ComfyNode):
             display_name="GLM-Image Sample Layout",
             category=f"{CATEGORY}/layout",
             description="Writes only the preview, which fixes an image's layout, in a fraction of "
-            "the whole image's time. Sample several, choose one with Lock Layout and give it to "
-            "Sample Tokens. Layout i of a batch is the single one of seed + i.",
+            "the whole image's time. Sample several, choose one with Lock Layout and connect it "
+            "to Sample Tokens. Layout i of a batch equals a single one with seed + i.",
             inputs=[
                 *_sampling_inputs(),
                 Layout.Input(
                     "layout",
                     optional=True,
-                    tooltip="Its locked cells are kept, the others are drawn anew. "
+                    tooltip="From GLM-Image Lock Layout. Locked cells stay; the others are drawn. "
                     + BATCH_OF_LAYOUTS,
                 ),
-                lookahead_input(),
+                _lookahead_input(),
             ],
             outputs=[Layout.Output(display_name="layout")],
         )
@@ -147,23 +139,19 @@ class SampleLayout(io.ComfyNode):
 
 
 def _sampling_inputs() -> list[io.Input]:
-    """What a prompt, a size and a way to draw are for either node."""
+    """The inputs that Sample Tokens and Sample Layout share."""
     return [
         AR.Input("ar", tooltip="From GLM-Image Load AR Model."),
         io.String.Input(
             "prompt",
             multiline=True,
-            tooltip="What to draw. Put text to be rendered in quotes. "
-            "Control tokens such as <sop> are read as plain text.",
+            tooltip="What to draw; put text to render in quotes. Control tokens such as <sop> are "
+            "read as plain text.",
         ),
         *size_inputs(),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=True,
-            tooltip="Same seed, inputs and weights: same tokens. Image i uses seed + i.",
+        seed_input(
+            "The same seed, inputs and weights give the same tokens. Image i of a batch uses "
+            "seed + i."
         ),
         io.Float.Input(
             "temperature",
@@ -171,8 +159,8 @@ def _sampling_inputs() -> list[io.Input]:
             min=0.0,
             max=5.0,
             step=0.01,
-            tooltip="Randomness. 0.9 is the checkpoint's; 0 always takes the likeliest "
-            "token, which gives flat pictures and is for tests.",
+            tooltip="Randomness; the checkpoint recommends 0.9. 0 always takes the likeliest "
+            "token, which is for tests and gives flat pictures.",
         ),
         io.Float.Input(
             "top_p",
@@ -180,55 +168,33 @@ def _sampling_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Draw among the likeliest tokens that make up this share; 1 is off.",
+            tooltip="Draw from the likeliest tokens that together have this probability; 1 is off.",
         ),
         io.Int.Input(
             "top_k",
             default=0,
             min=0,
             max=2**20,
-            tooltip="Draw among this many likeliest tokens; 0 is off.",
+            tooltip="Draw from this many of the likeliest tokens; 0 is off.",
         ),
         io.Int.Input(
             "batch_size",
             default=1,
             min=1,
             max=64,
-            tooltip="Images written together; the weights are read once for all of them.",
+            tooltip="Images to write together. Each step reads the weights once for all of them.",
         ),
     ]
 
 
-def lookahead_input() -> io.Int.Input:
+def _lookahead_input() -> io.Int.Input:
     return io.Int.Input(
         "lookahead",
         default=1,
         min=1,
         max=64,
         optional=True,
-        tooltip="Write up to this many tokens in one pass, those that were guessed right from the "
-        "row above or the preview. The tokens are the same; whether it is faster depends on the "
-        "picture. 1 is off.",
+        tooltip="Up to this many tokens a pass: tokens are guessed from the row above or the "
+        "preview and checked together. The result is the same; the speed depends on the picture. "
+        "1 is off.",
     )
-
-
-def size_inputs() -> list[io.Input]:
-    """Width and height of the picture to be made."""
-    return [
-        io.Int.Input(
-            "width",
-            default=1024,
-            min=32,
-            max=MAX_SIDE,
-            step=32,
-            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
-        ),
-        io.Int.Input(
-            "height",
-            default=1024,
-            min=32,
-            max=MAX_SIDE,
-            step=32,
-            tooltip="Pixels, a multiple of 32; the model was trained for 1024 to 2048.",
-        ),
-    ]

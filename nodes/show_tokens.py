@@ -1,6 +1,7 @@
-"""Tokens and layouts made visible."""
+"""Draws tokens and layouts as pictures."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..glm_core.data.token_image import draw_sheet, hash_palette
 from ..glm_core.data.tokens import Layout as LayoutData
@@ -17,19 +18,27 @@ class ShowTokens(io.ComfyNode):
             node_id="GLMImageShowTokens",
             display_name="GLM-Image Show Tokens",
             category=CATEGORY,
-            description="Draws semantic tokens or a layout, a square for each token, a batch as a "
-            "sheet. Locked cells are outlined.",
+            description="Draws semantic tokens or a layout, one square for each token and a batch "
+            "on one sheet. Locked cells are outlined.",
             inputs=[
-                Tokens.Input("tokens", optional=True, tooltip="What to draw; or connect a layout."),
-                Layout.Input("layout", optional=True, tooltip="What to draw; or connect tokens."),
+                Tokens.Input(
+                    "tokens", optional=True, tooltip="Tokens to draw, if no layout is connected."
+                ),
+                Layout.Input(
+                    "layout", optional=True, tooltip="Layout to draw, if no tokens are connected."
+                ),
                 AR.Input(
                     "ar",
                     optional=True,
-                    tooltip="With it, tokens of like meaning have like colours, from the model's "
-                    "codebook; without it, a colour says only which token it is.",
+                    tooltip="With it, tokens of similar meaning have similar colours. Unconnected: "
+                    "every token has an arbitrary colour of its own.",
                 ),
                 io.Int.Input(
-                    "cell_size", default=16, min=4, max=128, tooltip="Side of a square in pixels."
+                    "cell_size",
+                    default=16,
+                    min=4,
+                    max=128,
+                    tooltip="Side of each square in pixels.",
                 ),
             ],
             outputs=[io.Image.Output()],
@@ -48,14 +57,21 @@ class ShowTokens(io.ComfyNode):
                 "Show Tokens draws one thing: connect either tokens or a layout to it."
             )
         grids, locked = (tokens.tokens, None) if layout is None else (layout.preview, layout.locked)
-        codebook = (tokens or layout).codebook
-        if ar is None:
-            palette = hash_palette(codebook)
-        elif ar.config.codebook == codebook:
-            palette = ar.palette.colours
-        else:
-            raise GLMImageError(
-                f"What is to be shown has a codebook of {codebook} and the AR model one of "
-                f"{ar.config.codebook}: connect the AR model that made it, or none."
-            )
+        palette = _palette((tokens or layout).codebook, ar)
         return io.NodeOutput(draw_sheet(grids, palette, cell_size, locked)[None])
+
+
+def _palette(codebook: int, ar: HostAR | None) -> Tensor:
+    """Colours of the tokens: float32 [codebook, 3], 0 to 1.
+
+    Raises:
+        GLMImageError: the AR model has another codebook.
+    """
+    if ar is None:
+        return hash_palette(codebook)
+    if ar.config.codebook != codebook:
+        raise GLMImageError(
+            f"The tokens have a codebook of {codebook} and the AR model one of "
+            f"{ar.config.codebook}; connect the AR model that made them, or none."
+        )
+    return ar.palette.colours

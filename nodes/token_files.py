@@ -1,4 +1,4 @@
-"""Semantic tokens as files: shareable like a seed, and usable without the AR model."""
+"""Saves and loads semantic tokens and their layout as files."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ from ..glm_core.data.token_file import MAX_FILE_BYTES, load_tokens, save_tokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
+from .inputs import validate
 from .types import CATEGORY, Layout, Tokens
 
 SUFFIX = ".safetensors"
@@ -24,17 +25,22 @@ class SaveTokens(io.ComfyNode):
             node_id="GLMImageSaveTokens",
             display_name="GLM-Image Save Tokens",
             category=CATEGORY,
-            description="Saves semantic tokens, and the layout they grew from, into the output "
-            "folder. The file is a few kilobytes and holds how it was made.",
+            description="Saves semantic tokens and their layout into the output folder. The file "
+            "has a few kilobytes and records how the tokens were made.",
             inputs=[
-                Tokens.Input("tokens", tooltip="What to save; a batch goes into one file."),
+                Tokens.Input("tokens", tooltip="The tokens to save; a batch goes into one file."),
                 io.String.Input(
                     "filename_prefix",
                     default="glm_image/tokens",
-                    tooltip="Start of the file's name; may have folders, and %year%, %month%, "
-                    "%day%, %hour%, %minute%, %second%, %width% and %height% (pixels).",
+                    tooltip="Start of the file's name, with folders if wanted. %year%, %month%, "
+                    "%day%, %hour%, %minute%, %second%, %width% and %height% (pixels) are "
+                    "replaced.",
                 ),
-                Layout.Input("layout", optional=True, tooltip="Saved with its locks."),
+                Layout.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="A layout to save in the same file, with its locks.",
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -53,7 +59,7 @@ class SaveTokens(io.ComfyNode):
         except OSError as error:
             raise GLMImageError(
                 f"The tokens cannot be saved as '{filename_prefix}' ({error.strerror}); choose "
-                "another filename_prefix, or see to the output folder."
+                "another filename_prefix, or check the output folder."
             ) from error
         saved = {"filename": file, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(ui={"tokens": [saved]})
@@ -80,24 +86,20 @@ class LoadTokens(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        try:
-            _find(file or "")
-        except GLMImageError as error:
-            return str(error)
-        return True
+        return validate(_find, file or "")
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
         path = _find(file)
-        if path.stat().st_size > MAX_FILE_BYTES:  # refused when it is read
+        if path.stat().st_size > MAX_FILE_BYTES:  # `execute` refuses it
             return str(path.stat().st_size)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         tokens, layout = load_tokens(_find(file))
-        none = f"{file} holds no layout; save one with the tokens to load it from here."
-        return io.NodeOutput(tokens, layout or ExecutionBlocker(none))
+        no_layout = f"{file} holds no layout; connect a layout to Save Tokens to save it as well."
+        return io.NodeOutput(tokens, layout or ExecutionBlocker(no_layout))
 
 
 def _token_files() -> list[str]:
@@ -114,14 +116,16 @@ def _token_files() -> list[str]:
 
 
 def _find(name: str) -> Path:
-    """The file in the input folder, or in the one that `name [output]` names.
+    """The path of a file in the input folder, or in the output folder for `name [output]`.
 
     Raises:
-        GLMImageError: it lies elsewhere or does not exist.
+        GLMImageError: the file lies outside these folders or does not exist.
     """
     plain, folder = folder_paths.annotated_filepath(name)
     root = os.path.abspath(folder or folder_paths.get_input_directory())
-    path = os.path.abspath(os.path.join(root, plain))  # links in the folder may lead out of it
+    path = os.path.abspath(
+        os.path.join(root, plain)
+    )  # not resolved: links may lead out of the folder
     if not Path(path).is_relative_to(root):
         raise GLMImageError(
             f"'{name}' lies outside the {Path(root).name} folder; copy the file into it."

@@ -1,4 +1,4 @@
-"""Wire types for what ComfyUI has no word for."""
+"""The wire types of the pack, beside ComfyUI's own, and the menu category."""
 
 from comfy_api.latest import io
 

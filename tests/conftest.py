@@ -1,4 +1,4 @@
-"""Makes the pack importable as `glm_image`, as ComfyUI imports it: by path, not by `sys.path`."""
+"""Imports the pack as `glm_image` by its path, as ComfyUI does, without `sys.path`."""
 
 import importlib.util
 import sys
@@ -20,9 +20,9 @@ def _import_pack() -> None:
 
 _import_pack()
 torch.set_grad_enabled(False)
-torch.set_num_threads(1)  # the nets are tiny: more threads would wait longer than they work
+torch.set_num_threads(1)  # with networks this small, more threads are slower
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The file that takes longest comes first, lest one process works at it alone at the end."""
+    """Starts the slowest file first, so that no process runs it alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_meaning.py")

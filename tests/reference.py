@@ -1,7 +1,7 @@
 """Random reference models in hub layout, made with transformers and diffusers.
 
-`reference_snapshot` writes what a download from the hub would, a few hundred kilobytes of it, and
-returns the reference pipeline that expected values come from. Nothing here touches the pack.
+`reference_snapshot` writes a snapshot of a few hundred kilobytes and returns the reference pipeline
+that gives the expected values. Nothing here imports the pack.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from einops import rearrange
 
-# torchvision has no CPU build of its operators beside a CPU torch: declared before it is imported,
-# their schemas let its Python part, and with it transformers' image code, import.
+# torchvision has no build of its operators for a CPU torch. Its Python part, which transformers'
+# image code imports, needs their schemas: they are declared before it is imported.
 _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 for _schema in (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -112,12 +112,12 @@ CONTROL_TOKENS = (
     "<|endoftext|>", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|image|>",
     "<think>", "</think>",
 )  # fmt: skip
-UNMARKED_CONTROL_TOKENS = ("<think>", "</think>")  # added, but not "special", as on the hub
+UNMARKED_CONTROL_TOKENS = ("<think>", "</think>")  # added but not "special", as on the hub
 MERGES = [("Ġ", "a"), ("h", "e"), ("t", "he"), ("Ġ", "the"), ("Ċ", "a"), ("3", "2"), ("a", "t")]
 
 
 def reference_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a handful of merges: enough for joins across a seam to show."""
+    """Byte-level BPE with a few merges, enough to reveal tokens that join across a seam."""
     visual = [f"<|dit_token_{i}|>" for i in range(shape.visual)]
     text = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in MERGES]
     vocab = {token: i for i, token in enumerate(visual + text)}
@@ -145,7 +145,7 @@ def reference_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
 
 
 def reference_pipeline(shape_name: str) -> GlmImagePipeline:
-    """The random pipeline of a shape, float32, the same on every call."""
+    """The random float32 pipeline of a shape, the same on every call."""
     shape = SHAPES[shape_name]
     tokenizer = reference_tokenizer(shape)
     pipeline = GlmImagePipeline(
@@ -189,13 +189,13 @@ def reference_pipeline(shape_name: str) -> GlmImagePipeline:
     generator = torch.Generator().manual_seed(shape.seed)
     for name in ("vision_language_encoder", "transformer", "vae", "text_encoder"):
         _randomise(getattr(pipeline, name).eval().requires_grad_(False), generator)
-    pipeline.vision_language_encoder.lm_head.weight *= 3  # logits far enough apart for no ties
+    pipeline.vision_language_encoder.lm_head.weight *= 3  # far enough apart to have no ties
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def reference_snapshot(folder: Path | str, shape_name: str) -> GlmImagePipeline:
-    """Write the pipeline of a shape to `folder` in hub layout, and return it."""
+    """The pipeline of a shape, written to `folder` in hub layout."""
     pipeline = reference_pipeline(shape_name)
     pipeline.save_pretrained(folder)
     return pipeline
@@ -203,10 +203,10 @@ def reference_snapshot(folder: Path | str, shape_name: str) -> GlmImagePipeline:
 
 @contextmanager
 def mended(pipeline: GlmImagePipeline) -> Iterator[None]:
-    """Image to image within works, which between diffusers 0.42.1 and transformers 5.23 does not.
+    """Repairs image to image between diffusers 0.42.1 and transformers 5.23 while it is entered.
 
-    The pipeline handles an image's features as a (tokens, C) matrix; transformers now gives and
-    wants (C, h, w) maps. `generate` is transformers' own and gets the original method.
+    The pipeline expects an image's features as a (tokens, C) matrix; transformers now returns and
+    takes (C, h, w) maps. transformers' own `generate` gets the original method.
     """
     network = pipeline.vision_language_encoder
     features, tokens, generate = (
@@ -277,14 +277,14 @@ def _autoregressive_model(
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.9, top_p=0.75, top_k=shape.visual,
         eos_token_id=shape.image_end, pad_token_id=tokenizer.image_token_id,
-        # A random model writes ids that are no codes; a trained one does not.
+        # A random model would write ids that are no codes; a trained one does not.
         suppress_tokens=list(range(shape.codebook, shape.visual)),
     )  # fmt: skip
     return model
 
 
 def _randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
-    """Weights that keep activations near unit size and leave no norm at one, no bias at zero."""
+    """Sets weights that keep activations near unit size, with no norm at 1 and no bias at 0."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""What rides in a CONDITIONING: semantic tokens and the image's size beside the glyph states."""
+"""Semantic tokens, the image's size and references in a CONDITIONING, beside the glyph states."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ TOKENS = "glm_tokens"
 SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
 REFERENCES = "glm_references"
-GIVEN_ANEW = (REFERENCES, "additional_models")  # of an earlier Apply Tokens
+REPLACED = (REFERENCES, "additional_models")  # entries that an earlier Apply Tokens left
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 
 
@@ -28,36 +28,36 @@ def with_tokens(
     tokens: SemanticTokens,
     references: HostReferenceCache | None = None,
 ) -> Conditioning:
-    """For the conditional pass: every entry is given the tokens, and the references to attend to.
+    """The conditioning of the conditional pass: with the tokens, and references to attend to.
 
-    The cache's patchers are listed for the host, which loads them beside the decoder.
+    The cache's patchers are listed for ComfyUI, which loads them beside the decoder.
     """
-    given = _with(conditioning, tokens, tokens.tokens)
+    conditional = _with(conditioning, tokens, tokens.tokens)
     if references is None:
-        return given
+        return conditional
     entries = {REFERENCES: references, "additional_models": references.patchers}
-    return [[states, {**values, **entries}] for states, values in given]
+    return [[states, {**values, **entries}] for states, values in conditional]
 
 
 def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditioning:
-    """For the unconditional pass: the same grid, every cell of it dropped."""
+    """The conditioning of the unconditional pass: the same grid with every token dropped."""
     return _with(conditioning, tokens, torch.full_like(tokens.tokens, DROPPED))
 
 
 def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Conditioning:
     entries = {TOKENS: ids, SIZE: (tokens.height, tokens.width), CODEBOOK: tokens.codebook}
-    kept = (
-        (states, {key: value for key, value in values.items() if key not in GIVEN_ANEW})
+    others = (
+        (states, {key: value for key, value in values.items() if key not in REPLACED})
         for states, values in conditioning
     )
-    return [[states, {**values, **entries}] for states, values in kept]
+    return [[states, {**values, **entries}] for states, values in others]
 
 
 def empty_text(conditioning: Conditioning) -> Conditioning:
-    """The empty text's conditioning, which the glyph encoder leaves in every one it makes.
+    """The empty text's conditioning, which the glyph encoder stores in every conditioning it makes.
 
     Raises:
-        GLMImageError: another CLIP made it.
+        GLMImageError: another CLIP made the conditioning.
     """
     require_glyphs("positive", conditioning)
     return [[values[EMPTY], {EMPTY: values[EMPTY]}] for _, values in conditioning[:1]]
@@ -72,18 +72,18 @@ def require_glyphs(name: str, conditioning: Conditioning) -> None:
 
 
 class Conditions(NamedTuple):
-    """What the decoder is given beside the latents."""
+    """The decoder's inputs beside the latents."""
 
     glyphs: Tensor  # [1, T, text_embed_dim]
-    token_map: Tensor  # int32 [N, 1, H, W], the latents' own resolution, so that areas crop it
+    token_map: Tensor  # int32 [N, 1, H, W], the latents' size, so that areas crop both alike
     size: tuple[int, int]  # (height, width) in pixels
 
 
 def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig) -> Conditions:
-    """Read and check one conditioning entry against the latents [N, C, H, W] to be sampled.
+    """The decoder's inputs from one conditioning entry, for latents [N, C, H, W].
 
     Raises:
-        GLMImageError: there are no tokens, or they are of another codebook, size or batch.
+        GLMImageError: the entry has no tokens, or they do not fit the decoder or the latents.
     """
     glyphs, tokens = entry["cross_attn"], entry.get(TOKENS)
     if tokens is None:
@@ -98,7 +98,7 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
         )
     if entry[CODEBOOK] != config.prior_vq_quantizer_codebook_size:
         raise GLMImageError(
-            f"The semantic tokens are of a codebook of {entry[CODEBOOK]} ids and the decoder knows "
+            f"The semantic tokens have a codebook of {entry[CODEBOOK]} ids and the decoder one of "
             f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
             "decoder's checkpoint."
         )
@@ -125,6 +125,7 @@ def _check_latents(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -
         )
     if latents[0] % batch:
         raise GLMImageError(
-            f"The latent holds {latents[0]} images and the semantic tokens {batch}, of which it is "
-            "no multiple; set batch_index on GLM-Image Apply Tokens or change the latent's batch."
+            f"The latent holds {latents[0]} images, which is no multiple of the {batch} that the "
+            "semantic tokens hold; set batch_index on GLM-Image Apply Tokens or change the "
+            "latent's batch."
         )

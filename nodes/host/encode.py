@@ -1,4 +1,4 @@
-"""Images into what the two stages read: references, or tokens and a layout."""
+"""Encodes images: as references for both stages, or as tokens and a layout."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ THUMBNAIL_SIDE = 128
 def encode_references(
     ar: HostAR, vae: Any, images: Tensor, chain: References | None, per_sample: bool
 ) -> tuple[References, Size]:
-    """Add images [B, H, W, 3 or 4] to a chain of references, which may be empty.
+    """Adds images [B, H, W, 3 or 4] to a chain of references, None for an empty one.
 
     Returns:
-        the longer chain, and the (height, width) that the images were brought to
+        the longer chain, and the (height, width) that the images were resized to
     """
     if not len(images):
         raise GLMImageError("There is no image in the batch; connect at least one.")
@@ -43,10 +43,10 @@ def encode_references(
 def encode_tokens(
     ar: HostAR, images: Tensor, height: int, width: int
 ) -> tuple[SemanticTokens, Layout]:
-    """The tokens and the preview that images [B, H, W, 3 or 4] would have been painted from.
+    """The tokens and the layout of images [B, H, W, 3 or 4] at a size.
 
-    The images are cropped about their centre to the asked aspect. The preview is read off a small
-    copy, one token a cell, as the model's own previews are small copies of their images.
+    The images are cropped about their centre to the size's aspect. The preview is encoded from a
+    small copy, one token a cell, because the model's own previews are small copies of their images.
     """
     grid = token_grid(height, width)
     preview = preview_grid(grid)
@@ -64,13 +64,14 @@ def encode_tokens(
 def _crop_to_aspect(images: Tensor, aspect: float) -> Tensor:
     """The largest centred part of [B, H, W, C] whose height is `aspect` times its width."""
     height, width = images.shape[1:3]
-    kept = min(height, max(1, round(width * aspect))), min(width, max(1, round(height / aspect)))
-    top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
-    return images[:, top : top + kept[0], left : left + kept[1]]
+    rows = min(height, max(1, round(width * aspect)))
+    columns = min(width, max(1, round(height / aspect)))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return images[:, top : top + rows, left : left + columns]
 
 
 def _thumbnail(image: Tensor) -> Tensor:
-    """[H, W, 3] -> [h, w, 3], the longer side THUMBNAIL_SIDE."""
+    """A copy [h, w, 3] of an image [H, W, 3], its longer side THUMBNAIL_SIDE."""
     scale = THUMBNAIL_SIDE / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     pixels = rearrange(image, "h w c -> 1 c h w")

@@ -25,18 +25,18 @@ EMPTY = "glm_glyph_empty"
 
 
 class GlyphTokenizer:
-    """In ComfyUI's protocol; the "tokens" are the texts to render, which are encoded as bytes."""
+    """A tokenizer in ComfyUI's protocol. Its "tokens" are the texts to render, as strings."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None) -> None:
-        """Takes what ComfyUI gives every tokenizer and needs none of it: bytes have no files."""
+        """ComfyUI gives every tokenizer these arguments; a byte tokenizer needs no files."""
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, texts: list[str] | None = None, **_: Any
     ) -> dict[str, list[str]]:
-        """texts: what to render, instead of what is quoted in `text`."""
+        """The texts to render: `texts` where given, else those in quotes in `text`."""
         found = texts_to_render(text) if texts is None else texts
         for cut in filter(is_cut, found):
-            log.warning("Of the text '%.40s...' the end is cut: %d bytes fit.", cut, MAX_LENGTH - 1)
+            log.warning("The end of the text '%.40s...' is cut: %d bytes fit.", cut, MAX_LENGTH - 1)
         return {TOKENS: found}
 
     def state_dict(self) -> dict:
@@ -44,7 +44,7 @@ class GlyphTokenizer:
 
 
 class GlyphModel(nn.Module):
-    """In ComfyUI's protocol for what a CLIP holds."""
+    """The encoder in ComfyUI's protocol for the model of a CLIP."""
 
     def __init__(self, network: GlyphEncoder, compute: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -58,17 +58,17 @@ class GlyphModel(nn.Module):
         self.execution_device = self.load_device
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        """Current hosts name the device of the patcher that asks; 0.3.75 has only one."""
+        """Current hosts pass the device of the patcher in use; 0.3.75 has only one device."""
         self.execution_device = options.get("execution_device", self.execution_device)
 
     def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None, dict]:
-        """-> states [1, L, d_model], no pooled output, the empty text's states [1, 1, d_model]"""
+        """States [1, L, d_model], no pooled output, and under EMPTY the states [1, 1, d_model]."""
         if TOKENS not in tokens:
             raise GLMImageError(
-                "These tokens are not of the GLM-Image glyph encoder; "
-                "tokenize and encode with one and the same CLIP."
+                "These tokens were not made by GLM-Image's glyph encoder; "
+                "tokenize and encode with the same CLIP."
             )
-        # Its scores are all that grows: heads * L^2 of the longest text, in float32 and as softmax.
+        # Attention scores dominate: heads * L^2 of the longest text, in float32, and their softmax.
         longest = max(map(len, glyph_ids(tokens[TOKENS])))
         needed = 8 * self.transformer.config.num_heads * longest**2
         device = self.execution_device
@@ -91,9 +91,10 @@ class GlyphModel(nn.Module):
 
 
 def load_glyph_encoder(model_name: str, placement: Placement | None = None) -> comfy.sd.CLIP:
-    """
+    """The glyph encoder as a CLIP.
+
     Args:
-        place: where a device plan puts it; None leaves it to ComfyUI.
+        placement: devices of a device plan; None leaves them to ComfyUI.
 
     Raises:
         GLMImageError: the component is missing or broken.
@@ -104,7 +105,7 @@ def load_glyph_encoder(model_name: str, placement: Placement | None = None) -> c
 def load_glyph_patcher(
     model_name: str, placement: Placement | None = None, disable_dynamic: bool = False
 ):
-    """The CLIP's patcher; the factory that current hosts rebuild it with on another device."""
+    """The CLIP's patcher. Current hosts call this to rebuild it on another device."""
     return _load_clip(model_name, placement, disable_dynamic).patcher
 
 
@@ -115,20 +116,20 @@ def _load_clip(
     config = GlyphConfig.from_dict(component.config)
     check_keys(component, GlyphEncoder, config)
 
-    where = (
+    devices = (
         {"load_device": placement.load, "offload_device": placement.offload} if placement else {}
     )
-    device = where.get("load_device", comfy.model_management.text_encoder_device())
+    device = devices.get("load_device", comfy.model_management.text_encoder_device())
     chosen = precision(component, "default", device)
     target = _Target(
         lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
     )
-    # Hosts with dynamic patchers take the choice; 0.3.75 has none of either.
+    # Only hosts with dynamic patchers take this argument; 0.3.75 does not.
     dynamic = hasattr(comfy.model_patcher, "CoreModelPatcher")
     clip = comfy.sd.CLIP(
         target,
         parameters=sum(info.shape.numel() for info in component.tensors.values()),
-        model_options={"dtype": chosen.storage, **where},
+        model_options={"dtype": chosen.storage, **devices},
         **({"disable_dynamic": disable_dynamic} if dynamic else {}),
     )
     clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name, placement))
@@ -143,7 +144,7 @@ def _load_network(component, config: GlyphConfig, chosen: Precision) -> GlyphEnc
 
 
 class _Target:
-    """What `comfy.sd.CLIP` builds itself from."""
+    """The argument that `comfy.sd.CLIP` builds itself from."""
 
     tokenizer = GlyphTokenizer
     params: ClassVar[dict[str, Any]] = {}

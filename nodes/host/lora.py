@@ -1,4 +1,4 @@
-"""LoRAs on patchers: the file's names are glm_core's business, its tensors the host's."""
+"""Adds LoRAs to patchers. glm_core reads the file's names, ComfyUI its tensors."""
 
 import logging
 from contextlib import suppress
@@ -19,12 +19,13 @@ log = logging.getLogger(__name__)
 def apply_lora(
     path: Path, decoder: Any | None, ar: Any | None, strength_decoder: float, strength_ar: float
 ) -> tuple[Any | None, Any | None]:
-    """Clones of the decoder's and the AR's patcher with the LoRA added; at strength 0 the patchers
-    themselves, since any patch would quantise narrow weights anew and outdate a reference cache.
+    """Clones of the decoder's and the AR's patcher with the LoRA added.
+
+    At strength 0 it returns the patchers themselves: any patch would quantise narrow weights again
+    and make a reference cache invalid.
 
     Raises:
-        GLMImageError: the file is broken, holds nothing that belongs to either model, or matrices
-            of another model's sizes.
+        GLMImageError: the file is broken, matches neither model, or has matrices of other sizes.
     """
     lora = read_lora(path)
     targets = [
@@ -44,8 +45,8 @@ def apply_lora(
     patches = [comfy.lora.load_lora(dict(lora), names, log_missing=False) for names in key_maps]
     if not any(patches):
         raise GLMImageError(
-            f"{path} names layers of the connected models and holds no whole pair of matrices for "
-            "any; save the LoRA again, or take another file."
+            f"{path} names layers of the connected models but holds no whole pair of matrices for "
+            "any; save the LoRA again, or choose another file."
         )
     for (patcher, _, _), found in zip(targets, patches, strict=True):
         _require_shapes(path, patcher, found)
@@ -60,9 +61,12 @@ def apply_lora(
 
 
 def _require_shapes(path: Path, patcher: Any, patches: dict[str, Any]) -> None:
-    """The host only logs what it cannot add, layer by layer, and goes on without.
+    """Refuses matrices that do not fit their layer; ComfyUI would only log and skip them.
 
-    Its other kinds of adapters are left to it, and pairs that come with a third matrix or a shape.
+    Other kinds of adapters, and pairs with a third matrix or a shape, are left to ComfyUI.
+
+    Raises:
+        GLMImageError: names the first layer that does not fit.
     """
     for key, adapter in patches.items():
         if not isinstance(adapter, LoRAAdapter):
@@ -74,12 +78,12 @@ def _require_shapes(path: Path, patcher: Any, patches: dict[str, Any]) -> None:
         if mid is None and reshape is None and not fits:
             raise GLMImageError(
                 f"{path} has matrices {list(up.shape)} and {list(down.shape)} for {key}, which is "
-                f"{rows} x {columns}: it is a LoRA of another model; choose one of this one."
+                f"{rows} x {columns}: it is a LoRA of another model; choose one of this model."
             )
 
 
 def _matrix(patcher: Any, name: str) -> tuple[int, int]:
-    """Rows and columns of a layer's weight, in whichever of a split model's patchers it lies."""
+    """Rows and columns of a layer's weight, in whichever segment of a split model it is."""
     for part in with_segments(patcher):
         with suppress(AttributeError):
             layer = part.model.get_submodule(name)

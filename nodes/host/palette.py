@@ -1,4 +1,4 @@
-"""Colours for pictures of tokens, from the AR model's own codebook where its file has one."""
+"""Colours of tokens in pictures, from the AR model's codebook if its file has one."""
 
 from functools import cached_property
 
@@ -11,7 +11,7 @@ CODES = "model.vqmodel.quantize.embedding.weight"
 
 
 class CodePalette:
-    """Made when a picture is first drawn, and then kept with the model."""
+    """Computed when a picture is first drawn, then kept with the model."""
 
     def __init__(self, component: Component, codebook: int) -> None:
         self._component = component
@@ -22,4 +22,4 @@ class CodePalette:
         """float32 [codebook, 3], 0 to 1."""
         if CODES in self._component.tensors:
             return codebook_palette(self._component.tensor(CODES))
-        return hash_palette(self._codebook)  # a file of the text part alone
+        return hash_palette(self._codebook)  # the file holds only the text part

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: snapshot folders under models/glm_image, single files where they go."""
+"""Finds checkpoints: snapshot folders in models/glm_image, single files in ComfyUI's folders."""
 
 import os
 from functools import lru_cache
@@ -15,29 +15,29 @@ SNAPSHOTS = "glm_image"
 
 
 def register() -> None:
-    """Add models/glm_image to ComfyUI's folders, beside those of extra_model_paths.yaml."""
+    """Adds models/glm_image to ComfyUI's folders, beside those of extra_model_paths.yaml."""
     folder_paths.add_model_folder_path(
         SNAPSHOTS, os.path.join(folder_paths.models_dir, SNAPSHOTS), is_default=True
     )
 
 
 def model_names(component: str) -> list[str]:
-    """Snapshot folders that hold the component, then single files whose metadata says so."""
-    folder = COMPONENTS[component].folder
-    snapshots = sorted({path.parent.name for path in _snapshot_parts(folder)})
+    """Names of snapshot folders that hold the component, then of single files of it."""
+    parts = _snapshot_parts(COMPONENTS[component].folder)
+    snapshots = sorted({path.parent.name for path in parts})
     folder = MODEL_FOLDERS[component]
     files = folder_paths.get_filename_list(folder)
     paths = {name: folder_paths.get_full_path(folder, name) for name in files}
     return snapshots + [
-        name for name, path in paths.items() if path and _holds(Path(path)) == component
+        name for name, path in paths.items() if path and _component_in(Path(path)) == component
     ]
 
 
 def find_model(component: str, name: str) -> Path:
-    """The snapshot folder or the file that a loader's `model_name` means.
+    """The snapshot folder or the single file of a loader's `model_name`.
 
     Raises:
-        GLMImageError: there is none of that name; says where to put one.
+        GLMImageError: none has that name; says where to put one.
     """
     kind = COMPONENTS[component]
     for root in folder_paths.get_folder_paths(SNAPSHOTS):
@@ -55,14 +55,14 @@ def find_model(component: str, name: str) -> Path:
     )
 
 
-def _holds(file: Path) -> str | None:
-    """The component in a single file of ours, None for any other file."""
-    return _component_of(file, file.stat().st_mtime_ns) if file.suffix == ".safetensors" else None
+def _component_in(file: Path) -> str | None:
+    """The component in a single file of GLM-Image, None for any other file."""
+    return _read_component(file, file.stat().st_mtime_ns) if file.suffix == ".safetensors" else None
 
 
 @lru_cache(maxsize=1024)
-def _component_of(file: Path, changed: int) -> str | None:
-    """Reads the header once for each state of a file; `changed` is its time of modification."""
+def _read_component(file: Path, modified_ns: int) -> str | None:
+    """`modified_ns` is part of the cache's key, so that a changed file is read again."""
     try:
         metadata = read_header(file)[1]
     except (GLMImageError, OSError):

@@ -1,4 +1,4 @@
-"""ComfyUI's progress bar, live preview and interrupt, in the form that glm_core takes them."""
+"""ComfyUI's progress bar, live preview and interrupt, as callables for glm_core."""
 
 import time
 from collections.abc import Callable
@@ -18,31 +18,31 @@ PICTURE_SECONDS = 0.25
 
 
 def check_interrupt() -> None:
-    """Raises the host's InterruptProcessingException where the user has asked to stop."""
+    """Raises ComfyUI's InterruptProcessingException if the user has asked to stop."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def progress_bar(total: int) -> Callable[[int, int], None]:
-    """`progress(done, total)` of the node that is running."""
+    """`progress(done, total)` for the running node."""
     return comfy.utils.ProgressBar(total).update_absolute
 
 
 class TokenProgress:
-    """Progress of the node that writes tokens, with the grid being written as its live preview.
+    """Progress of a node that writes tokens, with a live picture of the grid.
 
-    There is no picture where the host's previews are off, and else at most four a second and one
-    of all cells at the end.
+    At most four pictures a second, and one of the whole grid at the end; none if ComfyUI's previews
+    are off.
     """
 
     def __init__(self, palette: CodePalette) -> None:
-        self._bar = comfy.utils.ProgressBar(0)  # `update` brings the total
+        self._bar = comfy.utils.ProgressBar(0)  # `update` sets the total
         self._palette = palette
         self._on = args.preview_method != LatentPreviewMethod.NoPreviews
         self._due = time.monotonic()
         self._picture: Image.Image | None = None
 
     def show(self, grids: list[Tensor]) -> None:
-        """Keep a picture for the next update; for `grids` see `sample_tokens`."""
+        """Draws a picture for the next update; for `grids` see `sample_tokens`."""
         now = time.monotonic()
         if self._on and (now >= self._due or not (grids[-1] == UNKNOWN).any()):
             self._due = now + PICTURE_SECONDS
@@ -56,7 +56,7 @@ class TokenProgress:
 
 
 def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
-    """A sheet of grids [B, rows, columns] with sides of about `side` pixels."""
+    """A sheet of grids [B, rows, columns], its longer side about `side` pixels."""
     rows, columns = tokens.shape[1:]
     below, beside = sheet_grid(*tokens.shape)
     cell_size = max(1, side // max(below * (rows + 1), beside * (columns + 1)))
@@ -65,7 +65,7 @@ def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
 
 
 def show_text(node_id: str, text: str) -> None:
-    """A line under the widgets of a node, while it runs and after."""
-    from server import PromptServer  # there only where a server runs
+    """Shows a line under the widgets of a node, while it runs and after."""
+    from server import PromptServer  # only a running server has it
 
     PromptServer.instance.send_progress_text(text, node_id)

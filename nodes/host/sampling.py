@@ -15,11 +15,11 @@ from .decoder import GLMImageModel, require_decoder
 
 
 class ResolutionShift(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """sigma = mu s / (1 + (mu - 1) s), ComfyUI's discrete flow with mu as its shift."""
+    """sigma = mu s / (1 + (mu - 1) s): ComfyUI's discrete flow with the shift mu."""
 
 
 def latent_size(latent: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """(height, width) of the image in pixels."""
     height, width = latent["samples"].shape[-2:]
     return height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
@@ -31,7 +31,7 @@ def sigmas(model: Any, latent: dict[str, Any], steps: int, denoise: float) -> Te
 
 
 def with_resolution_shift(model: Any, latent: dict[str, Any]) -> Any:
-    """A clone whose own sigmas, which KSampler's schedulers read, are the latent size's."""
+    """A clone with the noise levels of the latent's size, which KSampler's schedulers read."""
     network: GLMImageModel = require_decoder(model)
     sampling = ResolutionShift(network.model_config)
     sampling.set_parameters(shift=network.shift(latent_size(latent)))
@@ -50,10 +50,13 @@ def decode(
     cfg: float,
     denoise: float,
 ) -> dict[str, Any]:
-    """Euler with CFG over the checkpoint's schedule, as SamplerCustomAdvanced would run it."""
+    """The denoised LATENT: Euler with CFG over the checkpoint's schedule.
+
+    SamplerCustomAdvanced with GLM-Image Scheduler gives the same.
+    """
     levels = sigmas(model, latent, steps, denoise)
     if "model_sampling" not in model.object_patches:
-        # Ranges of steps are given as shares of it, which are else those of 1024 pixels.
+        # ComfyUI reads shares of the steps from it; unshifted, they would be those of 1024 pixels.
         model = with_resolution_shift(model, latent)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))

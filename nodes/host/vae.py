@@ -21,19 +21,21 @@ from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
+EMPTY_VAE_WARNING = "No VAE weights detected"  # part of ComfyUI's sentence
 
 
 def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VAE:
-    """
+    """The autoencoder as a VAE.
+
     Args:
-        place: where a device plan puts it; None leaves it to ComfyUI.
+        placement: devices of a device plan; None leaves them to ComfyUI.
 
     Raises:
-        GLMImageError: the component is missing or broken, or not of ComfyUI's latent size.
+        GLMImageError: the component is missing or broken, or not of GLM-Image's latent size.
     """
     patcher = load_vae_patcher(model_name, placement)
     network = patcher.model
-    with _without_warnings():  # an empty VAE has all that its methods need, and warns of no network
+    with _without_empty_vae_warning():  # an empty VAE still sets all that its methods use
         vae = HostVAE(sd={})
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
@@ -49,8 +51,10 @@ def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VA
 
 
 class HostVAE(comfy.sd.VAE):
-    """ComfyUI's VAE, which goes on in tiles where memory is short: where that is too little for a
-    tile, the person is told so."""
+    """ComfyUI's VAE, with a clear error where even a tile does not fit into memory.
+
+    ComfyUI falls back to tiles by itself when memory is short.
+    """
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._tiles():
@@ -71,40 +75,44 @@ class HostVAE(comfy.sd.VAE):
 def load_vae_patcher(
     model_name: str, placement: Placement | None = None, disable_dynamic: bool = False
 ):
-    """The VAE's patcher; the factory that current hosts rebuild it with on another device."""
+    """The VAE's patcher. Current hosts call this to rebuild it on another device."""
     component = open_model("vae", model_name)
     config = VAEConfig.from_dict(component.config)
     if config.downscale != PIXELS_PER_LATENT:
         raise GLMImageError(
             f"The VAE in {component.path} makes one latent of {config.downscale} x "
-            f"{config.downscale} pixels and GLM-Image's of {PIXELS_PER_LATENT} x "
+            f"{config.downscale} pixels, and GLM-Image's VAE one of {PIXELS_PER_LATENT} x "
             f"{PIXELS_PER_LATENT}; choose GLM-Image's VAE."
         )
     check_keys(component, AutoencoderKL, config)
 
     management = comfy.model_management
-    there = placement or Placement(management.vae_device(), management.vae_offload_device())
-    dtype = working_dtype(there.load)
-    operations = Precision(dtype, dtype, device=there.load).operations
+    resolved = placement or Placement(management.vae_device(), management.vae_offload_device())
+    dtype = working_dtype(resolved.load)
+    operations = Precision(dtype, dtype, device=resolved.load).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
     load_weights(network, component).to(dtype)
     remember_dtypes(network)
 
-    patcher = make_patcher(network, there, disable_dynamic)
+    patcher = make_patcher(network, resolved, disable_dynamic)
     patcher.cached_patcher_init = (load_vae_patcher, (model_name, placement))
     return patcher
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """The host's choice, which its --fp32-vae and --bf16-vae make for the user."""
+    """ComfyUI's choice for a device; the user sets it with --fp32-vae or --bf16-vae."""
     return comfy.model_management.vae_dtype(device, WORKING_DTYPES)
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def _without_empty_vae_warning() -> Iterator[None]:
+    """Drops the root logger's record of a VAE with an empty state dict, and no other record."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return EMPTY_VAE_WARNING not in str(record.msg)
+
+    logging.root.addFilter(passes)
     try:
         yield
     finally:
-        logging.disable(previous)
+        logging.root.removeFilter(passes)

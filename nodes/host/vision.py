@@ -1,4 +1,4 @@
-"""The AR model's eyes: the vision tower and quantiser in a patcher of their own, loaded on use."""
+"""The AR model's vision tower and quantiser in a patcher of their own, loaded on first use."""
 
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,12 @@ from .weights import check_keys, load_weights, open_model, precision
 
 
 class HostVision:
-    """Turns images into semantic tokens; text to image never loads it."""
+    """Turns images into semantic tokens. Text to image never loads it."""
 
     def __init__(
         self, component: Component, model_name: str, weight_dtype: str, placement: Placement | None
     ) -> None:
-        """place: the text model's, in whole or of its first layers."""
+        """placement: of the AR model's text part, or of its first layers if that is split."""
         self.image_config = ImageConfig.from_dict(component.processor.image)
         self.model_name = model_name
         self.weight_dtype = weight_dtype
@@ -37,7 +37,7 @@ class HostVision:
         return load_vision_patcher(self.model_name, self.weight_dtype, self.placement)
 
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, H, W, 3] between 0 and 1, sides multiples of 32 -> int32 [B, H / 32, W / 32]"""
+        """Tokens int32 [B, H / 32, W / 32] of images float [B, H, W, 3], 0 to 1."""
         device = self.patcher.load_device
         pixels = vision_pixels(images, self.image_config)
         needed = self.memory_required(pixels.shape)
@@ -50,7 +50,7 @@ class HostVision:
         return torch.cat(tokens).to("cpu", torch.int32)
 
     def memory_required(self, pixels: torch.Size) -> int:
-        """Bytes beside the weights for one image [B, C, H, W]."""
+        """Bytes beside the weights to encode one of the images [B, C, H, W]."""
         return memory.vision(self.patcher.model.config, *pixels[-2:], self.dtype)
 
 
@@ -60,7 +60,7 @@ def load_vision_patcher(
     placement: Placement | None = None,
     disable_dynamic: bool = False,
 ) -> Any:
-    """The vision encoder's patcher; the factory that current hosts rebuild it with.
+    """The vision encoder's patcher. Current hosts call this to rebuild it on another device.
 
     Raises:
         GLMImageError: the component is missing or broken.
@@ -69,11 +69,13 @@ def load_vision_patcher(
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 
-    there = placement or default_placement()
-    kept = precision(component, weight_dtype, there.load)
-    network = VisionEncoder(config, device="meta", dtype=kept.storage, operations=kept.operations)
+    resolved = placement or default_placement()
+    chosen = precision(component, weight_dtype, resolved.load)
+    network = VisionEncoder(
+        config, device="meta", dtype=chosen.storage, operations=chosen.operations
+    )
     load_weights(network, component, weight_dtype, OTHER_PREFIXES)
 
-    patcher = make_patcher(network, there, disable_dynamic)
+    patcher = make_patcher(network, resolved, disable_dynamic)
     patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype, placement))
     return patcher

@@ -10,7 +10,7 @@ from glm_image.scripts.page import Page, open_page
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory) -> Iterator[str]:
-    """A server whose one model is named as in the stored workflows."""
+    """A server whose only model has the name of the stored workflows."""
     base: Path = host.make_base(tmp_path_factory.mktemp("comfyui"))
     (base / "models" / "glm_image" / "GLM-Image").symlink_to(environment.ROOT / "tiny")
     with host.serve(environment.host(), base, threads=1) as address:

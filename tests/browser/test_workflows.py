@@ -1,4 +1,4 @@
-"""Every workflow of the pack in ComfyUI's own page: found, opened, exported, run."""
+"""Every workflow of the pack in ComfyUI's page: found, opened, exported, run."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
-# (height, width), where it is not the one asked for: of a sheet, and of the picture to edit
+# (height, width) that differ from the inputs: that of a sheet, and that of the picture to edit
 SIZES = {"layout_contact_sheet": (416, 576), "edit_image": (768, 768)}
 TIMEOUT_S = 60
 
@@ -23,7 +23,7 @@ def test_each_graph_has_an_api_form_and_a_picture():
         assert Image.open(WORKFLOWS / f"{name}.jpg").format == "JPEG"
 
 
-def test_the_template_browser_is_offered_them(address):
+def test_the_template_browser_lists_them(address):
     client = Client(address)
     assert sorted(json.loads(client.get("/workflow_templates"))[PACK]) == NAMES
     for name in NAMES:
@@ -47,7 +47,7 @@ def test_it_opens_exports_and_runs(page, name):
     assert page.errors == []
 
 
-def test_an_unknown_node_would_be_noticed(page):
+def test_an_unknown_node_is_noticed(page):
     graph = json.loads((WORKFLOWS / f"{NAMES[0]}.json").read_text())
     graph["nodes"][0]["type"] = "GLMImageNoSuchNode"
     page.open_file(json.dumps(graph), "unknown.json")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Stages:
-    """What each node of the graph gave."""
+    """The outputs of the graph's nodes."""
 
     ar: Any
     model: Any
@@ -28,7 +28,7 @@ class Stages:
 
     @property
     def decoder_ids(self) -> Tensor:
-        """int64 [B, N] at one per 16 px, as the reference pipeline takes them."""
+        """int64 [B, N], one id per 16 pixels, as the reference pipeline takes them."""
         return upsample_tokens(self.tokens.tokens).flatten(1).long()
 
     @property

@@ -1,5 +1,6 @@
 """Loaders: native VAE and CLIP objects, weight dtypes, LoRAs, and rebuilding on another device."""
 
+import logging
 from copy import copy
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.nodes.host import weights
+from glm_image.nodes.host import vae, weights
 from glm_image.nodes.host.patchers import NotifyingPatcher
 from helpers import relative_error, same, stages
 from safetensors.torch import save_file
@@ -48,7 +49,7 @@ def test_vae_decodes_in_tiles(run) -> None:
     whole = run.vae.decode(latent)
     tiled = run.vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
     assert tiled.shape == whole.shape == (1, 384, 384, 3)
-    assert relative_error(tiled, whole) < 0.05  # norms see a tile, not the image
+    assert relative_error(tiled, whole) < 0.05  # a group norm sees only its tile
 
 
 def test_vae_falls_back_to_tiles_when_memory_is_short(run, monkeypatch) -> None:
@@ -65,6 +66,25 @@ def test_vae_falls_back_to_tiles_when_memory_is_short(run, monkeypatch) -> None:
     assert run.vae.decode(torch.randn(1, 16, 80, 80)).shape == (1, 640, 640, 3)
     assert sizes[0] == (80, 80)
     assert len(sizes) > 1
+
+
+def test_loading_hides_the_warning_of_an_empty_vae_alone(nodes, monkeypatch, caplog) -> None:
+    initialise = comfy.sd.VAE.__init__
+    others = ["another warning of the root logger", "a warning of another logger"]
+
+    def with_other_warnings(self, *args, **kwargs):
+        for name, message in zip((None, "elsewhere"), others, strict=True):
+            logging.getLogger(name).warning(message)
+        initialise(self, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.sd.VAE, "__init__", with_other_warnings)
+    with caplog.at_level(logging.WARNING):
+        load(nodes, "VAE", "small")
+        assert caplog.messages == others
+        caplog.clear()
+        comfy.sd.VAE(sd={})
+        assert caplog.messages[:2] == others
+        assert vae.EMPTY_VAE_WARNING in caplog.messages[2]
 
 
 # ---- CLIP ---------------------------------------------------------------------------------------
@@ -87,11 +107,12 @@ def test_listed_texts_replace_the_quoted_ones(nodes, pipelines, run) -> None:
     assert encode(run.clip, "it's a dog's life").result[1] == "s a dog"
 
 
-def test_a_text_that_is_cut_is_told_of(run, caplog) -> None:
+def test_a_text_that_is_cut_is_logged(run, caplog) -> None:
     run.clip.tokenize(f"'{'n' * 2047}'")
     assert not caplog.messages
     run.clip.tokenize(f"'{'n' * 2048}'")
-    assert "the end is cut: 2047 bytes fit" in caplog.text
+    assert "The end of the text 'nnn" in caplog.text
+    assert "is cut: 2047 bytes fit" in caplog.text
 
 
 def test_another_clip_is_refused(nodes) -> None:
@@ -120,7 +141,7 @@ def test_narrow_weights_come_close_to_float32(nodes, run, weight_dtype: str, lim
 
 
 def test_weights_are_views_of_the_file(nodes) -> None:
-    """What is mapped is shared with the page cache; a copy would be anonymous memory."""
+    """Mapped pages are shared with the page cache; a copy would be anonymous memory."""
     model = load(nodes, "Decoder", "small", "default")
     weight = model.model.diffusion_model.proj_out.weight
     with open("/proc/self/maps") as maps:
@@ -182,7 +203,7 @@ def test_lora_adds_its_product_to_the_decoder_and_the_ar(nodes, run, lora_file) 
 
 
 def test_lora_of_no_strength_leaves_the_models_as_they_are(nodes, run, lora_file) -> None:
-    """As they are for a reference cache too, which goes by the patches."""
+    """Any patch would make a reference cache invalid."""
     load_lora = nodes["GLMImageLoadLora"].execute
     model, ar = load_lora("both.safetensors", 0.0, 0.0, run.model, run.ar).result
     assert model is run.model
@@ -221,7 +242,7 @@ def test_lora_of_half_pairs_is_refused(nodes, run, loras) -> None:
     ("up", "down"), [((7, 2), (2, 0)), ((0, 2), (2, 7)), ((0, 2), (3, 0))], ids=str
 )
 def test_lora_of_other_sizes_is_refused(nodes, run, loras, up, down) -> None:
-    """Wrong in rows, in columns, in rank; 0 stands for the layer's own."""
+    """Wrong in rows, in columns, in rank. 0 stands for the layer's own size."""
     rows, columns = run.ar.patcher.model.get_submodule(AR_LAYER).weight.shape
     lora = {
         f"{AR_LAYER}.lora_B.weight": torch.randn(up[0] or rows, up[1]),
@@ -246,7 +267,7 @@ def patchers(run) -> dict:
 
 @pytest.mark.parametrize("component", ["ar", "decoder", "glyph", "vae"])
 def test_every_patcher_can_be_rebuilt_from_its_factory(run, component: str) -> None:
-    comfy.model_management.unload_all_models()  # takes off what another test has patched on
+    comfy.model_management.unload_all_models()  # removes the patches of other tests
     patcher = patchers(run)[component]
     factory, arguments = patcher.cached_patcher_init
     rebuilt = factory(*arguments, disable_dynamic=True)
@@ -258,7 +279,7 @@ def test_every_patcher_can_be_rebuilt_from_its_factory(run, component: str) -> N
 
 
 def copied(patcher):
-    """As a host's device nodes copy it; 0.3.75 has none, and is given what they begin with."""
+    """As ComfyUI's device nodes copy it. 0.3.75 has none; their first step stands in for them."""
     if hasattr(patcher, "deepclone_multigpu"):
         return patcher.deepclone_multigpu(new_load_device=torch.device("cpu"))
     factory, arguments = patcher.cached_patcher_init
@@ -294,7 +315,7 @@ def test_model_names_are_folders_with_the_component_and_files(nodes, pipelines) 
     assert [name for name in names if "." not in name] == sorted(pipelines)
 
 
-def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes) -> None:
+def test_a_cpu_computes_a_bf16_ar_model_without_casting(nodes) -> None:
     ar = load(nodes, "AR", "small", "bf16")
     assert ar.dtype == torch.bfloat16
     layer = ar.patcher.model.get_submodule(AR_LAYER)
@@ -305,7 +326,7 @@ def test_a_cpu_reads_a_bf16_ar_model_as_it_lies(nodes) -> None:
 
 
 @pytest.mark.parametrize(("able", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_a_cpu_multiplies_matrices_in_bf16_where_it_has_instructions(
+def test_a_cpu_with_bf16_instructions_multiplies_matrices_in_bf16(
     nodes, monkeypatch, able: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(weights, "cpu_has", lambda *_: able)
@@ -317,7 +338,9 @@ def test_a_cpu_multiplies_matrices_in_bf16_where_it_has_instructions(
     assert load(nodes, "Decoder", "small", "default").model.compute_dtype == torch.float32
 
 
-def test_a_picture_decoded_in_bf16_is_float32s_but_for_rounding(nodes, run, monkeypatch) -> None:
+def test_a_picture_decoded_in_bf16_differs_from_float32_by_rounding(
+    nodes, run, monkeypatch
+) -> None:
     pictures = []
     for able in (False, True):
         monkeypatch.setattr(weights, "cpu_has", lambda *_, able=able: able)
@@ -337,7 +360,7 @@ def test_the_hosts_force_fp32_holds_on_a_cpu(nodes, monkeypatch) -> None:
     assert decoder.model.compute_dtype == torch.float32
 
 
-def test_a_step_multiplies_by_the_kernel_for_vectors_what_the_host_does_not_patch(
+def test_a_step_uses_the_vector_kernel_for_layers_that_the_host_does_not_patch(
     nodes, monkeypatch
 ) -> None:
     monkeypatch.setattr(row_linear, "_is_faster", lambda x: True)
@@ -346,7 +369,7 @@ def test_a_step_multiplies_by_the_kernel_for_vectors_what_the_host_does_not_patc
     with Tape() as plain:
         product = layer(row)
     assert "aten::mv" in plain.operations
-    layer.weight_function = [lambda weight: 2 * weight]  # as the host patches what it streams
+    layer.weight_function = [lambda weight: 2 * weight]  # as the host patches streamed layers
     with Tape() as patched:
         doubled = layer(row)
     assert "aten::mv" not in patched.operations

@@ -40,9 +40,9 @@ def test_latents_and_pixels_equal_the_reference(nodes, pipelines, shape: str, cf
     assert (run.image - pixels).abs().max() < 1 / 255
 
 
-def test_ranges_of_steps_are_shares_of_the_images_own_schedule(nodes) -> None:
-    """One prompt for the first half of the steps, another for the rest: in Decode as with the
-    sampling that KSampler is given."""
+def test_shares_of_the_steps_are_shares_of_the_images_own_schedule(nodes) -> None:
+    """One prompt for the first half of the steps and another for the rest: GLM-Image Decode agrees
+    with the model that KSampler gets."""
     run = stages(nodes, "small", PROMPT, SIZE, steps=4)
     by_range = core_nodes.ConditioningSetTimestepRange().set_range
     empty = [[states[:, :1], dict(values)] for states, values in run.positive]

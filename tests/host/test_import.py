@@ -1,4 +1,4 @@
-"""What the pack adds to ComfyUI's start."""
+"""The time that the pack adds to ComfyUI's start."""
 
 import subprocess
 import sys
@@ -12,10 +12,10 @@ import sys, time
 sys.path[:0] = [{host!r}, {tests!r}]
 from comfy.cli_args import args
 args.cpu = True
-import nodes, comfy_api.latest, comfy_execution.graph_utils  # as a server has them before any pack
+import nodes, comfy_api.latest, comfy_execution.graph_utils  # a server imports them before any pack
 import conftest  # registers the pack's folder, imports nothing of it
 import gc, importlib
-gc.disable()  # which would go through all of the host's objects at some line of ours
+gc.disable()  # a collection over all of the host's objects would count as ours
 since = time.perf_counter()
 importlib.import_module("glm_image.nodes")
 sys.stdout.write(f"seconds {{time.perf_counter() - since}}")

@@ -1,4 +1,4 @@
-"""Layouts through the nodes: sampled, locked, composed, shown, and kept by the sampler."""
+"""Layouts through the nodes: sampled, locked, composed, shown, and used by the sampler."""
 
 import comfy.utils
 import pytest
@@ -31,7 +31,7 @@ def wide_ar(nodes):
 
 @pytest.fixture
 def sample(run, ar):
-    """Sample Tokens or Sample Layout at a size; the first output for the layout."""
+    """The outputs of Sample Tokens or Sample Layout at a size."""
 
     def call(node, size=(96, 64), seed=5, batch=1, prompt=PROMPT, temperature=0.9, **kwargs):
         arguments = (prompt, *size, seed, temperature, 0.75, 0, batch)
@@ -42,7 +42,7 @@ def sample(run, ar):
 
 @pytest.fixture
 def totals(monkeypatch):
-    """The last total that any progress bar was given."""
+    """(done, total) of every progress report so far."""
     seen = []
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: seen.append((done, total))
@@ -83,25 +83,25 @@ def test_locked_cells_survive_and_the_others_do_not(run, sample):
     mask = torch.zeros(1, 10, 10)
     mask[:, :5] = 1
     (locked,) = run("LockLayout", layout, "masked", 0, mask)
-    kept = locked.locked
-    assert 0 < kept.sum() < kept.numel()
+    cells = locked.locked
+    assert 0 < cells.sum() < cells.numel()
     drawn = []
     for changes in ({"seed": 6}, {"seed": 7}, {"prompt": "fog"}, {"temperature": 3.0}):
         (again,) = sample("Layout", layout=locked, **changes)
-        assert torch.equal(again.preview[:, kept], layout.preview[:, kept])
-        assert torch.equal(again.locked, kept)
+        assert torch.equal(again.preview[:, cells], layout.preview[:, cells])
+        assert torch.equal(again.locked, cells)
         assert same(sample("Tokens", layout=locked, **changes)[1].preview, again.preview)
-        drawn.append(again.preview[:, ~kept])
+        drawn.append(again.preview[:, ~cells])
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_unlocked_layouts_only_count(sample):
+def test_unlocked_layouts_set_only_the_number_of_samples(sample):
     (layouts,) = sample("Layout", seed=90, batch=2)
     assert same(sample("Tokens", layout=layouts)[1].preview, sample("Layout", batch=2)[0].preview)
 
 
 def test_layouts_times_batch_size(run, sample):
-    """Sample i has layout i modulo their number, and draws as seed + i."""
+    """Sample i has layout i modulo their number, and draws with seed + i."""
     (layouts,) = sample("Layout", seed=90, batch=2)
     (locked,) = run("LockLayout", layouts, "whole", -1)
     tokens, used = sample("Tokens", layout=locked, batch=3)
@@ -178,7 +178,7 @@ def test_locks_go_through_a_file(nodes, run, sample, tmp_path):
 
 
 def test_a_layout_is_saved_without_its_images_tokens(nodes, run, sample):
-    """Layout To Tokens stands in for them; what is loaded fits the sizes that the layout fits."""
+    """Layout To Tokens stands in for them. The loaded layout fits the same sizes."""
     (layouts,) = sample("Layout", batch=2)
     (locked,) = run("LockLayout", layouts, "whole", 1)
     (small,) = run("LayoutToTokens", locked)
@@ -202,7 +202,7 @@ def test_a_layout_decodes_as_a_small_picture(run, sample):
     assert decoded["samples"].shape == (2, 16, 19 * 4, 13 * 4)
 
 
-def test_shown_in_the_codebooks_colours_or_in_any(run, sample, ar, pipelines):
+def test_shown_in_the_colours_of_the_codebook_or_in_arbitrary_ones(run, sample, ar, pipelines):
     tokens, layouts = sample("Tokens", batch=3)
     codes = pipelines["small"].vision_language_encoder.model.vqmodel.quantize.embedding.weight
     (with_ar,) = run("ShowTokens", 8, tokens=tokens, ar=ar)
@@ -260,9 +260,9 @@ def test_memory_counts_the_locked_cells_of_every_sample(run, sample, ar, monkeyp
     (layouts,) = sample("Layout", batch=3)
     (locked,) = run("LockLayout", layouts, "whole", -1)
     sample("Tokens", layout=locked)
-    (prompt, free), (_, kept) = ((length, block) for _, length, block in asked)
+    (prompt, free), (_, forced) = ((length, block) for _, length, block in asked)
     cells = layouts.preview[0].numel()
     assert free < prompt
-    assert kept == 3 * cells
-    (more,), (less,) = (required(3, prompt, block).values() for block in (kept, free))
+    assert forced == 3 * cells
+    (more,), (less,) = (required(3, prompt, block).values() for block in (forced, free))
     assert more > less

@@ -1,4 +1,4 @@
-"""One real ComfyUI server for all tests here, with small random models in its folders."""
+"""One real ComfyUI server for all tests of this folder, with small random models."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def client(base: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def picture(client: Client) -> Picture:
-    """Runs a prompt and gives what its SaveImage wrote: [height, width, 3], 0 to 255."""
+    """Runs a prompt and returns the image of its SaveImage: [height, width, 3], 0 to 255."""
 
     def run(prompt: Prompt) -> np.ndarray:
         return first_image(client, client.run(prompt), prompt)
@@ -58,7 +58,7 @@ def _write_broken_models(models: Path, good: Path) -> None:
 
 
 def _write_foreign_models(models: Path) -> None:
-    """Tiny files that ComfyUI takes for a Wan 2.1 and a CLIP-L; what they lack stays random."""
+    """Tiny files that ComfyUI takes for a Wan 2.1 and a CLIP-L; missing weights stay random."""
     for name in ("diffusion_models", "text_encoders"):
         (models / name).mkdir(exist_ok=True)
     wan = {
@@ -74,14 +74,14 @@ def _write_foreign_models(models: Path) -> None:
 
 
 def _write_dead_links(base: Path) -> None:
-    """As drives leave them that are not mounted; files are listed as the pack is imported."""
+    """Links as an unmounted drive leaves them; the pack lists these folders at import."""
     for folder in ("models/diffusion_models", "models/vae", "input", "output"):
         (base / folder).mkdir(parents=True, exist_ok=True)
         (base / folder / "dead.safetensors").symlink_to("/nowhere/dead.safetensors")
 
 
 def _write_loras(loras: Path, good: Path) -> None:
-    """Rank-2 LoRAs on the first block's query: for the native loader, as PEFT has it, and alien."""
+    """Rank-2 LoRAs on the first block's query: with native, PEFT's and unknown names."""
     generator = torch.Generator().manual_seed(3)
     decoder = _lora(good / "transformer", "transformer_blocks.0.attn1.to_q", generator)
     ar = _lora(

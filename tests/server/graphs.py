@@ -1,4 +1,4 @@
-"""Prompts for the server: the pack's own API workflows, made small, and changes to them."""
+"""Prompts for the server: the pack's API workflows at a small size, and changes to them."""
 
 import itertools
 import json
@@ -31,18 +31,22 @@ _fresh = itertools.count(1000)
 
 
 def workflow(name: str = "text_to_image", *, steps: int = 2, **inputs) -> Prompt:
-    """A stored workflow at 96x64 (width x height) and few steps, with `inputs` set throughout."""
+    """A stored workflow at 96x64 (width x height) and few steps, with `inputs` set everywhere."""
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
     return changed(prompt, **{"width": 96, "height": 64, "steps": steps, **inputs})
 
 
 def fresh(name: str = "text_to_image", **inputs) -> Prompt:
-    """A workflow with seeds that no prompt of this session had, so that every stage runs."""
+    """A workflow with seeds that no prompt of this session used, so that every stage runs."""
     return workflow(name, seed=next(_fresh), **inputs)
 
 
 def changed(prompt: Prompt, **inputs) -> Prompt:
-    """Sets every input of these names that is no link; raises where no node has such an input."""
+    """Sets every unlinked input of these names.
+
+    Raises:
+        KeyError: no node has such an input.
+    """
     if missing := inputs.keys() - set_inputs(prompt, inputs):
         raise KeyError(*missing)
     return prompt
@@ -55,14 +59,14 @@ def the(prompt: Prompt, class_type: str) -> str:
 
 
 def add(prompt: Prompt, class_type: str, **inputs) -> str:
-    """Adds a node and gives its id."""
+    """Adds a node and returns its id."""
     node_id = str(max(map(int, prompt)) + 1)
     prompt[node_id] = {"class_type": class_type, "inputs": inputs}
     return node_id
 
 
 def relink(prompt: Prompt, old: tuple[str, int], new: tuple[str, int]) -> None:
-    """Whatever took its input from `old` takes it from `new`, but the node of `new` itself."""
+    """Links the inputs that are linked to `old` to `new` instead, except in the node of `new`."""
     for node_id, node in prompt.items():
         for name, value in node["inputs"].items():
             if value == list(old) and node_id != new[0]:
@@ -78,7 +82,7 @@ def upstream(prompt: Prompt, node_id: str) -> Iterator[str]:
 
 
 def planned(prompt: dict, **asked) -> str:
-    """Puts a plan before the loaders and shows its table; the id of the node that shows it."""
+    """Connects a plan to the loaders; returns the id of the node that shows its table."""
     plan = add(prompt, "GLMImageDevicePlan", **PLAN | asked)
     for node in prompt.values():
         if node["class_type"] in LOADERS:

@@ -1,4 +1,4 @@
-"""Pictures as a client gets them."""
+"""Images as a client gets them."""
 
 import io
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def first_image(client: Client, run: Run, prompt: Prompt) -> np.ndarray:
-    """What a run's SaveImage shows first: [height, width, 3], 0 to 255."""
+    """The first image of a run's SaveImage: [height, width, 3], 0 to 255."""
     image = Image.open(io.BytesIO(client.images(run, the(prompt, "SaveImage"))[0]))
     assert image.format == "PNG"
     return np.asarray(image).astype(int)

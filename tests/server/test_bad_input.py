@@ -94,7 +94,7 @@ def test_broken_model(refused, model, sentence):
 
 @pytest.mark.parametrize("loader", ["GLMImageLoadAR", "GLMImageLoadDecoder"])
 def test_a_weight_dtype_that_is_not_offered(client, loader):
-    """By us, or on current hosts by them; and a wrong model is no word against the dtype."""
+    """The pack or a current host refuses it; a wrong model does not blame the dtype."""
     prompt = fresh()
     prompt[the(prompt, loader)]["inputs"]["weight_dtype"] = "fp16"
     with pytest.raises(PromptError, match=r"weight_dtype.*'fp16'.*default"):
@@ -189,7 +189,7 @@ def test_a_latent_batch_that_is_no_multiple(refused, name, sampler, latent):
     refused(prompt, sampler, "3 images.*2")
 
 
-def test_a_batch_index_that_is_not_there(refused):
+def test_a_batch_index_beyond_the_batch(refused):
     refused(fresh(batch_index=1), "GLMImageApplyTokens", "batch_index is 1")
 
 

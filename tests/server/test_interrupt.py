@@ -1,4 +1,4 @@
-"""An interrupt stops a stage at once, and the next prompt runs as ever."""
+"""An interrupt stops a stage at once, and the next prompt runs as usual."""
 
 import time
 

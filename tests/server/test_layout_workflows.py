@@ -36,7 +36,7 @@ def titled(prompt, title):
 
 
 def seeds_apart(prompt):
-    """Gives each sampler a seed of its own, as the stored workflow has."""
+    """Gives each sampler its own seed, as in the stored workflow."""
     samplers = [node["inputs"] for node in prompt.values() if "seed" in node["inputs"]]
     for i, inputs in enumerate(samplers):
         inputs["seed"] = inputs["seed"] * 100 + i
@@ -68,7 +68,7 @@ def test_contact_sheet(client):
     assert {picture.shape for picture in pictures} == {(13 * 32, 19 * 32, 3)}
     assert all((a != b).any() for a, b in itertools.pairwise(pictures))
     (sheet,) = images(client, run, prompt, "PreviewImage")
-    # 3 x 3 places of 13 x 19 cells of 16 pixels, 8 pixels apart
+    # 3 x 3 layouts of 13 x 19 cells of 16 pixels, 8 pixels apart
     assert sheet.shape == (3 * 13 * 16 + 2 * 8, 3 * 19 * 16 + 2 * 8, 3)
 
 
@@ -108,7 +108,7 @@ def test_a_redone_region_leaves_the_rest_untouched(client, base):
     assert changed_cells[8:24, 16:].float().mean() > 0.9
     changed_cells[8:24, 16:] = False
     assert not changed_cells.any()
-    # The VAE sees a little beyond: further off, no pixel moves by more than rounding.
+    # The VAE sees a little beyond the region: far from it, pixels change by rounding only.
     (old,), (new,) = (images(client, run, prompt, kind) for kind in ("PreviewImage", "SaveImage"))
     moved = np.abs(new - old).max(axis=-1)
     assert moved[64:192, 128:].mean() > 5 * moved[:, :64].mean()
@@ -118,12 +118,12 @@ def test_a_redone_region_leaves_the_rest_untouched(client, base):
 
 
 def previews(client, prompt):
-    """When each live picture came, and the picture."""
+    """(time, picture) of every live preview of a run."""
     seen = []
 
     def note(message):
         (event,) = struct.unpack(">I", message[:4])
-        assert event == 1  # a picture, of which the next four bytes say the format
+        assert event == 1  # a picture; the next four bytes are its format
         seen.append((time.monotonic(), Image.open(io.BytesIO(message[8:]))))
 
     client.run(prompt, on_picture=note)
@@ -131,12 +131,12 @@ def previews(client, prompt):
 
 
 def long_run():
-    """Only tokens, 32 x 32 for each of a batch: about two seconds."""
+    """A prompt that only writes tokens, 32 x 32 for each of a batch: about two seconds."""
     prompt = fresh(batch_size=2, width=1024, height=1024)
     tokens = the(prompt, "GLMImageSampleTokens")
-    kept = {key: prompt[key] for key in (tokens, "1", "5")}
-    add(kept, "GLMImageSaveTokens", tokens=[tokens, 0], filename_prefix="tokens/live")
-    return kept
+    writing = {key: prompt[key] for key in (tokens, "1", "5")}
+    add(writing, "GLMImageSaveTokens", tokens=[tokens, 0], filename_prefix="tokens/live")
+    return writing
 
 
 def test_the_grid_fills_in_a_live_preview(base):
@@ -148,7 +148,7 @@ def test_the_grid_fills_in_a_live_preview(base):
     pictures = [np.asarray(picture.convert("L")).astype(int) for _, picture in seen]
     assert all(256 < max(picture.shape) <= 512 for picture in pictures)
     dark = round(255 * DARK)
-    for picture in pictures:  # what is written lies above what is not
+    for picture in pictures:  # written rows are above unwritten ones
         written = (picture != dark).any(axis=1)
         assert written[: written.sum()].mean() > 0.9
     assert any((picture == dark).mean() > 0.3 for picture in pictures)

@@ -1,4 +1,4 @@
-"""Layouts through the front door: sampled, locked, composed, saved, seen, and kept by samplers."""
+"""Layouts through a real server: sampled, locked, composed, saved, shown, used by samplers."""
 
 import itertools
 
@@ -14,7 +14,7 @@ _seeds = itertools.count(10**6, 100)
 
 
 def fresh_seed():
-    """One that no node of this session had, nor the images of a batch after it."""
+    """A seed that no node or image of a batch has used in this session."""
     return next(_seeds)
 
 
@@ -27,7 +27,7 @@ class Graph(dict):
         self.ar = self.node("LoadAR", model_name="GLM-Image", weight_dtype="default")
 
     def node(self, name, **inputs):
-        """Adds a node of the pack; gives its first output."""
+        """Adds a node of the pack and returns its first output."""
         node_id = str(len(self) + 1)
         self[node_id] = {"class_type": f"GLMImage{name}", "inputs": inputs}
         return [node_id, 0]
@@ -57,7 +57,7 @@ class Graph(dict):
         return self.node("LockLayout", layout=layout, lock=how, batch_index=index, **links)
 
     def mask(self, *, left=None):
-        """All white, all black for 0, or white to the left of a column of 96."""
+        """A mask of 96 columns: white, or white only to the left of a column (0: all black)."""
         white = self.core(
             "SolidMask", value=1.0, width=96 if left is None else left or 1, height=64
         )
@@ -80,7 +80,7 @@ def layout_of(tokens):
 
 @pytest.fixture
 def saved(client, base):
-    """Runs a graph and reads back what each given Save Tokens node wrote."""
+    """Runs a graph and returns the tokens and layout that each given Save Tokens node wrote."""
 
     def run(graph, *savers, on_event=lambda event: None):
         outputs = client.run(graph, on_event).outputs
@@ -120,11 +120,11 @@ def test_a_runs_own_layout_locked_gives_the_same_tokens(saved, size, batch):
     graph = Graph(SIZES[size])
     seed = fresh_seed()
     free = graph.sample("Tokens", seed, batch)
-    kept = graph.sample("Tokens", seed, layout=graph.lock(layout_of(free)))
+    locked = graph.sample("Tokens", seed, layout=graph.lock(layout_of(free)))
     (tokens, layout), (again, used) = saved(
         graph,
         graph.save(free, layout=layout_of(free)),
-        graph.save(kept, layout=layout_of(kept)),
+        graph.save(locked, layout=layout_of(locked)),
     )
     assert torch.equal(again.tokens, tokens.tokens)
     assert torch.equal(used.preview, layout.preview)
@@ -159,12 +159,12 @@ def test_locked_cells_survive_seed_temperature_and_prompt(saved):
     savers = [graph.save(tokens, layout=layout_of(tokens)) for tokens in (first, *others)]
     (_, before), *after = saved(graph, *savers)
     columns = preview_grid(token_grid(64, 96))[1]
-    kept = (torch.arange(columns) < (columns + 1) // 2).expand_as(before.locked)
+    cells = (torch.arange(columns) < (columns + 1) // 2).expand_as(before.locked)
     drawn = []
     for _, layout in after:
-        assert torch.equal(layout.locked, kept)
-        assert torch.equal(layout.preview[:, kept], before.preview[:, kept])
-        drawn.append(layout.preview[:, ~kept])
+        assert torch.equal(layout.locked, cells)
+        assert torch.equal(layout.preview[:, cells], before.preview[:, cells])
+        drawn.append(layout.preview[:, ~cells])
     assert not torch.equal(drawn[0], drawn[1])
 
 
@@ -225,10 +225,10 @@ def test_a_region_of_tokens_is_drawn_anew_and_the_rest_is_kept(saved):
         for left in (48, 0, None)
     )
     savers = [graph.save(tokens) for tokens in (first, redone, none, whole)]
-    before, after, kept, all_new = (tokens.tokens for tokens, _ in saved(graph, *savers))
+    before, after, unchanged, all_new = (tokens.tokens for tokens, _ in saved(graph, *savers))
     assert torch.equal(after[:, :, 4:], before[:, :, 4:])
     assert (after != before)[:, :, :4].float().mean() > 0.3
-    assert torch.equal(kept, before)
+    assert torch.equal(unchanged, before)
     assert (all_new != before).float().mean() > 0.3
 
 
@@ -251,12 +251,12 @@ def test_layouts_and_locks_go_through_a_file(saved, base):
     assert torch.equal(same.tokens, before.tokens)
     assert torch.equal(same_layout.preview, layout.preview)
     assert torch.equal(same_layout.locked, layout.locked)
-    kept = layout.locked
-    assert torch.equal(used.preview[:, kept], layout.preview[:, kept])
+    cells = layout.locked
+    assert torch.equal(used.preview[:, cells], layout.preview[:, cells])
     assert not torch.equal(used.preview, layout.preview)
 
 
-# ---- what is said -----------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------
 
 
 def _does_not_fit(graph):

@@ -9,8 +9,8 @@ from glm_image.scripts.client import Client
 from evaluation import run as evaluation
 
 STEPS, CASES = 10, 6
-# Of CASES, what the model's card measures on many more, less a margin; no picture that shows
-# nothing passes one.
+# Of CASES: the share that the model's card measures on many more, less a margin. A picture that
+# shows nothing passes none of them.
 LEAST = {
     "colours and places of shapes match": 4,
     "kinds of shapes match as well": 4,
@@ -29,7 +29,7 @@ Counts = dict[str, tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def count(tmp_path_factory) -> Iterator[Callable[..., Counts]]:
-    """Runs a kind of cases on a server of the trained model's own and counts what held."""
+    """Runs a kind of cases on a server with the trained model and counts those that passed."""
     base = host.make_base(tmp_path_factory.mktemp("meaning"))
     settings = evaluation.Settings(host.add_model(base, evaluation.MODEL), steps=STEPS)
     with host.serve(environment.host(), base, threads=1) as address:

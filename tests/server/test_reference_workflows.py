@@ -1,4 +1,4 @@
-"""Reference workflows through the front door: pictures, what is computed once, refusals."""
+"""Reference workflows through a real server: images, caching, refusals."""
 
 import itertools
 import json
@@ -12,11 +12,11 @@ from PIL import Image
 
 _seeds = itertools.count(50_000)
 ONCE = ("GLMImageEncodeReference", "GLMImageReferenceCache")
-LINKED_SIZE = "edit_image"  # takes its picture's size; the others are made small
+LINKED_SIZE = "edit_image"  # takes the size of its picture; the others get a small one
 
 
 def reference_workflow(name, image="small.png"):
-    """A stored workflow on pictures of 512 pixels, two steps, with seeds never used before."""
+    """A stored workflow on a picture of 512 pixels, with two steps and unused seeds."""
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text())
     size = {} if name == LINKED_SIZE else {"width": 96, "height": 64}
     return changed(prompt, steps=2, seed=next(_seeds), image=image, **size)
@@ -24,7 +24,7 @@ def reference_workflow(name, image="small.png"):
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures(base):
-    """Pictures for Load Image; a gradient, so that a reference has something to show."""
+    """Pictures for Load Image: gradients, so that a changed reference shows."""
     rows, columns = np.mgrid[:512, :512] // 2
     gradient = np.stack([rows, columns, 255 - rows], axis=-1).astype(np.uint8)
     for name, pixels in (
@@ -78,7 +78,7 @@ def test_another_lora_caches_again(client):
     assert the(prompt, "GLMImageReferenceCache") in run.executed
 
 
-def test_the_reference_is_seen(client):
+def test_another_reference_changes_the_picture(client):
     prompt = reference_workflow("style_transfer")
     before = first_image(client, client.run(prompt), prompt)
     changed(prompt, image="other.png")

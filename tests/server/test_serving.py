@@ -1,4 +1,4 @@
-"""The scripts' own server: it goes when its script is told to go, and needs its port for itself."""
+"""The server of the scripts: it stops with its script and refuses a taken port."""
 
 import signal
 import socket

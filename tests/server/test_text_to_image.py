@@ -1,4 +1,4 @@
-"""Text to image through the front door: which stages run, what they report, what comes out."""
+"""Text to image through a real server: which stages run, their progress, their images."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_the_first_of_a_batch_is_the_single_picture(client, picture):
     run = client.run(prompt)
     assert len(client.images(run, the(prompt, "SaveImage"))) == 2
     both = first_image(client, run, prompt)
-    # Other sums in other order: a value on the edge between two of the 256 levels may tip over.
+    # A batch sums in another order, so a value between two of the 256 levels may round otherwise.
     np.testing.assert_allclose(picture(changed(prompt, batch_size=1)), both, atol=1)
 
 
@@ -139,5 +139,5 @@ def test_tiled_decode(client: Client, picture):
     }
     tiled = picture(prompt)
     assert tiled.shape == whole.shape
-    # Tiles see no further than their edges, and group norms differ by tile: alike, not equal.
+    # Convolutions end at a tile's edge and group norms differ by tile: alike, not equal.
     assert np.corrcoef(tiled.ravel(), whole.ravel())[0, 1] > 0.9

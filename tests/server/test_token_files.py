@@ -1,4 +1,4 @@
-"""Semantic tokens through files: saved in output, loaded from there and from input."""
+"""Semantic tokens through files: saved to output, loaded from output and from input."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture
 def saved(client, base, picture):
-    """A prompt, its picture and the token file that it saved."""
+    """A prompt, its picture and its token file."""
     prompt = fresh(batch_size=2)
     expected = picture(prompt)
     tokens = the(prompt, "GLMImageSampleTokens")
@@ -68,7 +68,7 @@ def test_the_prefix_may_be_long_and_name_the_size_and_the_date(client):
     assert re.fullmatch(r"96x64_\d{4}_n{210}_00001_\.safetensors", file["filename"])
 
 
-def test_what_the_system_refuses_is_a_sentence(client):
+def test_a_name_that_the_system_refuses_gives_a_sentence(client):
     prompt = fresh()
     tokens = [the(prompt, "GLMImageSampleTokens"), 0]
     add(prompt, "GLMImageSaveTokens", tokens=tokens, filename_prefix="n" * 300)
@@ -98,8 +98,8 @@ def test_loaded_from_input_it_is_found_changed_when_its_content_is(client, base,
 
 def test_a_link_in_the_input_folder_may_lead_out_of_it(base, tmp_path, picture, saved):
     prompt, expected, file = saved
-    kept = shutil.copy(file, tmp_path / "kept.safetensors")
-    (base / "input" / "linked.safetensors").symlink_to(kept)
+    target = shutil.copy(file, tmp_path / "target.safetensors")
+    (base / "input" / "linked.safetensors").symlink_to(target)
     _load_instead(prompt, "linked.safetensors")
     np.testing.assert_array_equal(picture(prompt), expected)
 

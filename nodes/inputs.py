@@ -1,0 +1,68 @@
+"""Inputs that several nodes share, and the checks of their values."""
+
+from collections.abc import Callable, Iterable
+
+from comfy_api.latest import io
+
+from ..glm_core.errors import GLMImageError
+from .types import AR
+
+MAX_SIDE = 16384  # as in ComfyUI's own nodes
+
+
+def size_inputs() -> list[io.Input]:
+    """Width and height of the image to be made."""
+    return [
+        io.Int.Input(
+            side,
+            default=1024,
+            min=32,
+            max=MAX_SIDE,
+            step=32,
+            tooltip=f"{side.capitalize()} of the image in pixels, a multiple of 32. The model was "
+            "trained for 1024 to 2048.",
+        )
+        for side in ("width", "height")
+    ]
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input(
+        "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=tooltip
+    )
+
+
+def vision_input() -> AR.Input:
+    """The AR model, for nodes that read images with it."""
+    return AR.Input("ar", tooltip="From GLM-Image Load AR Model. Its vision tower reads the image.")
+
+
+def validate(require: Callable[..., object], *args: object) -> bool | str:
+    """For `validate_inputs`: True, or the sentence of the GLMImageError that `require` raises."""
+    try:
+        require(*args)
+    except GLMImageError as error:
+        return str(error)
+    return True
+
+
+def check_choices(*inputs: tuple[str, str | None, Iterable[str]]) -> bool | str:
+    """For `validate_inputs`: True, or the first sentence of `require_choices`.
+
+    Args:
+        inputs: the name, the value (None where it is linked) and the choices of each.
+    """
+    return validate(require_choices, *(entry for entry in inputs if entry[1] is not None))
+
+
+def require_choices(*inputs: tuple[str, str | None, Iterable[str]]) -> None:
+    """For `execute`, which is the first to see a linked value.
+
+    ComfyUI 0.3.75 does not check the choices of V3 nodes.
+
+    Raises:
+        GLMImageError: a value is none of its choices.
+    """
+    for name, value, choices in inputs:
+        if value not in tuple(choices):
+            raise GLMImageError(f"{name} is '{value}'; choose one of {', '.join(choices)}.")
