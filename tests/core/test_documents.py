@@ -34,3 +34,17 @@ def test_there_are_documents() -> None:
 
 def test_the_plot_shows_the_results() -> None:
     assert PLOT.read_text() == draw(), "run python -m scripts.plot_results"
+
+
+def test_the_code_in_architecture_is_the_examples() -> None:
+    architecture = (ROOT / "ARCHITECTURE.md").read_text()
+    section = architecture.split("## glm_core alone\n")[1].split("\n## ")[0]
+    script = _lines((ROOT / "examples" / "without_comfyui.py").read_text())
+    blocks = re.findall(r"```python\n(.+?)```", section, re.DOTALL)
+    assert blocks
+    assert all(_lines(block) in script for block in blocks)
+
+
+def _lines(code: str) -> str:
+    """Without indentation, which a part of a class loses in a document."""
+    return "".join(f"{line.strip()}\n" for line in code.splitlines())

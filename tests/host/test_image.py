@@ -1,11 +1,15 @@
 """A whole image through the nodes against the reference pipeline, from the same noise."""
 
+from pathlib import Path
+
+import folder_paths
 import pytest
 import torch
 from helpers import relative_error, same, stages
 from reference import SHAPES
 
 import nodes as core_nodes
+from examples.without_comfyui import TextToImage
 
 PROMPT = "a sign that says 'OPEN 24h' beside \"no\" door"
 SIZE = (96, 160)  # height, width
@@ -38,6 +42,15 @@ def test_latents_and_pixels_equal_the_reference(nodes, pipelines, shape: str, cf
     pixels = vae.decode(expected * std + mean).sample
     pixels = ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
     assert (run.image - pixels).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_example_without_comfyui_makes_the_same_picture(nodes, shape: str) -> None:
+    run = stages(nodes, shape, PROMPT, SIZE, steps=4, cfg=1.5)
+    snapshot, cpu = Path(folder_paths.models_dir, "glm_image", shape), torch.device("cpu")
+    example = TextToImage(snapshot, PROMPT, SIZE, 4, 1.5, run.seed, cpu, torch.float32)
+    assert torch.equal(example.write_tokens(), run.tokens.tokens.long())
+    assert (example.paint().movedim(0, -1) - run.image[0]).abs().max() < 1 / 255
 
 
 def test_shares_of_the_steps_are_shares_of_the_images_own_schedule(nodes) -> None:

@@ -1,0 +1,1 @@
+"""Scripts that use `glm_core` alone."""
