@@ -32,7 +32,7 @@ from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
 from .devices import Placement, default_placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .palette import CodePalette
 from .patchers import (
     ListsSegments,
@@ -45,7 +45,7 @@ from .patchers import (
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
-from .weights import check_keys, load_weights, open_model, precision
+from .weights import check_keys, choose_precision, load_weights, open_model
 
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
 
@@ -222,7 +222,7 @@ class HostAR:
         progress = TokenProgress(self.palette)
         with (
             on_device(self.patcher.load_device),
-            memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"),
+            explain_out_of_memory("The AR model", needs, SMALLER_RUN, split="ar_split"),
         ):
             comfy.model_management.load_models_gpu(
                 with_segments(self.patcher), memory_required=max(max(needs.values()) - held, 0)
@@ -326,7 +326,7 @@ def load_ar(
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
     )
     patcher = load_ar_patcher(model_name, weight_dtype, placement)
-    dtype = precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
+    dtype = choose_precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
     whole = placement and replace(placement, limit=None, segments=())
     vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
@@ -347,14 +347,16 @@ def load_ar_patcher(
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
     there = placement or default_placement()
-    kept = precision(component, weight_dtype, there.load, few_rows=True)
+    precision = choose_precision(component, weight_dtype, there.load, few_rows=True)
     require_layers(there, config.layers, component.title)
-    built = {"device": "meta", "dtype": kept.storage}
+    built = {"device": "meta", "dtype": precision.storage}
     segments = [
-        layer_segment(config, numbers, part.load, operations=kept.at(part.load).operations, **built)
+        layer_segment(
+            config, numbers, part.load, operations=precision.at(part.load).operations, **built
+        )
         for numbers, part in there.segments
     ]
-    network = HostARModel(config, segments=segments, operations=kept.operations, **built)
+    network = HostARModel(config, segments=segments, operations=precision.operations, **built)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, segments)
 
     still = disable_dynamic or _may_run_graphs(network, there)

@@ -27,12 +27,12 @@ from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
+from .cache_reader import CacheReader, ReferencesCondition
 from .conditioning import REFERENCES, conditions
 from .devices import Placement, default_placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .patchers import ListsSegments, make_patcher, require_layers
-from .reference_cache import CacheReader, ReferencesCondition
-from .weights import Precision, check_keys, load_weights, open_model, precision
+from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
 
 class HostDecoder(Decoder):
@@ -271,19 +271,19 @@ class ModelConfig(comfy.supported_models_base.BASE):
         config: DecoderConfig,
         schedule: ScheduleConfig,
         latents: LatentFormat,
-        kept: Precision,
+        precision: Precision,
         checkpoint: tuple[str, str],
         segments: Sequence[LayerSegment],
     ) -> None:
         self.latent_format = lambda: latents  # BASE calls it, as it would a class
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
-        super().__init__({"config": config, "dtype": kept.storage, "segments": segments})
+        super().__init__({"config": config, "dtype": precision.storage, "segments": segments})
         self.schedule = schedule
         self.checkpoint = checkpoint
         self.set_inference_dtype(
-            kept.storage, None if kept.compute == kept.storage else kept.compute
+            precision.storage, None if precision.compute == precision.storage else precision.compute
         )
-        self.custom_operations = kept.operations
+        self.custom_operations = precision.operations
 
 
 def load_decoder(
@@ -306,14 +306,14 @@ def load_decoder(
 
     there = placement or default_placement()
     require_layers(there, config.num_layers, component.title)
-    kept = precision(component, weight_dtype, there.load)
-    segments = _block_segments(config, there, kept)
+    precision = choose_precision(component, weight_dtype, there.load)
+    segments = _block_segments(config, there, precision)
     model = GLMImageModel(
         ModelConfig(
             config,
             ScheduleConfig.from_dict(component.scheduler),
             _latent_format(component, config),
-            kept,
+            precision,
             checkpoint=(model_name, weight_dtype),
             segments=segments,
         ),
@@ -345,22 +345,22 @@ def _run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
     devices = (patcher.load_device, *(part.compute_device for part in patcher.model.segments))
     needs = dict.fromkeys(devices, need)
-    with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
+    with explain_out_of_memory("The decoder", needs, SMALLER_RUN, split="decoder_split"):
         return executor(noise, *args, **kwargs)
 
 
 def _block_segments(
-    config: DecoderConfig, placement: Placement, kept: Precision
+    config: DecoderConfig, placement: Placement, precision: Precision
 ) -> list[LayerSegment]:
-    kept = kept.under(ROOT)
+    precision = precision.under(ROOT)
     return [
         block_segment(
             config,
             numbers,
             there.load,
             device="meta",
-            dtype=kept.storage,
-            operations=kept.at(there.load).operations,
+            dtype=precision.storage,
+            operations=precision.at(there.load).operations,
             attention=optimized_attention,
             prefix=ROOT,
         )

@@ -14,8 +14,8 @@ from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from ...glm_core.glyph.texts import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
 from ...glm_core.split import on_device
 from .devices import Placement
-from .memory import memory_for
-from .weights import Precision, check_keys, load_weights, open_model, precision
+from .out_of_memory import explain_out_of_memory
+from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class GlyphModel(nn.Module):
         device = self.execution_device
         with (
             on_device(device),
-            memory_for("The glyph encoder", {device: needed}, "use shorter texts"),
+            explain_out_of_memory("The glyph encoder", {device: needed}, "use shorter texts"),
         ):
             states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
         return states, None, {EMPTY: empty}
@@ -119,7 +119,7 @@ def _load_clip(
         {"load_device": placement.load, "offload_device": placement.offload} if placement else {}
     )
     device = where.get("load_device", comfy.model_management.text_encoder_device())
-    chosen = precision(component, "default", device)
+    chosen = choose_precision(component, "default", device)
     target = _Target(
         lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
     )
