@@ -36,8 +36,8 @@ def make_patcher(
     if segments:
         patcher = SplitPatcher(model, **devices, size=nbytes(model))
         parts = [
-            make_patcher(segment, on, disable_dynamic=True)
-            for segment, (_, on) in zip(segments, placement.segments, strict=True)
+            make_patcher(segment, own_placement, disable_dynamic=True)
+            for segment, (_, own_placement) in zip(segments, placement.segments, strict=True)
         ]
         patcher.set_additional_models(SEGMENTS, parts)
     elif placement.limit is not None:

@@ -29,7 +29,7 @@ class Precision(NamedTuple):
     Args:
         storage: dtype of weights that are not quantised.
         compute: dtype of activations.
-        quantisation: of quantised layers: one of `packing.FORMATS`, or the host's scaled fp8.
+        quantisation: format of quantised layers: of `packing.FORMATS`, or the host's scaled fp8.
         quantised: names of quantised layers.
         device: where the layers compute.
         few_rows: whether most passes are of one token.
@@ -66,7 +66,7 @@ def open_model(component: str, model_name: str) -> Component:
 def choose_precision(
     component: Component, weight_dtype: str, device: torch.device, few_rows: bool = False
 ) -> Precision:
-    """The precision for a device: computing in bf16 if it is fast in it, else in float32.
+    """The precision for a device: activations in bf16 if it is fast in bf16, else in float32.
 
     fp16 is never chosen, since it overflows.
 
