@@ -4,14 +4,14 @@
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
 #   make bench  [PRESET="small medium"]     full on a GPU
-#   make caps   [ARGS="24 16"]              memory of full-size networks on simulated cards
+#   make simulated-cards [ARGS="24 16"]     memory of full-size networks, counted
 #   make train-tiny [ARGS="decoder --minutes 60"]
 #   make eval   [ARGS="--count 50 --servers 2 --kinds latin --size 768x512"]
 #   make pictures [ARGS="redo_region"]      the workflows' pictures, by the trained model
 # COMFYUI_PATH=folder runs any of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows pictures bench caps soak train-tiny eval clean python
+.PHONY: demo serve test lint workflows pictures bench simulated-cards soak train-tiny eval clean python
 
 demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
@@ -25,8 +25,8 @@ pictures: python
 bench: python
 	@$(PYTHON) -m scripts bench $(PRESET)
 
-caps: python
-	@$(PYTHON) -m scripts caps $(ARGS)
+simulated-cards: python
+	@$(PYTHON) -m scripts simulated-cards $(ARGS)
 
 train-tiny: python
 	@$(PYTHON) -m scripts train $(ARGS)

@@ -1,4 +1,4 @@
-"""Which device runs which stage: planned from the checkpoint's sizes and this machine's memory."""
+"""The Device Plan node: which device runs which stage of a checkpoint on this machine."""
 
 from comfy_api.latest import io
 
@@ -23,7 +23,7 @@ def _device(stage: str) -> io.Combo.Input:
         stage,
         options=device_names(),
         default=AUTO,
-        tooltip=f"Where {STAGES[stage]} runs; auto leaves it to the plan. A device that this "
+        tooltip=f"The device of {STAGES[stage]}; auto leaves it to the plan. A device that this "
         "machine does not have counts as auto.",
     )
 
@@ -44,9 +44,9 @@ class MakeDevicePlan(io.ComfyNode):
             node_id="GLMImageDevicePlan",
             display_name="GLM-Image Device Plan",
             category=f"{CATEGORY}/loaders",
-            description="Chooses a device for every stage from the checkpoint's sizes, the image's "
-            "and the free memory, splits what no device holds over several, and says what will "
-            "lie where. Connect it to the loaders; the table is its second output.",
+            description="Chooses a device for every stage from the sizes of checkpoint and image "
+            "and the free memory, and splits a stage that fits on no device over several. Connect "
+            "it to the loaders; its second output is the plan as a table.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -68,15 +68,15 @@ class MakeDevicePlan(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Reference images for each, counted as of the image's size.",
+                    tooltip="Reference images for each image, counted as being of its size.",
                 ),
                 io.Combo.Input(
                     "strategy",
                     options=list(STRATEGIES),
                     default=AUTO,
-                    tooltip="auto: stages stay whole where one device holds them. fastest: also "
-                    "split, where that lets all stages stay loaded. least memory: layers are "
-                    "streamed from host memory even where they would fit.",
+                    tooltip="auto: a stage is split only if it fits on no device. fastest: also if "
+                    "all stages can then stay loaded. least memory: layers are streamed from host "
+                    "memory even if they would fit.",
                 ),
                 *map(_device, STAGES),
                 *map(_split, SPLIT_STAGES),
@@ -86,12 +86,14 @@ class MakeDevicePlan(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.1,
-                    tooltip="Memory of each GPU, in GiB, that the plan leaves to others.",
+                    tooltip="GiB of each GPU that the plan leaves to other programs.",
                 ),
             ],
             outputs=[
                 DevicePlan.Output(display_name="device_plan"),
-                io.String.Output(display_name="table", tooltip="What lies where, and why."),
+                io.String.Output(
+                    display_name="table", tooltip="The device and memory of every stage, and notes."
+                ),
             ],
         )
 
@@ -106,13 +108,13 @@ class MakeDevicePlan(io.ComfyNode):
         glyph: str | None = None,
         vae: str | None = None,
     ) -> bool | str:
-        """Without the splits: the host would blame every input here, where `execute` names one."""
+        """All but the splits: the host would blame every input here, and `execute` names one."""
         if model_name is not None and model_name not in plannable_names():
             return f"No model is called '{model_name}'; choose one that the loaders list."
         for stage, name in {"ar": ar, "decoder": decoder, "glyph": glyph, "vae": vae}.items():
-            found = check_device(stage, name)
-            if found is not True:
-                return found
+            answer = check_device(stage, name)
+            if answer is not True:
+                return answer
         return check_choices(
             ("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("strategy", strategy, STRATEGIES)
         )

@@ -9,7 +9,7 @@ from . import environment
 
 MODULES = {  # these need the tests' environment but no browser
     "bench": "bench", "train": "training", "evaluate": "evaluation.run",
-    "pictures": "scripts.pictures", "caps": "scripts.caps",
+    "pictures": "scripts.pictures", "simulated-cards": "scripts.simulated_cards",
 }  # fmt: skip
 COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
 

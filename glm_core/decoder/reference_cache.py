@@ -1,6 +1,6 @@
-"""Keys and values of reference images, kept block by block.
+"""Keys and values of reference images in every block of the decoder.
 
-They depend on the images, their tokens and the weights alone, so one pass of the decoder serves
+They depend only on the images, their tokens and the weights, so one pass of the decoder serves
 every prompt, seed and step.
 """
 
@@ -21,7 +21,7 @@ TOKENS_PER_SCALE = 64
 
 
 class ReferenceCache(nn.Module):
-    """One child a block, so that a host can load, count and evict it as it does a model."""
+    """A module with a child for each block, so that a host can load, count and evict it."""
 
     def __init__(self, blocks: Sequence["BlockCache"]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ReferenceCache(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Reference tokens that the largest set adds to a sample's attention."""
+        """The number of reference tokens in the largest set."""
         return max(pair.length for pair in self.blocks[0].sets)
 
     @property
@@ -38,17 +38,17 @@ class ReferenceCache(nn.Module):
 
 
 class BlockCache(nn.Module):
-    """What one block attends to: a pair of keys and values for each set of references."""
+    """The keys and values of one block, for each set of references."""
 
-    def __init__(self, sets: Sequence["Pair"]) -> None:
+    def __init__(self, sets: Sequence["KeyValuePair"]) -> None:
         super().__init__()
         self.sets = nn.ModuleList(sets)
 
 
-class Pair(nn.Module):
-    """Keys and values [1, heads, L, head_dim] of a set, as they are or in fp8.
+class KeyValuePair(nn.Module):
+    """Keys and values [1, heads, L, head_dim] of a set, unchanged or in fp8.
 
-    In fp8 every head has one scale for each `TOKENS_PER_SCALE` tokens, which bring their largest
+    In fp8 every head has one scale for each `TOKENS_PER_SCALE` tokens, which maps their largest
     number to the format's largest.
     """
 
@@ -56,31 +56,36 @@ class Pair(nn.Module):
         super().__init__()
         self.fp8 = fp8
         self.length = keys.shape[2]
-        self.compute = keys.dtype
+        self.compute_dtype = keys.dtype
         for name, tensor in (("keys", keys), ("values", values)):
-            kept = to_fp8(tensor) if fp8 else (tensor,)
-            for suffix, part in zip(("", "_scale"), kept, strict=False):
+            stored = to_fp8(tensor) if fp8 else (tensor,)
+            for suffix, part in zip(("", "_scale"), stored, strict=False):
                 self.register_parameter(name + suffix, nn.Parameter(part, requires_grad=False))
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that `restore` needs, wherever they are."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values, in fp8 each with its scales, as `restore` takes them."""
         return tuple(self.parameters())
 
-    def restore(self, parts: Sequence[Tensor]) -> KeysValues:
-        """Keys and values [1, heads, L, head_dim] as they were given, from a copy of `parts`."""
+    def restore(self, tensors: Sequence[Tensor]) -> KeysValues:
+        """Keys and values [1, heads, L, head_dim] in their first dtype, from a copy of `tensors`.
+
+        The copy may lie on any device.
+        """
         if not self.fp8:
-            keys, values = parts
+            keys, values = tensors
             return keys, values
-        keys, key_scale, values, value_scale = parts
-        length = self.length
+        keys, key_scale, values, value_scale = tensors
         return (
-            from_fp8(keys, key_scale, self.compute)[:, :, :length],
-            from_fp8(values, value_scale, self.compute)[:, :, :length],
+            from_fp8(keys, key_scale, self.compute_dtype)[:, :, : self.length],
+            from_fp8(values, value_scale, self.compute_dtype)[:, :, : self.length],
         )
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[1, H, L, D] -> fp8 [1, H, n, TOKENS_PER_SCALE, D] and its scales float32 [1, H, n, 1, 1]."""
+    """[1, H, L, D] -> fp8 [1, H, n, TOKENS_PER_SCALE, D] and its scales float32 [1, H, n, 1, 1].
+
+    The last of the n groups is padded with zeros.
+    """
     x = F.pad(x.float(), (0, 0, 0, -x.shape[2] % TOKENS_PER_SCALE))
     x = rearrange(x, "b h (n t) d -> b h n t d", t=TOKENS_PER_SCALE)
     scale = x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-12) / FP8_MAX
@@ -88,6 +93,7 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_fp8`, padding included: [1, H, n * TOKENS_PER_SCALE, D]."""
     return rearrange(x.to(dtype) * scale.to(dtype), "b h n t d -> b h (n t) d")
 
 
@@ -106,9 +112,9 @@ def make_cache(
     """Run the decoder once over every reference, block by block for all of them.
 
     Args:
-        normalise: the VAE's latents to the decoder's.
+        normalise: converts latents of the VAE to those of the decoder.
         device, dtype: where and in what to compute.
-        store: where to keep the result.
+        store: where the cache is stored.
         progress: called with (blocks done, blocks to do).
     """
     images = dict.fromkeys(image for images in references.sets for image in images)
@@ -117,16 +123,17 @@ def make_cache(
     blocks = []
     for done in range(1, total + 1):
         check_interrupt()
-        kept = {image: next(run) for image, run in runs.items()}
-        pairs = [_joined([kept[image] for image in images], fp8) for images in references.sets]
+        found = {image: next(run) for image, run in runs.items()}
+        pairs = [_join([found[image] for image in images], fp8) for images in references.sets]
         blocks.append(BlockCache(pairs).to(store))
         progress(done, total)
     return ReferenceCache(blocks)
 
 
-def _joined(images: Sequence[KeysValues], fp8: bool) -> Pair:
-    keys, values = (torch.cat(parts, dim=2) for parts in zip(*images, strict=True))
-    return Pair(keys, values, fp8)
+def _join(images: Sequence[KeysValues], fp8: bool) -> KeyValuePair:
+    """The keys and values of a set's images, one after the other."""
+    keys, values = (torch.cat(tensors, dim=2) for tensors in zip(*images, strict=True))
+    return KeyValuePair(keys, values, fp8)
 
 
 def _run(
@@ -136,6 +143,7 @@ def _run(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[KeysValues]:
+    """The keys and values of one image, block after block."""
     latent = normalise(image.latent.to(device)).to(dtype)
     tokens = upsample_tokens(image.tokens[None].to(device))
     return decoder.reference_keys_values(latent, tokens, image.size)

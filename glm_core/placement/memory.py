@@ -1,6 +1,6 @@
-"""Bytes that a stage needs beside its weights: the same for a plan and for a host that makes room.
+"""Bytes that a stage needs beside its weights. Plans and hosts use the same formulas.
 
-Sizes are pixels (height, width) unless said otherwise; `dtype` is what the stage computes in.
+Sizes are (height, width) in pixels unless said otherwise; `dtype` is what the stage computes in.
 """
 
 import torch
@@ -15,18 +15,18 @@ from ..vision.encoder import VisionConfig
 
 
 def kv_cache(config: ARConfig, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Keys and values of one layer of the AR model, with room for at least `length` positions."""
+    """Keys and values of at least `length` positions in one layer of the AR model."""
     numbers = 2 * config.kv_heads * config.head_dim * batch * span_of(length)
     return numbers * dtype.itemsize
 
 
 def ar(config: ARConfig, block: int, dtype: torch.dtype) -> int:
-    """The widest activations of a pass over at most `block` ids, of all samples together."""
+    """The widest activations of a pass over at most `block` ids, over all samples."""
     return 4 * (config.hidden_size + config.intermediate_size) * block * dtype.itemsize
 
 
 def vision(config: VisionConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """One image's widest layer, or the scores of all codes with both sides of them in float32."""
+    """One image's widest layer, or the float32 scores of all codes with both their factors."""
     cells = height * width // config.patch_size**2
     layer = cells * (4 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
     scores = config.codebook * (cells + config.code_dim) + 2 * cells * config.code_dim
@@ -44,7 +44,7 @@ def decoder(
 
     Per token: the residual stream, its two normalised forms, query, key, value and their float32
     copies while they are rotated (4 + 8 hidden), or the feed-forward's inner layer twice (8
-    hidden); the two do not live at the same time. Attention itself is linear in memory with every
+    hidden); the two are never allocated at the same time. Attention is linear in memory with every
     kernel that a host chooses for bf16 and float32. A reference token adds its key and value,
     joined to the image's own (2 hidden).
 
@@ -61,8 +61,8 @@ def reference_cache(config: DecoderConfig, tokens: int, dtype: torch.dtype) -> i
     return 2 * config.hidden_size * tokens * dtype.itemsize
 
 
-def cache_bytes(references: References, config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes of a cache whose numbers are kept in `dtype` (fp8's scales are 0.2 % more)."""
+def whole_reference_cache(references: References, config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Keys and values of all references in all blocks, stored in `dtype` (fp8 scales add 0.2 %)."""
     cells = sum(image.tokens.numel() for images in references.sets for image in images)
     patches = PATCHES_PER_TOKEN**2 * cells
     return config.num_layers * reference_cache(config, patches, dtype)
@@ -71,9 +71,9 @@ def cache_bytes(references: References, config: DecoderConfig, dtype: torch.dtyp
 def vae_decode(config: VAEConfig, latent: tuple[int, int], dtype: torch.dtype) -> int:
     """One image from latents of (height, width) cells.
 
-    A residual block holds its input, two forms of it inside, and an output no wider. At each
-    resolution the widest input is what the coarser block before it has made: at full resolution
-    the second of the channels.
+    A residual block holds its input, two tensors made from it, and an output no wider. At each
+    resolution the widest input is the output of the coarser block before it: at full resolution it
+    has the second of the channel counts.
     """
     widths = config.block_out_channels
     pixels = latent[0] * latent[1] * config.downscale**2

@@ -1,4 +1,4 @@
-"""What the stages of a checkpoint take: weights by layer from its headers, and working memory."""
+"""What the stages of a checkpoint need: weights by layer from its headers, and working memory."""
 
 import re
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from . import memory
 from .plan import Stage
 
 PROMPT_IDS = 512
-"""What a long prompt comes to."""
+"""Ids of a long prompt."""
 TILE = 512
-"""The side in pixels of a tile in which hosts decode where the whole image does not fit."""
+"""Side in pixels of the tiles in which hosts decode an image that does not fit whole."""
 
 AR_LAYER = re.compile(r"model\.language_model\.layers\.(\d+)\.")
 DECODER_LAYER = re.compile(r"transformer_blocks\.(\d+)\.")
@@ -28,12 +28,12 @@ NO_LAYER = re.compile(r"$^")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made.
+    """The images to plan for.
 
     height, width: in pixels.
     references: reference images of that size for each sample.
     dtype: what the stages compute in.
-    vae_dtype: what the VAE is kept and computed in.
+    vae_dtype: what the VAE is stored and computed in.
     """
 
     height: int
@@ -56,11 +56,11 @@ class Request:
 def stages(
     components: Mapping[str, Component], weight_dtype: str, request: Request
 ) -> tuple[Stage, ...]:
-    """The stages that the components serve, in the order in which they run.
+    """The stages of the components, in the order in which they run.
 
     Args:
         components: "ar", "decoder", "glyph", "vae"; those that a checkpoint has.
-        weight_dtype: how the AR's and the decoder's weights are kept, see `weight_dtypes`.
+        weight_dtype: how the AR's and the decoder's weights are stored, see `weight_dtypes`.
     """
     makers = {"ar": ar_stages, "glyph": glyph_stages, "decoder": decoder_stages, "vae": vae_stages}
     return tuple(
@@ -72,18 +72,18 @@ def stages(
 
 
 def ar_stages(component: Component, weight_dtype: str, request: Request) -> list[Stage]:
-    """The text model, and its vision tower where there are references to read."""
+    """The text model, after its vision tower if there are references to encode."""
     config = ARConfig.from_dict(component.config)
     preview_rows, preview_columns = preview_grid(token_grid(request.height, request.width))
-    read = PROMPT_IDS + request.references * request.cells
-    length = read + preview_rows * preview_columns + request.cells
+    prompt = PROMPT_IDS + request.references * request.cells
+    length = prompt + preview_rows * preview_columns + request.cells
     layers, rest = _weights(component, VISION_PREFIXES, AR_LAYER, weight_dtype)
     text = Stage(
         "ar",
         layers,
         rest,
-        work=memory.ar(config, read, request.dtype),
-        kept=memory.kv_cache(config, request.batch_size, length, request.dtype),
+        work=memory.ar(config, prompt, request.dtype),
+        cache=memory.kv_cache(config, request.batch_size, length, request.dtype),
     )
     if not request.references:
         return [text]
@@ -99,18 +99,18 @@ def decoder_stages(component: Component, weight_dtype: str, request: Request) ->
     references = PATCHES_PER_TOKEN**2 * request.references * request.cells
     layers, rest = _weights(component, (), DECODER_LAYER, weight_dtype)
     work = memory.decoder(config, request.batch_size, request.latent, references, request.dtype)
-    kept = memory.reference_cache(config, references, request.dtype)
-    return [Stage("decoder", layers, rest, work, kept, streams_kept=True)]
+    cache = memory.reference_cache(config, references, request.dtype)
+    return [Stage("decoder", layers, rest, work, cache, streams_cache=True)]
 
 
 def glyph_stages(component: Component, weight_dtype: str, request: Request) -> list[Stage]:
-    """Some hundred bytes of text, whose activations are nothing beside the weights."""
+    """The encoder of a few hundred bytes of text; its activations are too small to count."""
     _, rest = _weights(component, (), NO_LAYER, "default")
     return [Stage("glyph", (), rest, work=0)]
 
 
 def vae_stages(component: Component, weight_dtype: str, request: Request) -> list[Stage]:
-    """One image of the batch at a time, or a tile of it."""
+    """The VAE, which decodes one image of the batch at a time, or a tile of it."""
     config = VAEConfig.from_dict(component.config)
     weights = sum(info.shape.numel() for info in component.tensors.values())
     whole, tile = (
@@ -118,23 +118,23 @@ def vae_stages(component: Component, weight_dtype: str, request: Request) -> lis
         for latent in (request.latent, (TILE // PIXELS_PER_LATENT, TILE // PIXELS_PER_LATENT))
     )
     rest = weights * request.vae_dtype.itemsize
-    return [Stage("vae", (), rest, work=whole, least_work=min(whole, tile))]
+    return [Stage("vae", (), rest, work=whole, tiled_work=min(whole, tile))]
 
 
 def _weights(
     component: Component, ignored: tuple[str, ...], layer: re.Pattern, weight_dtype: str
 ) -> tuple[tuple[int, ...], int]:
-    """Bytes of each layer and of everything else."""
+    """Bytes of each layer, and of all other weights."""
     layers: dict[int, int] = {}
     rest = 0
     for key in component.tensors:
         if key.startswith(ignored):
             continue
         nbytes = stored_bytes(component, key, weight_dtype)
-        found = layer.match(key)
-        if found is None:
+        match = layer.match(key)
+        if match is None:
             rest += nbytes
         else:
-            number = int(found[1])
+            number = int(match[1])
             layers[number] = layers.get(number, 0) + nbytes
     return tuple(layers[number] for number in sorted(layers)), rest

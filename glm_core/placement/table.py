@@ -6,7 +6,7 @@ HEADINGS = ("stage", "device", "weights", "offloaded", "beside", "expected peak"
 
 
 def plan_table(plan: Plan) -> str:
-    """A row for each stage or range of layers, a line for each device, then the plan's notes."""
+    """A row for each stage or segment, a line for each device, then the plan's notes."""
     rows = [
         (
             part.stage if part.layers is None else f"{part.stage} {_layers(part.layers)}",

@@ -32,7 +32,7 @@ from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
 from .devices import Placement, default_placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .palette import CodePalette
 from .patchers import (
     ListsSegments,
@@ -45,7 +45,7 @@ from .patchers import (
 from .progress import TokenProgress, check_interrupt
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
-from .weights import check_keys, load_weights, open_model, precision
+from .weights import check_keys, choose_precision, load_weights, open_model
 
 SMALLER_RUN = "use a smaller size or batch_size, or weight_dtype fp8_e4m3fn, int8 or int4"
 
@@ -223,7 +223,7 @@ class HostAR:
         progress = TokenProgress(self.palette)
         with (
             on_device(self.patcher.load_device),
-            memory_for("The AR model", needs, SMALLER_RUN, split="ar_split"),
+            explain_out_of_memory("The AR model", needs, SMALLER_RUN, split="ar_split"),
         ):
             comfy.model_management.load_models_gpu(
                 with_segments(self.patcher), memory_required=max(max(needs.values()) - allocated, 0)
@@ -327,7 +327,8 @@ def load_ar(
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
     )
     patcher = load_ar_patcher(model_name, weight_dtype, placement)
-    dtype = precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
+    dtype = choose_precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
+    # The vision tower is whole, and beside the first layers.
     whole = placement and replace(placement, limit=None, segments=())
     vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
@@ -347,19 +348,19 @@ def load_ar_patcher(
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
 
-    there = placement or default_placement()
-    kept = precision(component, weight_dtype, there.load, few_rows=True)
-    require_layers(there, config.layers, component.title)
-    built = {"device": "meta", "dtype": kept.storage}
+    chosen = placement or default_placement()
+    precision = choose_precision(component, weight_dtype, chosen.load, few_rows=True)
+    require_layers(chosen, config.layers, component.title)
+    on_meta = {"device": "meta", "dtype": precision.storage}
     segments = [
-        layer_segment(config, numbers, part.load, operations=kept.at(part.load).operations, **built)
-        for numbers, part in there.segments
+        layer_segment(config, numbers, load, operations=precision.at(load).operations, **on_meta)
+        for numbers, load in ((numbers, part.load) for numbers, part in chosen.segments)
     ]
-    network = HostARModel(config, segments=segments, operations=kept.operations, **built)
+    network = HostARModel(config, segments=segments, operations=precision.operations, **on_meta)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, segments)
 
-    still = disable_dynamic or _may_run_graphs(network, there)
-    patcher = make_patcher(network, there, still, segments)
+    fixed = disable_dynamic or _may_run_graphs(network, chosen)
+    patcher = make_patcher(network, chosen, fixed, segments)
     patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, placement))
     return patcher
 

@@ -21,13 +21,13 @@ from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
+from .cache_reader import CacheReader, ReferencesCondition
 from .conditioning import REFERENCES, conditions
 from .decoder_network import HostDecoder
 from .devices import Placement, default_placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .patchers import ListsSegments, make_patcher, require_layers
-from .reference_cache import CacheReader, ReferencesCondition
-from .weights import Precision, check_keys, load_weights, open_model, precision
+from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
 SMALLER_RUN = (
     "use a smaller size or batch, weight_dtype fp8_e4m3fn, int8 or int4, or a reference cache with "
@@ -184,13 +184,13 @@ def load_decoder(
 
     chosen = placement or default_placement()
     require_layers(chosen, config.num_layers, component.title)
-    weights = precision(component, weight_dtype, chosen.load)
-    segments = _block_segments(config, chosen, weights)
+    precision = choose_precision(component, weight_dtype, chosen.load)
+    segments = _block_segments(config, chosen, precision)
     settings = ModelConfig(
         config,
         ScheduleConfig.from_dict(component.scheduler),
         _latent_format(component, config),
-        weights,
+        precision,
         checkpoint=(model_name, weight_dtype),
         segments=segments,
     )
@@ -221,7 +221,7 @@ def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
     devices = (patcher.load_device, *(part.compute_device for part in patcher.model.segments))
     needs = dict.fromkeys(devices, need)
-    with memory_for("The decoder", needs, SMALLER_RUN, split="decoder_split"):
+    with explain_out_of_memory("The decoder", needs, SMALLER_RUN, split="decoder_split"):
         return executor(noise, *args, **kwargs)
 
 

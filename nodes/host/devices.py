@@ -1,21 +1,22 @@
-"""The machine's devices under the names of a graph, and where a plan puts each stage."""
+"""The machine's devices under their names in a graph, and where a plan puts each stage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
 
-from ...glm_core.placement.plan import AUTO, CPU, NAME, Device, Part, Plan
+from ...glm_core.placement.plan import AUTO, CPU, Device, Part, Plan
+from ...glm_core.placement.splits import NAME
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a loader does with its network.
+    """Where a loader puts a network.
 
     load, offload: where it computes, and where its weights wait.
-    limit: bytes of its weights that may lie on the load device; None for all that fit.
-    segments: layers that are put elsewhere, and where; the network keeps those before them.
+    limit: the most bytes of its weights on the load device; None for all that fit.
+    segments: later layers on devices of their own; the network itself has the layers before them.
     """
 
     load: torch.device
@@ -26,29 +27,28 @@ class Placement:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """GLM_DEVICE_PLAN: a plan, and what its names mean on this machine."""
+    """GLM_DEVICE_PLAN: a plan, and this machine's devices by the names in it."""
 
     plan: Plan
     devices: Mapping[str, torch.device]
 
     def placement(self, stage: str) -> Placement | None:
         """None for a stage that the planned checkpoint does not have."""
-        first, *others = [self._placement(part) for part in self.plan.of_stage(stage)] or [None]
-        if not others:
-            return first
-        ranges = [part.layers for part in self.plan.of_stage(stage)]
-        return Placement(
-            first.load, first.offload, first.limit, tuple(zip(ranges[1:], others, strict=True))
-        )
+        parts = self.plan.of_stage(stage)
+        if not parts:
+            return None
+        first, *others = parts
+        segments = tuple((part.layers, self._placement(part)) for part in others)
+        return replace(self._placement(first), segments=segments)
 
     def _placement(self, part: Part) -> Placement:
-        limit = part.resident if self.plan.least and part.offloaded else None
+        limit = part.resident if self.plan.least_memory and part.offloaded else None
         return placement_on(self.devices[part.device], limit)
 
 
 def placement_on(device: torch.device, limit: int | None = None) -> Placement:
-    """With weights waiting in host memory, or where they compute if the user has all of them stay
-    there (--highvram, --gpu-only)."""
+    """A placement on the device. Weights wait in host memory, or on the device itself if the user
+    chose so (--highvram, --gpu-only)."""
     waits_on_host = comfy.model_management.is_device_cpu(
         comfy.model_management.unet_offload_device()
     )
@@ -61,10 +61,10 @@ def default_placement() -> Placement:
 
 
 def machine() -> dict[str, torch.device]:
-    """gpu:0, gpu:1, ... in the host's order, then cpu."""
+    """The devices by name: gpu:0, gpu:1, ... in the host's order, then cpu."""
     current = comfy.model_management.get_torch_device()
-    found = [] if comfy.model_management.is_device_cpu(current) else _accelerators(current)
-    return {f"gpu:{i}": device for i, device in enumerate(found)} | {CPU: torch.device("cpu")}
+    gpus = [] if comfy.model_management.is_device_cpu(current) else _accelerators(current)
+    return {f"gpu:{i}": device for i, device in enumerate(gpus)} | {CPU: torch.device("cpu")}
 
 
 def _accelerators(current: torch.device) -> list[torch.device]:
@@ -77,17 +77,17 @@ def _accelerators(current: torch.device) -> list[torch.device]:
 
 
 def name_of(device: torch.device) -> str:
-    """What a graph calls a device of this machine."""
+    """The name of a device in a graph; torch's own if this machine does not list it."""
     return next((name for name, known in machine().items() if known == device), str(device))
 
 
 def device_names() -> list[str]:
-    """What a stage can be set to on this machine."""
+    """The choices for a stage on this machine."""
     return [AUTO, CPU, *(name for name in machine() if name != CPU)]
 
 
 def check_device(stage: str, name: str | None) -> bool | str:
-    """For `validate_inputs`: a device that another machine has passes, and falls back later."""
+    """For `validate_inputs`: a device that only another machine has passes, and counts as auto."""
     if name is None or name == AUTO or NAME.fullmatch(name):
         return True
     return f"{stage} is set to '{name}'; devices are called auto, cpu, gpu:0, gpu:1 ..."
@@ -96,7 +96,7 @@ def check_device(stage: str, name: str | None) -> bool | str:
 def rooms(reserve: int) -> list[Device]:
     """The machine's devices with the bytes that a plan may use of each.
 
-    What ComfyUI has loaded counts as free, for it goes when something else needs its room.
+    Models that ComfyUI has loaded count as free, since it unloads them when others need room.
     """
     return [
         Device(name, _free(device) - (0 if name == CPU else reserve))

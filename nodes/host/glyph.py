@@ -14,8 +14,8 @@ from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from ...glm_core.glyph.texts import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
 from ...glm_core.split import on_device
 from .devices import Placement
-from .memory import memory_for
-from .weights import Precision, check_keys, load_weights, open_model, precision
+from .out_of_memory import explain_out_of_memory
+from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class GlyphModel(nn.Module):
         device = self.execution_device
         with (
             on_device(device),
-            memory_for("The glyph encoder", {device: needed}, "use shorter texts"),
+            explain_out_of_memory("The glyph encoder", {device: needed}, "use shorter texts"),
         ):
             states, empty = (self._encode(texts) for texts in (tokens[TOKENS], []))
         return states, None, {EMPTY: empty}
@@ -120,25 +120,27 @@ def _load_clip(
         {"load_device": placement.load, "offload_device": placement.offload} if placement else {}
     )
     device = devices.get("load_device", comfy.model_management.text_encoder_device())
-    chosen = precision(component, "default", device)
-    target = _Target(
-        lambda **_: GlyphModel(_load_network(component, config, chosen), chosen.compute, device)
-    )
+    precision = choose_precision(component, "default", device)
+
+    def build(**_: Any) -> GlyphModel:
+        return GlyphModel(_load_network(component, config, precision), precision.compute, device)
+
+    target = _Target(build)
     # Only hosts with dynamic patchers take this argument; 0.3.75 does not.
     dynamic = hasattr(comfy.model_patcher, "CoreModelPatcher")
     clip = comfy.sd.CLIP(
         target,
         parameters=sum(info.shape.numel() for info in component.tensors.values()),
-        model_options={"dtype": chosen.storage, **devices},
+        model_options={"dtype": precision.storage, **devices},
         **({"disable_dynamic": disable_dynamic} if dynamic else {}),
     )
     clip.patcher.cached_patcher_init = (load_glyph_patcher, (model_name, placement))
     return clip
 
 
-def _load_network(component, config: GlyphConfig, chosen: Precision) -> GlyphEncoder:
+def _load_network(component, config: GlyphConfig, precision: Precision) -> GlyphEncoder:
     network = GlyphEncoder(
-        config, device="meta", dtype=chosen.storage, operations=chosen.operations
+        config, device="meta", dtype=precision.storage, operations=precision.operations
     )
     return load_weights(network, component)
 

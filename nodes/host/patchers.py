@@ -1,4 +1,4 @@
-"""ComfyUI's patchers for our networks: dynamic, limited, or one for each range of a split one."""
+"""ComfyUI's patchers for our networks, whole, limited or split, and a comparison of patches."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ ModelPatcher = comfy.model_patcher.ModelPatcher
 SEGMENTS = "glm_segments"
 LIMIT = "glm_limit"
 ON_PARTIAL_UNLOAD = "glm_on_partial_unload"
-"""A kind of callback beside the host's own, called with the patcher before weights are moved."""
+"""Our own kind of callback; it is called with the patcher before weights are unloaded."""
 
 
 def make_patcher(
@@ -27,28 +27,28 @@ def make_patcher(
     disable_dynamic: bool = False,
     segments: Sequence[LayerSegment] = (),
 ) -> ModelPatcher:
-    """ComfyUI's patcher; its dynamic one (hosts since 0.4) where that is on and allowed.
+    """ComfyUI's patcher; its dynamic one (hosts since 0.4) if that is enabled and allowed.
 
     Args:
-        segments: layers that lie apart from the model, as `placement.segments` has them.
+        segments: the model's segments, one for each of `placement.segments`.
     """
-    where = {"load_device": placement.load, "offload_device": placement.offload}
+    devices = {"load_device": placement.load, "offload_device": placement.offload}
     if segments:
-        patcher = SplitPatcher(model, **where, size=nbytes(model))
+        patcher = SplitPatcher(model, **devices, size=nbytes(model))
         parts = [
-            make_patcher(part, there, disable_dynamic=True)
-            for part, (_, there) in zip(segments, placement.segments, strict=True)
+            make_patcher(segment, own_placement, disable_dynamic=True)
+            for segment, (_, own_placement) in zip(segments, placement.segments, strict=True)
         ]
         patcher.set_additional_models(SEGMENTS, parts)
     elif placement.limit is not None:
-        patcher = LimitedPatcher(model, **where)
+        patcher = LimitedPatcher(model, **devices)
     else:
-        return _kind(model, disable_dynamic)(model, **where)
+        return _patcher_class(model, disable_dynamic)(model, **devices)
     patcher.set_attachments(LIMIT, placement.limit)
     return patcher
 
 
-def _kind(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
+def _patcher_class(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
     if is_packed(model):
         return PackedPatcher
     chosen = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
@@ -60,7 +60,7 @@ def nbytes(module: nn.Module) -> int:
 
 
 class NotifyingPatcher(ModelPatcher):
-    """What is kept beside the weights may be larger than the part that the host takes away."""
+    """Calls back before the host unloads some weights, so that buffers beside them are freed."""
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         for callback in self.get_all_callbacks(ON_PARTIAL_UNLOAD):
@@ -69,12 +69,14 @@ class NotifyingPatcher(ModelPatcher):
 
 
 class PackedPatcher(NotifyingPatcher):
-    """Lays out packed weights for the device before it loads any; hosts' dynamic patchers, which
-    know no `set_weight`, do not serve them."""
+    """Lays out packed weights for the device before it loads them.
+
+    Dynamic patchers never call `set_weight`, so packed weights need this one.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The other mode keeps patched matrices and copies them over the packed bytes.
+        # The other mode caches patched matrices and copies them over the packed bytes.
         self.hook_mode = comfy.hooks.EnumHookMode.MinVram
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +85,7 @@ class PackedPatcher(NotifyingPatcher):
 
 
 class LimitedPatcher(PackedPatcher):
-    """Leaves the weights beyond a limit in host memory, even where there is room for them."""
+    """Leaves weights beyond a limit in host memory even if there is room for them."""
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
@@ -95,10 +97,10 @@ class LimitedPatcher(PackedPatcher):
 
 
 class SplitPatcher(LimitedPatcher):
-    """Of a network some of whose layers lie apart, in patchers of their own.
+    """The patcher of a split network; each segment has a patcher of its own.
 
-    Those are additional models, which the host loads, frees and clones with this one. Patches go
-    to whoever has the weight.
+    Those are additional models, which the host loads, frees and clones with this one. A patch goes
+    to the patcher that has the weight.
     """
 
     @property
@@ -109,22 +111,22 @@ class SplitPatcher(LimitedPatcher):
         self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list:
         own, added = dict(patches), []
-        for part in self.segments:
-            keys = part.model.state_dict().keys()
+        for segment in self.segments:
+            keys = segment.model.state_dict().keys()
             theirs = {key: own.pop(key) for key in list(own) if _weight(key) in keys}
-            added += part.add_patches(theirs, strength_patch, strength_model)
+            added += segment.add_patches(theirs, strength_patch, strength_model)
         return added + super().add_patches(own, strength_patch, strength_model)
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        """Of this patcher's own weights, for the model's lists all."""
-        theirs = {key for part in self.segments for key in part.model.state_dict()}
+        """The state dict without the segments' weights, which the model's own lists too."""
+        theirs = {key for segment in self.segments for key in segment.model.state_dict()}
         state = super().model_state_dict(filter_prefix)
         return {key: value for key, value in state.items() if key not in theirs}
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
         patches = super().get_key_patches(filter_prefix)
-        for part in self.segments:
-            patches |= part.get_key_patches(filter_prefix)
+        for segment in self.segments:
+            patches |= segment.get_key_patches(filter_prefix)
         return patches
 
     def add_hook_patches(self, *_: Any, **__: Any) -> list:
@@ -135,9 +137,9 @@ class SplitPatcher(LimitedPatcher):
 
     def set_injections(self, *_: Any, **__: Any) -> None:
         raise GLMImageError(
-            "What is injected into layers, such as a LoRA that bypasses weights, does not reach "
-            "those of a model that a device plan has split; load the LoRA into the weights "
-            "instead, or plan the model onto one device."
+            "Injections into layers, such as a LoRA that bypasses weights, do not reach all layers "
+            "of a model that a device plan has split; load the LoRA into the weights instead, or "
+            "plan the model onto one device."
         )
 
     def deepclone_multigpu(self, *_: Any, **__: Any) -> ModelPatcher:
@@ -148,27 +150,27 @@ class SplitPatcher(LimitedPatcher):
 
 
 def _weight(key: Any) -> str:
-    """A patch's key is a weight's name, or a tuple that begins with it."""
+    """The weight's name in a patch's key, which is the name or a tuple that begins with it."""
     return key if isinstance(key, str) else key[0]
 
 
 def with_segments(patcher: ModelPatcher) -> list[ModelPatcher]:
-    """A patcher and those of its segments, which have to be loaded together."""
+    """A patcher and those of its segments; all have to be loaded together."""
     return [patcher, *patcher.get_additional_models_with_key(SEGMENTS)]
 
 
 def layer_devices(patcher: ModelPatcher, total: int) -> list[tuple[range, torch.device]]:
-    """Which of a model's layers compute where: first its own, then its segments'."""
-    parts = patcher.get_additional_models_with_key(SEGMENTS)
-    own = parts[0].model.numbers.start if parts else total
+    """The numbers and devices of a model's layers: first its own, then its segments'."""
+    segments = patcher.get_additional_models_with_key(SEGMENTS)
+    own = segments[0].model.numbers.start if segments else total
     return [
         (range(own), patcher.load_device),
-        *((part.model.numbers, part.load_device) for part in parts),
+        *((segment.model.numbers, segment.load_device) for segment in segments),
     ]
 
 
 def all_patches(patcher: ModelPatcher) -> dict[str, list]:
-    """Of a model, its segments included: a copy."""
+    """A copy of the patches of a model, its segments included."""
     return {
         key: list(entries)
         for part in with_segments(patcher)
@@ -177,7 +179,7 @@ def all_patches(patcher: ModelPatcher) -> dict[str, list]:
 
 
 def same_patches(ours: dict[str, list], theirs: dict[str, list]) -> bool:
-    """Whether two patchers' weights are changed alike; a LoRA loaded again counts as the same."""
+    """Whether patches of two patchers are equal; a LoRA loaded again counts as the same."""
     return ours.keys() == theirs.keys() and all(
         len(ours[key]) == len(theirs[key]) and all(map(_same_patch, ours[key], theirs[key]))
         for key in ours
@@ -194,7 +196,7 @@ def _same_patch(ours: tuple, theirs: tuple) -> bool:
 
 
 def _parts(patch: Any) -> Any:
-    """What an adapter of the host is made of; other patches are plain values."""
+    """The values in an adapter of the host; other patches are values themselves."""
     return getattr(patch, "weights", patch)
 
 
@@ -207,22 +209,22 @@ def _same_value(ours: Any, theirs: Any) -> bool:
 
 
 class ListsSegments:
-    """A patcher's model whose state dict lists the layers that lie apart: what reads names from
-    it, such as a LoRA loader, finds them all."""
+    """A mixin whose state dict lists the weights of the segments too, so that a LoRA loader, which
+    reads names from it, finds all."""
 
     segments: Iterable[LayerSegment] = ()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
-        for part in self.segments:
-            state.update(part.state_dict(**kwargs))
+        for segment in self.segments:
+            state.update(segment.state_dict(**kwargs))
         return state
 
 
 def require_layers(placement: Placement, total: int, what: str) -> None:
     """
     Raises:
-        GLMImageError: the plan splits a model of another number of layers.
+        GLMImageError: the plan splits a model with another number of layers.
     """
     if placement.segments and placement.segments[-1][0].stop != total:
         raise GLMImageError(

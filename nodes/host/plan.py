@@ -8,17 +8,18 @@ import comfy.model_management
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import COMPONENTS, Component
 from ...glm_core.files.opening import open_component
-from ...glm_core.placement.plan import GIB, parse_split, plan_stages
+from ...glm_core.placement.plan import GIB, plan_stages
+from ...glm_core.placement.splits import parse_split
 from ...glm_core.placement.stages import Request, stages
 from ...glm_core.placement.table import plan_table
 from .devices import DevicePlan, default_placement, machine, rooms
 from .paths import find_model, model_names
 from .vae import working_dtype
-from .weights import precision
+from .weights import choose_precision
 
 
 def plannable_names() -> list[str]:
-    """Snapshots and single files that hold any stage."""
+    """The names of snapshots and single files that hold any stage."""
     return list(dict.fromkeys(name for kind in COMPONENTS for name in model_names(kind)))
 
 
@@ -37,14 +38,14 @@ def make_plan(
     """The plan, and its table.
 
     Raises:
-        GLMImageError: the model is missing or broken, a split or a pin does not hold, or the
-            reserve is no number.
+        GLMImageError: the model is missing or broken, a split is wrong, a stage is both pinned and
+            split, or the reserve is nan.
     """
     if math.isnan(reserve_gb):
         raise GLMImageError("reserve_gb is nan; use GiB from 0 on.")
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
-    compute = precision(main, weight_dtype, default_placement().load).compute
+    compute = choose_precision(main, weight_dtype, default_placement().load).compute
     vae = working_dtype(comfy.model_management.vae_device())
     request = Request(*size, batch_size, references, compute, vae)
     needs = stages(components, weight_dtype, request)

@@ -20,8 +20,8 @@ from ...glm_core.quant.linear import PackedLinear
 class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
     """A packed layer that the patcher may leave on another device, and add LoRAs to.
 
-    `convert_weight` and `set_weight` are the host's way to a weight that it can add to, and back:
-    dequantised, patched, and quantised anew with scales that fit.
+    To add a LoRA the host calls `convert_weight`, patches the matrix that it returns, and calls
+    `set_weight`, which quantises the matrix with new scales.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,9 +31,9 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         return super().forward(x)
 
     def _streamed(self, x: Tensor) -> Tensor:
-        """With the weight fetched by the host for this pass, and patched where it has functions.
+        """The forward pass with a weight that the host fetches, and patches if it has functions.
 
-        It is fetched without them: they want a weight, and what is fetched are packed bytes.
+        It is fetched without its functions: they take a matrix, and the fetched bytes are packed.
         """
         functions, self.weight_function = self.weight_function, []
         try:
@@ -53,9 +53,10 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         return out
 
     def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
-        """The matrix of a weight whose bytes the host has cast to floats, or that is one already.
+        """The matrix of a weight whose packed bytes the host has cast to floats; a matrix as it is.
 
-        `inplace` allows the host's own layers to reuse the bytes' memory; ours are too few.
+        `inplace` allows the host's own layers to reuse the weight's memory; packed bytes are too
+        few for a matrix.
         """
         if weight.shape == (self.out_features, self.in_features):
             return weight
@@ -69,9 +70,9 @@ class HostPackedLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
         seed: int | None = None,
         return_weight: bool = False,
     ) -> Tensor | None:
-        """Take a patched matrix, or give it back packed.
+        """Quantise a patched matrix, and store it as the weight or return it.
 
-        It is rounded to nearest: the host's seed is for rounding at random, which fp8 needs.
+        It is rounded to nearest; the host's seed is for stochastic rounding, which fp8 needs.
         """
         packed = self.requantised(weight)
         if return_weight:
@@ -93,8 +94,7 @@ def is_packed(network: nn.Module) -> bool:
 def fp8_operations(
     layers: Iterable[str], storage: torch.dtype, compute: torch.dtype, device: torch.device
 ) -> Any:
-    """The host's layers that keep fp8 numbers with their scale, and multiply in fp8 where the
-    device can and the host does."""
+    """The host's layers for fp8 weights with scales; they multiply in fp8 where it is possible."""
     formats = _formats(layers)
     config = SimpleNamespace(layer_quant_config=formats, quant_config=formats)  # 0.3.75, later
     mixed = comfy.ops.pick_operations(storage, compute, load_device=device, model_config=config)
@@ -103,7 +103,7 @@ def fp8_operations(
         class Linear(mixed.Linear):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                self.factory_kwargs["device"] = None  # built on meta, but loaded where weights lie
+                self.factory_kwargs["device"] = None  # built on meta, but not loaded to it
 
             def _load_from_state_dict(
                 self, state: dict[str, Tensor], prefix: str, *args: Any
@@ -111,8 +111,8 @@ def fp8_operations(
                 weight = state[f"{prefix}weight"]
                 super()._load_from_state_dict(state, prefix, *args)
                 if prefix.rstrip(".") not in formats and weight.dtype != self.weight.dtype:
-                    # The host copied it into what it computes in; as the file has it, it is cast
-                    # on use, and takes what was planned.
+                    # The host converted it to its compute dtype. Stored as in the file, it is cast
+                    # on use and takes the bytes that were planned.
                     self.weight = nn.Parameter(weight, requires_grad=False)
                     self.comfy_cast_weights = True
 
@@ -120,9 +120,9 @@ def fp8_operations(
 
 
 def with_formats(state: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """State of fp8 layers as this host's `load_state_dict` takes it.
+    """A state dict of fp8 layers as this host's `load_state_dict` takes it.
 
-    0.3.75 looks the formats up by name; later ones want each beside its weight.
+    0.3.75 looks formats up by layer name; current hosts take each from the state dict.
     """
     convert = getattr(comfy.utils, "convert_old_quants", None)
     if convert is None:

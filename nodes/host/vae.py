@@ -16,7 +16,7 @@ from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
@@ -69,7 +69,7 @@ class HostVAE(comfy.sd.VAE):
         side = TILE // PIXELS_PER_LATENT
         need = memory.vae_decode(config, (side, side), self.vae_dtype)
         helps = "use VAE Decode (Tiled) with a smaller tile_size, or plan it onto another device"
-        return memory_for("The VAE", {self.device: need}, helps)
+        return explain_out_of_memory("The VAE", {self.device: need}, helps)
 
 
 def load_vae_patcher(

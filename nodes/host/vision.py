@@ -13,9 +13,9 @@ from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import OTHER_PREFIXES, VisionConfig, VisionEncoder
 from ...glm_core.vision.pixels import ImageConfig, vision_pixels
 from .devices import Placement, default_placement
-from .memory import memory_for
+from .out_of_memory import explain_out_of_memory
 from .patchers import make_patcher
-from .weights import check_keys, load_weights, open_model, precision
+from .weights import check_keys, choose_precision, load_weights, open_model
 
 
 class HostVision:
@@ -30,7 +30,7 @@ class HostVision:
         self.weight_dtype = weight_dtype
         self.placement = placement
         device = (placement or default_placement()).load
-        self.dtype = precision(component, weight_dtype, device).compute
+        self.dtype = choose_precision(component, weight_dtype, device).compute
 
     @cached_property
     def patcher(self) -> Any:
@@ -43,7 +43,9 @@ class HostVision:
         needed = self.memory_required(pixels.shape)
         with (
             on_device(device),
-            memory_for("The AR model's vision tower", {device: needed}, "use a smaller image"),
+            explain_out_of_memory(
+                "The AR model's vision tower", {device: needed}, "use a smaller image"
+            ),
         ):
             comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
             tokens = [self.patcher.model(image[None].to(device), self.dtype) for image in pixels]
@@ -69,13 +71,13 @@ def load_vision_patcher(
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 
-    resolved = placement or default_placement()
-    chosen = precision(component, weight_dtype, resolved.load)
+    chosen = placement or default_placement()
+    precision = choose_precision(component, weight_dtype, chosen.load)
     network = VisionEncoder(
-        config, device="meta", dtype=chosen.storage, operations=chosen.operations
+        config, device="meta", dtype=precision.storage, operations=precision.operations
     )
     load_weights(network, component, weight_dtype, OTHER_PREFIXES)
 
-    patcher = make_patcher(network, resolved, disable_dynamic)
+    patcher = make_patcher(network, chosen, disable_dynamic)
     patcher.cached_patcher_init = (load_vision_patcher, (model_name, weight_dtype, placement))
     return patcher

@@ -1,4 +1,4 @@
-"""From a component on disk to a network in a ModelPatcher, each weight held once."""
+"""Weights of a component on disk in a network, in the precision that suits a device."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,19 +21,19 @@ from .paths import find_model
 from .quant import HostPackedLinear, fp8_operations, with_formats
 
 BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
-"""Instructions that multiply matrices in bf16; CPUs without any convert every number."""
+"""CPU instructions that multiply matrices in bf16; CPUs without them convert every number."""
 
 
 class Precision(NamedTuple):
-    """How weights are kept, and in what they are computed with.
+    """The formats of a network's weights and activations.
 
     Args:
-        storage: the dtype of weights that are not quantised.
-        compute: what activations have.
-        quantisation: the format of quantised layers: of `quant.FORMATS`, or the host's scaled fp8.
-        quantised: their names.
-        device: where they are used.
-        few_rows: whether the passes are mostly of one token.
+        storage: dtype of weights that are not quantised.
+        compute: dtype of activations.
+        quantisation: format of quantised layers: of `packing.FORMATS`, or the host's scaled fp8.
+        quantised: names of quantised layers.
+        device: where the layers compute.
+        few_rows: whether most passes are of one token.
     """
 
     storage: torch.dtype
@@ -45,18 +45,18 @@ class Precision(NamedTuple):
 
     @property
     def operations(self) -> Any:
-        """ComfyUI's layers: plain where weights are used as they lie, casting otherwise."""
+        """ComfyUI's layers: plain if weights are used as they are stored, else casting ones."""
         if self.quantisation not in (None, *FORMATS):
             return fp8_operations(self.quantised, self.storage, self.compute, self.device)
         operations = comfy.ops.pick_operations(self.storage, self.compute, load_device=self.device)
         return _row_operations(operations) if self.few_rows else operations
 
     def under(self, root: str) -> "Precision":
-        """For a network with `root` before its layers' names."""
+        """The same for a network with `root` before its layers' names."""
         return self._replace(quantised=frozenset(root + name for name in self.quantised))
 
     def at(self, device: torch.device) -> "Precision":
-        """For layers that are used elsewhere, where products in fp8 may be possible or not."""
+        """The same for layers on another device, which may or may not multiply in fp8."""
         return self._replace(device=device)
 
 
@@ -64,13 +64,15 @@ def open_model(component: str, model_name: str) -> Component:
     return open_component(find_model(component, model_name), component)
 
 
-def precision(
+def choose_precision(
     component: Component, weight_dtype: str, device: torch.device, few_rows: bool = False
 ) -> Precision:
-    """bf16 where the device is fast in it, else float32; never fp16, which overflows.
+    """The precision for a device: activations in bf16 if it is fast in bf16, else in float32.
+
+    fp16 is never chosen, since it overflows.
 
     Args:
-        few_rows: whether the passes are mostly of one token.
+        few_rows: whether most passes are of one token.
 
     Raises:
         GLMImageError: the file is quantised, and another format is asked for.
@@ -91,8 +93,11 @@ def precision(
 
 
 def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
-    """The host's choice, but for CPUs, of which it rules out all. Of one row every CPU only has to
-    read the weights, half as many bytes; for products of matrices it takes instructions."""
+    """The host's choice, except for CPUs: it never uses bf16 on one.
+
+    With one row a CPU mostly reads weights, and bf16 is half the bytes. With many rows it is fast
+    only if it has the instructions.
+    """
     management = comfy.model_management
     if not management.is_device_cpu(device):
         return management.should_use_bf16(device)
@@ -100,17 +105,17 @@ def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
 
 
 def _row_operations(operations: Any) -> Any:
-    """A host's layers, whose linear ones are `RowLinear` where the host runs them as plain ones."""
+    """A host's layers; its linear ones become `RowLinear` where nothing is to be cast."""
 
     class Operations(operations):
         class Linear(operations.Linear, RowLinear):
-            """The host's `forward` comes first, and ends in ours where nothing is to be cast."""
+            """The host's `forward` comes first and calls ours if there is nothing to cast."""
 
     return Operations
 
 
 def _quantisation(component: Component, weight_dtype: str) -> tuple[str | None, frozenset[str]]:
-    """The format of the layers that are quantised, in the file or on loading, and their names."""
+    """The format and names of layers that are quantised, in the file or on loading."""
     if component.quantisation is not None or weight_dtype not in FORMATS:
         return component.quantisation, component.quantised
     layers = (
@@ -124,9 +129,12 @@ def _quantisation(component: Component, weight_dtype: str) -> tuple[str | None, 
 def check_keys(
     component: Component, network: type[nn.Module], config: Any, ignored: tuple[str, ...] = ()
 ) -> None:
-    """Compare the file's keys and shapes with the network's before a weight is read.
+    """Compare the file's keys and shapes with the network's before any weight is read.
 
-    The network is built from plain layers: some hosts' own create their weights only on loading.
+    The network is built of torch's layers, since some hosts' layers have no weights until loaded.
+
+    Raises:
+        GLMImageError: a key is missing or unexpected, or has another shape.
     """
     with torch.device("meta"):
         expected = network(config).state_dict()
@@ -141,17 +149,17 @@ def load_weights(
     segments: Sequence[LayerSegment] = (),
     root: str = "",
 ) -> nn.Module:
-    """Give a network made on the meta device its weights, as views of the mapped file.
+    """Give a network on the meta device its weights, as views of the mapped file.
 
-    What is quantised here is so matrix by matrix: no second copy of the model is ever held.
+    Weights are quantised matrix by matrix, so that no second copy of the model is in memory.
 
     Args:
-        segments: its layers that lie apart, which are given theirs.
-        root: what stands before the checkpoint's keys in those of the segments.
+        segments: the network's segments, which are given their weights too.
+        root: what precedes the checkpoint's keys in those of the segments.
     """
     state = component.state_dict(ignored)
-    quantisation, named = _quantisation(component, weight_dtype)
-    layers = [layer for layer in named if f"{layer}.weight" in state]
+    quantisation, quantised = _quantisation(component, weight_dtype)
+    layers = [layer for layer in quantised if f"{layer}.weight" in state]
     if component.quantisation is None:
         keys = {f"{layer}.weight" for layer in layers}
         state = {
@@ -160,23 +168,28 @@ def load_weights(
         }
     elif quantisation not in FORMATS:
         state = with_formats(state, layers)
-    # The decoder's passes are of thousands of tokens, the AR's mostly of one.
+    # The decoder's passes are of thousands of tokens, most of the AR's of one.
     packing = (quantisation, component.name == "ar") if quantisation in FORMATS else None
-    for part in segments:
-        theirs = [key for key in state if part.holds(root + key)]
-        packed = [root + layer for layer in layers if part.holds(f"{root}{layer}.")]
-        _give(part, {root + key: state.pop(key) for key in theirs}, packed, packing)
-    own = [layer for layer in layers if not any(part.holds(f"{root}{layer}.") for part in segments)]
-    return _give(network, state, own, packing)
+    for segment in segments:
+        keys = [key for key in state if segment.holds(root + key)]
+        names = [layer for layer in layers if segment.holds(f"{root}{layer}.")]
+        layers = [layer for layer in layers if layer not in names]
+        weights = {root + key: state.pop(key) for key in keys}
+        _load_state(segment, weights, [root + name for name in names], packing)
+    return _load_state(network, state, layers, packing)
 
 
-def _give(
+def _load_state(
     network: nn.Module,
     state: dict[str, Tensor],
     layers: list[str],
     packing: tuple[str, bool] | None,
 ) -> nn.Module:
-    """layers, packing: those that are packed, and how; see `pack_layers`."""
+    """
+    Args:
+        layers: names of those in `packing`'s format.
+        packing: the format, and whether most passes are of one token; None packs nothing.
+    """
     if packing is not None:
         biased = {layer: f"{layer}.bias" in state for layer in layers}
         pack_layers(network, biased, *packing, HostPackedLinear)
@@ -186,15 +199,15 @@ def _give(
 
 
 def remember_dtypes(network: nn.Module) -> None:
-    """Hosts since 0.4 cast to the dtypes that they saw last when they were told to look."""
+    """Record the weights' dtypes, to which hosts since 0.4 cast."""
     remember = getattr(comfy.model_management, "archive_model_dtypes", None)
     if remember is not None:
         remember(network)
 
 
 def _cast(key: str, value: Tensor, weight_dtype: str) -> Tensor:
-    """fp8 is for the layers' own matrices: embeddings, heads, projectors and what modulates or
-    normalises do not bear it."""
+    """A weight in the dtype of that name. fp8 is for the layers' matrices only: embeddings, heads,
+    projectors, norms and modulations need more precision."""
     dtype = WEIGHT_DTYPES[weight_dtype]
-    kept = dtype == torch.float8_e4m3fn and not is_layer_matrix(key, value.ndim)
-    return value if dtype is None or kept else value.to(dtype)
+    too_narrow = dtype == torch.float8_e4m3fn and not is_layer_matrix(key, value.ndim)
+    return value if dtype is None or too_narrow else value.to(dtype)

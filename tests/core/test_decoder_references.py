@@ -10,7 +10,7 @@ GRIDS = ((4, 6), (3, 5))
 
 
 def reference_images(config) -> list[dict]:
-    """Latent, tokens and size of references of different grids."""
+    """Latent, tokens and size of references with different grids."""
     out = []
     for rows, cols in GRIDS:
         args = inputs(config, rows, cols, batch=1)
@@ -19,7 +19,7 @@ def reference_images(config) -> list[dict]:
 
 
 def cached(decoder: Decoder, images: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each block, one set: the images' keys and values in a row."""
+    """For each block, one set: the images' keys and values one after the other."""
     blocks = [
         decoder.reference_keys_values(image["x"], image["tokens"], image["size"])
         for image in images
@@ -102,7 +102,7 @@ def test_each_sample_attends_to_its_own_set() -> None:
 
 
 def test_cached_equals_recomputing_inside_the_step() -> None:
-    """What full cross-reference attention pays for at every step, the cache gives exactly."""
+    """The cache is exactly what full attention over references computes anew at every step."""
     ours, _ = pair("small")
     args, images = inputs(ours.config, 5, 4), reference_images(ours.config)
     stored = cached(ours, images)

@@ -1,9 +1,10 @@
-"""Placement on tables: machines in, a plan out, at the hub's sizes."""
+"""Plans for many machines, at the hub's sizes."""
 
 import pytest
 from full_size import components
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.glm_core.placement.plan import GIB, Device, Plan, Stage, parse_split, plan_stages
+from glm_image.glm_core.placement.plan import GIB, Device, Plan, Stage, plan_stages
+from glm_image.glm_core.placement.splits import parse_split
 from glm_image.glm_core.placement.stages import Request, stages
 from glm_image.glm_core.placement.table import plan_table
 
@@ -11,7 +12,7 @@ RESERVE = 1.0
 
 
 def plan(gpus, weights="default", strategy="auto", size=1024, batch=1, references=0, **asked):
-    """The hub's model on GPUs of so many GiB, and a CPU."""
+    """A plan for the hub's model on GPUs of these GiB, and a CPU."""
     request = Request(size, size, batch, references)
     machine = [Device(f"gpu:{i}", int((gib - RESERVE) * GIB)) for i, gib in enumerate(gpus)]
     return plan_stages(
@@ -23,7 +24,7 @@ def plan(gpus, weights="default", strategy="auto", size=1024, batch=1, reference
 
 
 def where(plan: Plan) -> str:
-    """`stage=device` of whole stages, `stage=device+device` of split ones; ~ where streamed."""
+    """`stage=device` for whole stages, `stage=device+device` for split ones; ~ if streamed."""
     found: dict[str, list[str]] = {}
     for part in plan.parts:
         found.setdefault(part.stage, []).append(part.device + "~" * bool(part.offloaded))
@@ -31,7 +32,7 @@ def where(plan: Plan) -> str:
 
 
 ONE = "ar=gpu:0 glyph=gpu:0 decoder=gpu:0 vae=gpu:0"
-# GPUs in GiB, weights, strategy: where the stages go, on which devices they take turns.
+# GPUs in GiB, weights, strategy; the stages' devices, and devices on which stages take turns.
 MACHINES = [
     ([80], "default", "auto", ONE, ""),
     ([48], "default", "auto", ONE, ""),
@@ -60,7 +61,7 @@ MACHINES = [
     ([24, 8], "default", "auto", "ar=gpu:0 glyph=gpu:1 decoder=gpu:0 vae=gpu:1", "gpu:0"),
     ([80, 24], "default", "auto", ONE, ""),
     ([24, 80], "default", "auto", "ar=gpu:0 glyph=gpu:0 decoder=gpu:1 vae=gpu:0", ""),
-    # auto leaves the decoder whole, in turns; fastest splits it so that nothing has to leave
+    # auto leaves the decoder whole, in turns; fastest splits it so that all stay loaded
     ([28, 14], "default", "auto", "ar=gpu:0 glyph=gpu:1 decoder=gpu:0 vae=gpu:1", "gpu:0"),
     ([28, 14], "default", "fastest", "ar=gpu:0 glyph=gpu:0 decoder=gpu:1+gpu:0 vae=gpu:1", ""),
     ([80], "default", "fastest", ONE, ""),
@@ -98,11 +99,11 @@ def test_every_byte_is_somewhere_and_no_device_is_overfull(size, weights, strate
                 assert found.peak(device.name) <= device.room
 
 
-def test_offloading_is_what_the_room_lacks() -> None:
+def test_only_what_does_not_fit_is_offloaded() -> None:
     (ar,) = plan([16]).of_stage("ar")
     assert ar.peak == int(15 * GIB)
     assert ar.weights - ar.resident == ar.offloaded
-    assert ar.buffer >= 0.3 * GIB  # a layer is on its way while another one computes
+    assert ar.buffer >= 0.3 * GIB  # a layer is fetched while another one computes
 
 
 def test_least_memory_keeps_no_layer() -> None:
@@ -116,7 +117,7 @@ def test_least_memory_keeps_no_layer() -> None:
         assert part.offloaded == sum(stage.layers)
 
 
-def test_work_too_large_for_the_device_is_said() -> None:
+def test_work_too_large_for_the_device_gets_a_note() -> None:
     found = plan([8], size=2048, batch=8)
     (note,) = (note for note in found.notes if note.startswith("decoder"))
     assert "may be used: ask for a smaller size or batch" in note
@@ -135,11 +136,11 @@ def test_references_too_large_for_the_device_stay_in_host_memory() -> None:
     found = plan([24], size=2048, references=2)
     (decoder,) = found.of_stage("decoder")
     assert not decoder.offloaded
-    assert decoder.kept_offloaded == 15 * GIB  # 30 blocks of keys and values of 32,768 tokens
+    assert decoder.cache_offloaded == 15 * GIB  # 30 blocks of keys and values of 32,768 tokens
     (note,) = (note for note in found.notes if note.startswith("decoder"))
     assert "15.0 GiB of references' keys and values stay in host memory" in note
     (decoder,) = plan([48], size=2048, references=2).of_stage("decoder")
-    assert not decoder.kept_offloaded
+    assert not decoder.cache_offloaded
 
 
 def test_the_vision_tower_goes_where_the_text_model_goes() -> None:
@@ -148,7 +149,7 @@ def test_the_vision_tower_goes_where_the_text_model_goes() -> None:
     assert not plan([24]).of_stage("vision")
 
 
-def test_references_widen_the_work_and_are_kept_beside_their_layers() -> None:
+def test_references_add_work_and_a_cache_beside_their_layers() -> None:
     halves = {"decoder": parse_split("gpu:0=0-9,gpu:1=10-29", "decoder", 30)}
     without = plan([24, 24], splits=halves).of_stage("decoder")
     found = plan([24, 24], splits=halves, references=1).of_stage("decoder")
@@ -158,7 +159,7 @@ def test_references_widen_the_work_and_are_kept_beside_their_layers() -> None:
     assert grown == [joined + cache / 3, joined + 2 * cache / 3]
 
 
-# ---- what the user fixes -------------------------------------------------------------------------
+# ---- pins and splits -----------------------------------------------------------------------------
 
 
 def test_pins_and_splits_hold() -> None:
@@ -172,7 +173,7 @@ def test_pins_and_splits_hold() -> None:
     assert found.notes == ()
 
 
-def test_a_device_that_is_not_there_falls_back_with_a_sentence() -> None:
+def test_a_missing_device_counts_as_auto_with_a_note() -> None:
     found = plan(
         [24],
         pins={"vae": "gpu:3"},
@@ -226,7 +227,7 @@ def test_a_wrong_split_is_one_sentence(text: str, sentence: str) -> None:
 # ---- splitting -----------------------------------------------------------------------------------
 
 
-def test_ranges_are_in_proportion_to_the_room() -> None:
+def test_segments_are_in_proportion_to_the_room() -> None:
     stage = Stage("ar", (GIB,) * 12, rest=0, work=0)
     parts = plan_stages([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 9 * GIB)]).parts
     assert [(part.device, part.layers) for part in parts] == [
@@ -235,22 +236,22 @@ def test_ranges_are_in_proportion_to_the_room() -> None:
     ]
 
 
-def test_where_all_together_fall_short_each_streams_its_share() -> None:
+def test_where_all_devices_together_fall_short_each_streams_its_share() -> None:
     stage = Stage("ar", (GIB,) * 12, rest=0, work=0)
     parts = plan_stages([stage], [Device("gpu:0", 4 * GIB), Device("gpu:1", 4 * GIB)]).parts
     assert [part.layers for part in parts] == [range(6), range(6, 12)]
     assert [part.offloaded for part in parts] == [3 * GIB, 3 * GIB]  # two, and the buffer's one
 
 
-def test_a_device_whose_room_the_other_weights_take_is_given_a_layer_too() -> None:
-    """The first one also holds what is in no layer, and here can hold only one layer beside it."""
+def test_a_device_filled_by_the_other_weights_gets_a_layer_too() -> None:
+    """The first device also holds the weights outside layers, and one layer fits beside them."""
     stage = Stage("ar", (GIB,) * 40, rest=9 * GIB, work=0)
     parts = plan_stages([stage], [Device(f"gpu:{i}", 10 * GIB) for i in range(5)]).parts
     assert [len(part.layers) for part in parts] == [1, 10, 10, 10, 9]
     assert sum(part.weights for part in parts) == stage.weights
 
 
-def test_a_card_without_room_that_nothing_uses_is_no_shortage() -> None:
+def test_an_unused_device_without_room_is_no_shortage() -> None:
     stage = Stage("ar", (GIB,) * 4, rest=0, work=0)
     plan = plan_stages(
         [stage], [Device("gpu:0", 9 * GIB), Device("gpu:1", -GIB)], strategy="fastest"

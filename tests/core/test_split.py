@@ -1,4 +1,4 @@
-"""Split networks: bit for bit the whole one, with a device that shows every missing move."""
+"""Split networks equal whole ones bit for bit, and a second device shows every missing move."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ SPLITS = [(shape, cuts) for shape, all_cuts in CUTS.items() for cuts in all_cuts
 
 
 def split_decoder(whole: Decoder, cuts: tuple[int, ...], device: torch.device = CPU) -> Decoder:
-    """The same weights with the blocks from each cut on in a segment of their own on `device`."""
+    """The same network with a segment on `device` for the blocks from each cut on."""
     numbers = numbers_of(cuts, whole.config.num_layers)
     with torch.device("meta"):
         segments = [block_segment(whole.config, some, device) for some in numbers]
@@ -134,8 +134,8 @@ def test_blocks_are_run_under_the_numbers_of_the_whole(monkeypatch) -> None:
 class Moves(TorchFunctionMode):
     """Counts the moves of tensors to another device, and leaves one of them out.
 
-    Numbers may come back from the meta device, which has none: as zeros. Everything else there is
-    torch's own: an operation over tensors of two devices is an error.
+    Tensors come back from the meta device, which has no numbers, as zeros. Otherwise torch's own
+    rules apply: an operation over tensors of two devices is an error.
     """
 
     def __init__(self, missing: int | None = None) -> None:
@@ -155,7 +155,7 @@ class Moves(TorchFunctionMode):
 
 
 def every_move_is_needed(run: Callable[[], object]) -> int:
-    """Run it whole, then with each move left out in turn, which must fail; how many there are."""
+    """The number of moves in a run, which must fail if any one of them is left out."""
 
     def run_without(missing: int | None) -> int:
         with Moves(missing) as moves:
@@ -175,7 +175,7 @@ def test_no_move_of_the_decoder_is_missing(cuts: tuple[int, ...]) -> None:
     split = split_decoder(whole, cuts, device=META)
     args = inputs(whole.config, rows=2, cols=2)
     found = every_move_is_needed(lambda: split(**args))
-    assert found == 2 * len(cuts) + 3 + 1  # cos and sin a range; img, txt, vec; img back
+    assert found == 2 * len(cuts) + 3 + 1  # cos and sin a segment; img, txt, vec; img back
 
 
 def test_no_move_of_the_decoder_over_a_reference_is_missing() -> None:
@@ -211,5 +211,5 @@ def test_no_move_of_the_ar_model_is_missing(cuts: tuple[int, ...], step: bool) -
         assert split(ids, rope, reading, torch.float32).device == CPU
 
     found = every_move_is_needed(run)
-    each = 3 if step else 1  # rope; a step's position and mask: once for every range
+    each = 3 if step else 1  # rope; a step's position and mask: once for every segment
     assert found == each * len(cuts) + 2  # and the states there and back

@@ -1,4 +1,4 @@
-"""A plan's bytes against the modules themselves, at the hub's full sizes and without a weight."""
+"""A plan's bytes against the modules' own, at the hub's full sizes, on the meta device."""
 
 import weakref
 
@@ -55,20 +55,20 @@ def _allocated(key: str, value: torch.Tensor, weights: str) -> int:
 def test_weights_are_what_the_modules_allocate(stage: str, weights: str) -> None:
     planned = full_size_stages(weights)[stage]
     module = network(stage)
-    kept = weights if stage in ("ar", "vision", "decoder") else "default"
-    assert planned.weights == pytest.approx(allocated(module, kept), rel=0.01)
+    stored = weights if stage in ("ar", "vision", "decoder") else "default"
+    assert planned.weights == pytest.approx(allocated(module, stored), rel=0.01)
     if stage in LAYERS:
         layers = module.get_submodule(LAYERS[stage])
         prefix = f"{LAYERS[stage]}."
         expected = [
-            sum(_allocated(f"{prefix}{i}.{k}", v, kept) for k, v in layer.named_parameters())
+            sum(_allocated(f"{prefix}{i}.{k}", v, stored) for k, v in layer.named_parameters())
             for i, layer in enumerate(layers)
         ]
         assert planned.layers == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("weights", ["default", "bf16", "fp32", "fp8_e4m3fn", "int8", "int4"])
-def test_a_kept_weight_is_counted_as_it_will_lie(weights: str) -> None:
+def test_a_weight_is_counted_as_it_is_stored(weights: str) -> None:
     component = components()["decoder"]
     for key in (
         "transformer_blocks.0.attn1.to_q.weight",
@@ -88,7 +88,7 @@ def test_a_kept_weight_is_counted_as_it_will_lie(weights: str) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors that were made under it and lived at one time."""
+    """The peak bytes of tensors made while it is active."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -117,19 +117,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def no_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **_) -> torch.Tensor:
-    """The output of attention, without the scores that no kernel keeps."""
+    """The output of attention, without the scores, which no kernel stores."""
     return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
 
 
 def passes() -> dict:
-    """For each network what it holds at 1024 x 1024, and a pass over empty tensors."""
+    """By name: a network, its planned work at 1024 x 1024, and a pass over empty tensors."""
     half = {"dtype": torch.bfloat16, "device": "meta"}
     latent = torch.empty(1, 16, 128, 128, **half)
     decoder, vae, vision = network("decoder"), network("vae"), network("vision")
     for block in decoder.transformer_blocks:
         block.attn1.attention = no_scores
     for block in vision.model["visual"].blocks:
-        block.attn = nn.Identity()  # has no other attention, and the MLP is wider
+        block.attn = nn.Identity()  # it takes no other attention, and the MLP is wider
     ids = torch.empty(1, 64, 64, dtype=torch.int64, device="meta")
     invariants = decoder.prepare(
         torch.empty(1, 30, 1472, **half), ids, (1024, 1024), torch.bfloat16
@@ -152,7 +152,7 @@ def passes() -> dict:
 
 
 @pytest.mark.parametrize("name", ["decoder", "decoder with a reference", "vae", "vision"])
-def test_working_memory_covers_a_pass_and_little_more(name: str) -> None:
+def test_planned_work_covers_a_pass_and_little_more(name: str) -> None:
     module, planned, run = passes()[name]
     with LiveBytes(module) as memory:
         run()

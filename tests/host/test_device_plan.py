@@ -42,7 +42,7 @@ def load(nodes, kind: str, *args):
 
 @pytest.fixture(scope="module")
 def split(nodes):
-    """AR and decoder in two ranges each."""
+    """AR model and decoder, each in two segments."""
     found, _ = planned(nodes, **SPLITS)
     ar = load(nodes, "AR", "small", "default", found)
     return ar, load(nodes, "Decoder", "small", "default", found)
@@ -115,7 +115,9 @@ def test_stages_go_to_the_devices_of_the_plan(nodes, two_gpus) -> None:
     assert found.placement("glyph").load == second
     decoder = found.placement("decoder")
     assert decoder.load == second
-    assert [(numbers, there.load) for numbers, there in decoder.segments] == [(range(1, 2), first)]
+    assert [(numbers, segment.load) for numbers, segment in decoder.segments] == [
+        (range(1, 2), first)
+    ]
 
 
 def test_what_comfyui_can_evict_counts_as_free(monkeypatch, whole) -> None:
@@ -195,7 +197,7 @@ def test_split_equals_unsplit_in_narrow_weights(nodes, whole, weights: str) -> N
 
 
 @pytest.mark.parametrize("store", ["gpu", "cpu"])
-def test_references_are_kept_beside_their_blocks(nodes, whole, split, store: str) -> None:
+def test_references_are_cached_beside_their_blocks(nodes, whole, split, store: str) -> None:
     image = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
     references, _ = encode_references(whole.ar, whole.vae, image, None, False)
     samples = []
@@ -214,7 +216,7 @@ def test_references_are_kept_beside_their_blocks(nodes, whole, split, store: str
         decode(nodes, whole, whole.model, positive=positive)
 
 
-def test_every_range_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None:
+def test_every_segment_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None:
     comfy.model_management.unload_all_models()
     decode(nodes, whole, split[1], steps=1)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
@@ -228,7 +230,7 @@ def test_every_range_is_loaded_and_freed_by_comfyui(nodes, whole, split) -> None
     assert [part.loaded_size() for part in parts] == [0, 0]
 
 
-def test_a_clone_has_clones_of_the_ranges(split) -> None:
+def test_a_clone_has_clones_of_the_segments(split) -> None:
     for patcher in (split[0].patcher, split[1]):
         (part,), (cloned,) = with_segments(patcher)[1:], with_segments(patcher.clone())[1:]
         assert cloned is not part
@@ -250,7 +252,7 @@ def test_the_models_state_dict_lists_every_layer(whole, split) -> None:
 
 @pytest.fixture
 def native_lora(whole) -> dict[str, Tensor]:
-    """Rank 2, for a layer of each range of the decoder."""
+    """Rank 2, for a layer of each segment of the decoder."""
     generator = torch.Generator().manual_seed(3)
     lora = {}
     for i in range(2):
@@ -262,7 +264,7 @@ def native_lora(whole) -> dict[str, Tensor]:
     return lora
 
 
-def test_the_native_lora_loader_reaches_every_range(nodes, whole, split, native_lora) -> None:
+def test_the_native_lora_loader_reaches_every_segment(nodes, whole, split, native_lora) -> None:
     model, expected_model = (
         comfy.sd.load_lora_for_models(patcher, None, native_lora, 1.0, 0.0)[0]
         for patcher in (split[1], whole.model)
@@ -277,7 +279,7 @@ def test_the_native_lora_loader_reaches_every_range(nodes, whole, split, native_
     assert same(decode(nodes, whole, split[1]), whole.latent["samples"])
 
 
-def test_a_cache_made_with_other_loras_of_a_range_is_refused(
+def test_a_cache_made_with_other_loras_of_a_segment_is_refused(
     nodes, whole, split, native_lora
 ) -> None:
     image = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
@@ -290,7 +292,7 @@ def test_a_cache_made_with_other_loras_of_a_range_is_refused(
         decode(nodes, whole, model, positive=applied.result[0])
 
 
-def test_our_lora_loader_reaches_every_range_of_the_ar_model(whole, split) -> None:
+def test_our_lora_loader_reaches_every_segment_of_the_ar_model(whole, split) -> None:
     from glm_image.glm_core.files.lora import lora_key_map
 
     model = split[0].patcher.clone()
@@ -313,7 +315,7 @@ def test_what_a_split_model_cannot_do_is_refused_in_a_sentence(
     states, values = whole.positive[0]
     with pytest.raises(GLMImageError, match="LoRA hooks cannot change a model that a device plan"):
         decode(nodes, whole, split[1], positive=[[states, {**values, "hooks": hooks}]])
-    with pytest.raises(GLMImageError, match="does not reach those of a model that a device plan"):
+    with pytest.raises(GLMImageError, match="not reach all layers of a model that a device plan"):
         split[1].clone().set_injections("bypass", [])
     with pytest.raises(GLMImageError, match="that a device plan has split cannot be saved"):
         comfy.sd.save_checkpoint("split.safetensors", split[1])
@@ -343,7 +345,7 @@ def test_a_limited_patcher_leaves_the_rest_in_host_memory(nodes, whole) -> None:
 
 
 def run_all(nodes, whole, placement: Placement | None) -> list:
-    """Every stage anew with `place`; the patchers, when all has come out as it should."""
+    """Run every stage with the placement, check its output, and return the patchers."""
     ar = load_ar("small", placement=placement)
     tokens, _ = ar.sample(PROMPT, *SIZE, whole.seed, 1, SamplingOptions())
     assert same(tokens.tokens, whole.tokens.tokens)
@@ -358,19 +360,19 @@ def run_all(nodes, whole, placement: Placement | None) -> list:
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
-def test_stages_of_which_little_may_lie_on_the_device(nodes, whole, limit: int) -> None:
+def test_stages_with_few_weights_on_the_device(nodes, whole, limit: int) -> None:
     ar, _, model, vae = run_all(nodes, whole, Placement(CPU, CPU, limit))
     assert all(patcher.loaded_size() <= limit for patcher in (ar, model, vae))
 
 
 @pytest.mark.parametrize("state", ["LOW_VRAM", "NO_VRAM"])
 def test_stages_under_lowvram_and_novram(nodes, whole, monkeypatch, state: str) -> None:
-    """The manager's states of --lowvram and --novram, on a full device that is no CPU to it."""
+    """The states that --lowvram and --novram set, on a full device that counts as no CPU."""
     management = comfy.model_management
     management.unload_all_models()
     monkeypatch.setattr(management, "vram_state", management.VRAMState[state])
     monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
-    free = GIB // 2  # less than the host keeps for its own work
+    free = GIB // 2  # less than the host reserves for itself
     monkeypatch.setattr(
         management, "get_free_memory", lambda _=None, both=False: (free, free) if both else free
     )
@@ -401,8 +403,8 @@ def test_least_memory_gives_the_same_picture(nodes, whole, monkeypatch) -> None:
 
 @pytest.fixture
 def entered(monkeypatch) -> list[torch.device]:
-    """The devices made current, the innermost last: torch's CPU is given the word for it that its
-    accelerators have, and `cpu:0` is a device with a number."""
+    """The devices made current, the innermost last: `torch.cpu` is given the `device` context of
+    accelerators, and `cpu:0` is a device with a number."""
     stack: list[torch.device] = []
 
     @contextmanager
@@ -427,13 +429,13 @@ def layers_of(ar, model, clip) -> dict[str, torch.nn.Module]:
 
 
 def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monkeypatch) -> None:
-    """For what works on the current device wherever its tensors lie: graphs, streams, Triton."""
-    there = torch.device("cpu", 0)
-    # A latent that has come to the CPU does not say its number, as one on an accelerator does.
+    """Graphs, streams and Triton use the current device, whatever their tensors' device."""
+    numbered = torch.device("cpu", 0)
+    # A latent on the CPU loses the number that it would have on an accelerator.
     monkeypatch.setattr(
         decoder, "on_device", lambda device: on_device(torch.device(device.type, 0))
     )
-    placement = Placement(there, CPU)
+    placement = Placement(numbered, CPU)
     ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
     clip, seen = load_glyph_encoder("small", placement=placement), {}
     handles = [
@@ -449,18 +451,18 @@ def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monk
     finally:
         for handle in handles:
             handle.remove()
-    assert seen == {stage: [there] for stage in ("ar", "vision", "glyph", "decoder")}
+    assert seen == {stage: [numbered] for stage in ("ar", "vision", "glyph", "decoder")}
     assert entered == []
 
 
-def test_a_ranges_device_is_the_current_one_while_its_layers_run(nodes, whole, entered) -> None:
-    there, seen = torch.device("cpu", 0), []
-    placement = Placement(CPU, CPU, segments=((range(1, 2), Placement(there, CPU)),))
+def test_a_segments_device_is_the_current_one_while_its_layers_run(nodes, whole, entered) -> None:
+    numbered, seen = torch.device("cpu", 0), []
+    placement = Placement(CPU, CPU, segments=((range(1, 2), Placement(numbered, CPU)),))
     ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
     layers = [with_segments(patcher)[1].model.layers[0] for patcher in (ar.patcher, model)]
     for layer in (*layers, ar.patcher.model.lm_head, model.model.diffusion_model.proj_out):
         layer.register_forward_pre_hook(lambda *_, a=layer in layers: seen.append((a, [*entered])))
     nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
     decode(nodes, whole, model)
-    assert all(devices == ([there] if away else []) for away, devices in seen)
+    assert all(devices == ([numbered] if away else []) for away, devices in seen)
     assert {away for away, _ in seen} == {True, False}

@@ -1,4 +1,4 @@
-"""The host's out-of-memory error, raised inside each stage: one sentence, and nothing is lost."""
+"""The host's out-of-memory error in each stage: one sentence, then the stage works again."""
 
 import gc
 import resource
@@ -16,7 +16,7 @@ from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.encode import encode_references
-from glm_image.nodes.host.memory import memory_for
+from glm_image.nodes.host.out_of_memory import explain_out_of_memory
 from glm_image.nodes.host.patchers import with_segments
 from helpers import same, stages
 
@@ -77,7 +77,7 @@ STAGES = {
 
 
 class Full:
-    """A layer that finds its device full, after it has taken something of it."""
+    """Makes a layer run out of memory after it has allocated some."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.handle = layer.register_forward_pre_hook(self._raise)
@@ -108,8 +108,8 @@ def test_each_stage_says_so_and_works_again(nodes, run, stage) -> None:
     assert same(work(nodes, run), expected)
 
 
-def test_no_room_for_the_decoders_weights_is_said_too(nodes, run, monkeypatch) -> None:
-    """The host loads them before the first step, from the node that samples."""
+def test_no_room_for_the_decoders_weights_is_a_sentence_too(nodes, run, monkeypatch) -> None:
+    """The host loads them before the first step, in the node that samples."""
     expected = decode(nodes, run)
     comfy.model_management.unload_all_models()
 
@@ -127,13 +127,13 @@ def test_no_room_for_the_decoders_weights_is_said_too(nodes, run, monkeypatch) -
 # ---- split models --------------------------------------------------------------------------------
 
 CPU, OTHER = torch.device("cpu"), torch.device("cpu", 0)
-"""One and the same to torch, and two to whoever compares them."""
+"""One device to torch; two, if compared."""
 PLENTY = 64 * GIB
 
 
 @pytest.fixture
 def room(monkeypatch) -> dict[torch.device, int]:
-    """Free bytes by device, which the host is made to report, of a machine with two."""
+    """The free bytes that the host reports, by device, of a machine with two."""
     free = {CPU: PLENTY, OTHER: PLENTY}
 
     def get_free_memory(device=CPU, torch_free_too: bool = False):
@@ -146,7 +146,7 @@ def room(monkeypatch) -> dict[torch.device, int]:
 
 @pytest.fixture(scope="module")
 def split_run(run):
-    """The same run with a block of the AR model and of the decoder on each of two devices."""
+    """The same run with AR model and decoder split over two devices, one block on each."""
     placement = Placement(CPU, CPU, segments=((range(1, 2), Placement(OTHER, CPU)),))
     ar, model = load_ar("small", placement=placement), load_decoder("small", placement=placement)
     return replace(run, ar=ar, model=model)
@@ -167,7 +167,7 @@ SPLIT = {"The AR model": "ar", "The decoder": "decoder", "The reference cache": 
 def test_of_a_split_model_the_full_device_is_named(
     nodes, run, split_run, room, stage, full, named
 ) -> None:
-    """Wherever the error arises; both devices, if neither has less free than is needed."""
+    """The full device, wherever the error arises; both if neither has less free than is needed."""
     work, _ = STAGES[stage]
     expected = work(nodes, run)
 
@@ -199,7 +199,9 @@ def test_the_sentence_has_the_bytes_of_the_full_device(room) -> None:
         room.update({CPU: 3 * GIB, OTHER: free})
         with (
             pytest.raises(GLMImageError) as said,
-            memory_for("The decoder", needs, "use a smaller size", split="decoder_split"),
+            explain_out_of_memory(
+                "The decoder", needs, "use a smaller size", split="decoder_split"
+            ),
         ):
             raise comfy.model_management.OOM_EXCEPTION
         sentences.append(str(said.value))

@@ -41,9 +41,9 @@ AR_LAYER = "model.language_model.layers.0.mlp.down_proj"
 DECODER_LAYER = "transformer_blocks.0.ff.net.2"
 FILES = {"fp8": "fp8_e4m3fn", "int8": "int8", "int4": "int4"}
 ADDED = ".comfy_quant"
-"""Keys that current hosts add to a state dict: a layer's format, which no file of ours has."""
+"""The end of keys that current hosts add to a state dict: a layer's format, not in our files."""
 LIMITS = {"fp8": 0.06, "int8": 0.03, "int4": 0.3}
-"""How far the small models' output may move; their widths are 32 to 128."""
+"""The largest relative error of the small models' output; their widths are 32 to 128."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_converted_ar_samples_tokens_and_is_near_the_plain_one(nodes, run, fil
     assert tokens.tokens.shape == (2, 2, 3)
     assert layout.preview.shape[0] == 2
     error = relative_error(logits(ar), logits(run.ar))
-    assert 0 < error < LIMITS[dtype] + 0.01  # kept weights are bf16 there, float32 here
+    assert 0 < error < LIMITS[dtype] + 0.01  # other weights are bf16 there, float32 here
 
 
 @pytest.mark.parametrize("dtype", FILES)
@@ -143,7 +143,7 @@ def models_file(name: str) -> Path:
 
 @pytest.mark.parametrize("dtype", FILES)
 def test_a_file_is_mapped_and_not_copied(nodes, files, dtype) -> None:
-    """Layers that no kernel lays out anew are views of the file."""
+    """Layers that no kernel lays out are views of the file."""
     model = load(nodes, "Decoder", files["decoder", dtype]).model
     with open("/proc/self/maps") as maps:
         mapped = [line for line in maps if files["decoder", dtype] in line]
@@ -169,8 +169,8 @@ def test_memory_is_that_of_the_files_weights(nodes, run, files) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_quantised_ar_sees_with_its_own_eyes(nodes, run, files, name) -> None:
-    """The vision tower is kept in bf16, so a picture's tokens are those of bf16 weights."""
+def test_a_quantised_ar_has_an_unquantised_vision_tower(nodes, run, files, name) -> None:
+    """A file's vision tower is in bf16, so a picture's tokens are those of bf16 weights."""
     images = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
     expected = load(nodes, "AR", "small", "bf16").vision.encode(images)
     assert same(load(nodes, "AR", files["ar", name]).vision.encode(images), expected)
@@ -208,7 +208,7 @@ def test_packed_models_have_the_patcher_that_serves_them(nodes, files, name) -> 
 
 
 def write_lora(run, block: int) -> str:
-    """A LoRA of one layer in each model, in the block of that number, as large as its weight."""
+    """The name of a LoRA of one layer in each model, in that block, as large as its weight."""
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for root, network, layer in (
@@ -250,14 +250,14 @@ def test_a_lora_changes_a_quantised_model_as_it_does_the_plain_one(
         moved = relative_error(plain, original)
         assert moved > 0.05
         assert relative_error(ours, plain) < LIMITS[dtype] + 0.02
-    # Taken off again, the model is what it was, bit for bit.
+    # Without the LoRA the model is what it was, bit for bit.
     assert same(logits(ar), before[0])
     assert same(decode(nodes, run, model), before[1])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_lora_larger_than_the_weights_does_not_clip(nodes, files, name) -> None:
-    """Scales are made anew for the patched weights."""
+    """The patched weights get new scales."""
     ar = load(nodes, "AR", files["ar", name])
     key = f"{AR_LAYER}.weight"
     layer = ar.patcher.model.get_submodule(AR_LAYER)
@@ -307,13 +307,13 @@ def test_partly_loaded_is_as_wholly_loaded(nodes, files, dtype, share) -> None:
 
 
 @pytest.mark.parametrize("dtype", FILES)
-def test_partly_loaded_a_lora_is_added_on_the_way(nodes, files, lora_file, dtype) -> None:
+def test_partly_loaded_a_lora_is_added_to_streamed_weights(nodes, files, lora_file, dtype) -> None:
     ar = load(nodes, "AR", files["ar", dtype])
     _, patched = with_lora(nodes, lora_file, None, ar)
     whole, plain = logits(patched), logits(ar)
     streamed = logits(patched, memory=1)
     assert relative_error(whole, plain) > 0.05
-    assert relative_error(streamed, whole) < LIMITS[dtype]  # current hosts do not round it again
+    assert relative_error(streamed, whole) < LIMITS[dtype]  # current hosts do not quantise the sum
     assert same(logits(ar), plain)
 
 
@@ -370,7 +370,7 @@ if find_spec("comfy.memory_management"):  # not in ComfyUI 0.3.75
     def test_layers_that_the_host_makes_lazily_are_loaded_too(
         nodes, files, monkeypatch, kind, dtype
     ) -> None:
-        """As it does with dynamic VRAM, its default on many GPUs."""
+        """The host does so with dynamic VRAM, its default on many GPUs."""
 
         def state() -> dict:
             model = load(nodes, kind, files[STAGES[kind], dtype])
@@ -394,7 +394,7 @@ SPLIT = "cpu=0-0,cpu=1-1"
 
 
 def split_plan(nodes, name: str):
-    """Both models of two blocks, a block for each range."""
+    """A plan that splits both models, which have two blocks, into two segments."""
     return planned(nodes, name, ar_split=SPLIT, decoder_split=SPLIT, reserve_gb=0.0)[0]
 
 
@@ -407,7 +407,7 @@ def patcher_of(model):
 
 
 def output(nodes, run, model) -> Tensor:
-    """What a stage makes: logits, or latents."""
+    """The logits of the AR model, or the decoder's latents."""
     return decode(nodes, run, model) if patcher_of(model) is model else logits(model)
 
 
@@ -427,7 +427,7 @@ def test_a_split_file_is_the_whole_one(nodes, run, files, dtype, kind) -> None:
 
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("dtype", FILES)
-def test_a_plan_counts_each_ranges_bytes_in_the_file(nodes, files, dtype, kind) -> None:
+def test_a_plan_counts_each_segments_bytes_in_the_file(nodes, files, dtype, kind) -> None:
     name = files[STAGES[kind], dtype]
     parts = split_plan(nodes, name).plan.of_stage(STAGES[kind])
     patchers = with_segments(patcher_of(load_split(nodes, kind, name)))
@@ -442,16 +442,16 @@ def test_a_plan_counts_each_ranges_bytes_in_the_file(nodes, files, dtype, kind) 
 @pytest.mark.parametrize("limit", [None, 0])
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("dtype", FILES)
-def test_a_lora_of_a_later_range_is_as_on_the_whole_model(
+def test_a_lora_of_a_later_segment_is_as_on_the_whole_model(
     nodes, run, files, dtype, kind, limit
 ) -> None:
-    """Also with every layer streamed, to which it is added on the way."""
+    """Also with every layer streamed; the LoRA is then added after the layer is fetched."""
     lora, name = write_lora(run, block=1), files[STAGES[kind], dtype]
     placement = Placement(CPU, CPU, limit)
-    split_place = replace(placement, segments=((range(1, 2), placement),))
+    split = replace(placement, segments=((range(1, 2), placement),))
     outputs = []
-    for there in (placement, split_place):
-        model = {"AR": load_ar, "Decoder": load_decoder}[kind](name, placement=there)
+    for each in (placement, split):
+        model = {"AR": load_ar, "Decoder": load_decoder}[kind](name, placement=each)
         plain = output(nodes, run, model)
         if kind == "AR":
             _, patched = with_lora(nodes, lora, None, model)
@@ -467,18 +467,18 @@ def test_a_lora_of_a_later_range_is_as_on_the_whole_model(
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """Of a tensor of the host's: in 0.3.75, and later."""
+    """The scale of one of the host's tensors: in 0.3.75, and later."""
     if hasattr(weight, "_layout_params"):
         return weight._layout_params["scale"]
     return weight.params.scale
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_scales_go_where_their_range_goes(nodes, files, kind) -> None:
-    """fp8's are beside the numbers in the host's tensor; ours are among the bytes."""
+def test_scales_are_on_the_device_of_their_segment(nodes, files, kind) -> None:
+    """fp8 scales are beside the numbers in the host's tensor; ours are among the packed bytes."""
     own, part = with_segments(patcher_of(load_split(nodes, kind, files[STAGES[kind], "fp8"])))
     part.patch_model(META)
-    homes = [
+    found = [
         {
             (weight.device, scale_of(weight).device)
             for weight in patcher.model.parameters()
@@ -486,11 +486,11 @@ def test_scales_go_where_their_range_goes(nodes, files, kind) -> None:
         }
         for patcher in (own, part)
     ]
-    assert homes == [{(CPU, CPU)}, {(META, META)}]
+    assert found == [{(CPU, CPU)}, {(META, META)}]
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_each_range_multiplies_fp8_as_its_own_device_can(nodes, files, monkeypatch, kind) -> None:
+def test_each_segment_multiplies_in_fp8_if_its_device_can(nodes, files, monkeypatch, kind) -> None:
     able = torch.device("cpu", 0)
     monkeypatch.setattr(
         comfy.model_management, "supports_fp8_compute", lambda device=None: device == able
@@ -511,7 +511,7 @@ def test_each_range_multiplies_fp8_as_its_own_device_can(nodes, files, monkeypat
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_steps_can_be_replayed(nodes, files, name, monkeypatch) -> None:
-    """A tape of operations in the place of a CUDA graph."""
+    """Recorded as a tape of operations, in place of a CUDA graph."""
     recorder = Recorder()
     monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda device: recorder)
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)

@@ -27,7 +27,7 @@ def run(nodes):
 
 @pytest.fixture(scope="module")
 def images() -> list[Tensor]:
-    """Two pictures of different aspect, on sizes that both sides take as they are."""
+    """Two pictures of different aspect, in sizes that neither implementation changes."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.rand(1, height // 32, width // 32, 3, generator=generator)
@@ -92,21 +92,21 @@ def test_latents_equal_the_reference(nodes, pipelines, images, shape: str, count
 
 
 def test_a_step_needs_room_for_the_references_too(nodes, run, images, monkeypatch) -> None:
-    """As the sentence says that comes where there is none."""
+    """The out-of-memory sentence has the same bytes."""
     cache = cached(nodes, run, encode(run, images))
-    network, said = run.model.model, []
+    network, explained = run.model.model, []
+    original = decoder_module.explain_out_of_memory
 
-    def memory_for(stage, needs, *rest, **how):
-        said.append(needs)
-        return said_by(stage, needs, *rest, **how)
+    def explain_out_of_memory(stage, needs, *rest, **how):
+        explained.append(needs)
+        return original(stage, needs, *rest, **how)
 
-    said_by = decoder_module.memory_for
-    monkeypatch.setattr(decoder_module, "memory_for", memory_for)
+    monkeypatch.setattr(decoder_module, "explain_out_of_memory", explain_out_of_memory)
     decode(nodes, run, cache, steps=1)
     shape = list(run.latent["samples"].shape)
     tokens = sum(image.shape[1] * image.shape[2] // 16**2 for image in images)
     need = network.memory_required(shape, {"references": [(1, tokens)]})
-    assert said == [{run.model.load_device: need}]
+    assert explained == [{run.model.load_device: need}]
     assert need > network.memory_required(shape)
 
 
@@ -130,7 +130,7 @@ def test_streamed_from_host_memory_is_the_same(nodes, run, images) -> None:
     assert not resident.reader.streamed
     assert streamed.reader.streamed
     assert same(decode(nodes, run, resident), decode(nodes, run, streamed))
-    assert streamed.reader._ahead is None  # nothing is left behind when sampling ends
+    assert streamed.reader._prefetched is None  # freed when sampling ends
 
 
 def test_fp8_is_close_and_half_as_large(nodes, run, images) -> None:
@@ -192,7 +192,7 @@ def test_a_cache_of_other_loras_is_refused(nodes, run, images) -> None:
 
 
 def test_a_cache_of_other_injections_is_refused(nodes, run, images) -> None:
-    """As current hosts' LoRAs that bypass the weights are."""
+    """Current hosts inject LoRAs that bypass the weights."""
     injected = run.model.clone()
     nothing = comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)
     injected.set_injections("bypass", [nothing])
@@ -213,7 +213,7 @@ def test_the_cache_is_loaded_by_comfyui_and_counted(nodes, run, images) -> None:
     assert cache.patchers[0].model_size() == cache.reader.cache.nbytes
 
 
-def test_a_readers_copy_is_made_once_a_device(nodes, run, images) -> None:
+def test_a_reader_is_made_once_for_each_device(nodes, run, images) -> None:
     cache = cached(nodes, run, encode(run, images[:1]), "gpu")
     meta = torch.device("meta")
     assert not hasattr(cache.reader, "dtype")
@@ -315,7 +315,7 @@ def test_an_empty_chain_and_latents_of_another_vae_are_refused(nodes, run, image
         cached(nodes, run, replace(references, sets=((narrow,),)))
 
 
-def test_a_resident_cache_that_was_put_back_is_fetched(nodes, run, images) -> None:
+def test_a_resident_cache_that_the_host_moved_away_is_fetched(nodes, run, images) -> None:
     reader = cached(nodes, run, encode(run, images[:1]), "gpu").reader
     elsewhere = type(reader)(reader.cache, torch.device("meta"), streamed=False)
     assert all(part.device.type == "meta" for pair in elsewhere[1] for part in pair)
@@ -332,13 +332,13 @@ def test_the_cache_dies_with_its_last_holder(nodes, run, images) -> None:
         gc.enable()
 
 
-def test_apply_tokens_takes_what_an_earlier_one_gave(nodes, run) -> None:
+def test_apply_tokens_takes_the_output_of_an_earlier_one(nodes, run) -> None:
     again = nodes["GLMImageApplyTokens"].execute(run.positive, run.tokens, -1, run.negative).result
     for ours, expected in zip(again[:2], (run.positive, run.negative), strict=True):
         assert same(ours[0][0], expected[0][0])
 
 
-def test_the_negative_of_an_earlier_apply_tokens_keeps_no_references(nodes, run, images) -> None:
+def test_the_negative_of_an_earlier_apply_tokens_has_no_references(nodes, run, images) -> None:
     cache = cached(nodes, run, encode(run, images[:1]))
     apply = nodes["GLMImageApplyTokens"].execute
     positive, _, _ = apply(run.positive, run.tokens, -1, None, cache).result

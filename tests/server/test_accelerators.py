@@ -1,7 +1,7 @@
-"""On two accelerators with little memory, through a real server: offloaded, split and run full.
+"""On two accelerators with little memory, through a real server: offloaded, split, out of memory.
 
 The devices are simulated (`tests/simulated`): the CPU computes, under an accelerator's rules. So
-what is computed must be the CPU's numbers, and what is not where it is used is an error.
+the numbers must be the CPU's, and a tensor on the wrong device is an error.
 """
 
 import json
@@ -20,10 +20,10 @@ from reference import reference_snapshot
 
 SIMULATED = Path(__file__).resolve().parents[1] / "simulated"
 AMPLE = 4 * 10**9
-TIGHT = 1_278_650_000  # what ComfyUI keeps free of a device, and some of our weights
+TIGHT = 1_278_650_000  # the bytes that ComfyUI keeps free of a device, and some of our weights
 FULL = 100_000
-NOISE_LEVELS = 4000  # bytes of a failed run's, until Python's garbage is collected
-FP32 = "--force-fp32"  # else bf16, which the CPU's server does not take for these files
+NOISE_LEVELS = 4000  # bytes of those of a failed run, until Python collects garbage
+FP32 = "--force-fp32"  # else bf16, which the server on the CPU does not choose for these files
 
 
 class Machine:
@@ -37,16 +37,16 @@ class Machine:
         return first_image(self.client, self.client.run(prompt), prompt)
 
     def resize(self, *sizes: int) -> None:
-        """Bytes that the devices have from now on; their peaks begin anew."""
+        """Set the bytes of each device, and reset their peaks."""
         self.client.post("/npu", list(sizes))
 
     @property
     def memory(self) -> list[list[int]]:
-        """Bytes taken and their peak, of each device."""
+        """Bytes in use and their peak, for each device."""
         return json.loads(self.client.get("/npu"))
 
     def unload(self) -> None:
-        """As the page's button does; the server does so when it next looks."""
+        """Unload all models, as the page's button does, and wait until the server has done so."""
         self.client.post("/free", {"unload_models": True})
         deadline = time.monotonic() + 20
         while self.memory[0][0] > NOISE_LEVELS and time.monotonic() < deadline:
@@ -70,7 +70,7 @@ def serving(folder: Path, *flags: str, **variables: str) -> Iterator[Machine]:
 
 
 def assert_alike(ours: np.ndarray, cpus: np.ndarray) -> None:
-    """But for rounding: another token would be another picture."""
+    """Equal but for rounding; with other tokens it would be another picture."""
     assert np.abs(ours - cpus).max() <= 1
 
 
@@ -101,7 +101,7 @@ def test_pictures_are_the_cpus(machine, picture, name: str, room: int) -> None:
 
 
 @pytest.mark.parametrize("split", ["gpu:0=0-0,gpu:1=1-1", "gpu:1=0-0,cpu=1-1", "cpu=0-0,gpu:0=1-1"])
-def test_a_split_model_hops_between_devices(machine, picture, split: str) -> None:
+def test_a_split_model_runs_on_both_devices(machine, picture, split: str) -> None:
     prompt = fresh("style_transfer")
     expected = picture(prompt)
     shown = planned(prompt, ar_split=split, decoder_split=split)
@@ -133,10 +133,10 @@ def test_least_memory_takes_less(machine, picture) -> None:
         ("style_transfer", "GLMImageReferenceCache", "precision", "fp8", "The reference cache"),
     ],
 )
-def test_full_memory_is_a_sentence_and_nothing_is_left_of_it(
+def test_out_of_memory_is_a_sentence_and_leaves_nothing_behind(
     machine, picture, workflow: str, node: str, name: str, value: object, stage: str
 ) -> None:
-    """Ten times, at a stage whose inputs were made before; then there is memory, and it works."""
+    """Ten failures at a stage whose inputs were made before; with memory again it works."""
     prompt = fresh(workflow)
     machine.client.run(prompt)
     prompt[the(prompt, node)]["inputs"][name] = value
@@ -160,7 +160,7 @@ def test_the_hosts_flags(tmp_path, picture, flag: str) -> None:
 
 
 def test_without_numbers_as_many_bytes_are_counted(machine, tmp_path) -> None:
-    """As `make caps` does, for networks that no test could compute."""
+    """`make simulated-cards` counts so, for networks too large for a test to compute."""
     prompt = fresh()
     machine.client.run(prompt)
     with serving(tmp_path, NPU_EMPTY="1") as empty:
@@ -177,7 +177,7 @@ if (environment.host().path / "comfy_extras" / "nodes_multigpu.py").exists():  #
         [("SelectModelDevice", {"device": "gpu:1"}), ("MultiGPU_WorkUnits", {"max_gpus": 2})],
     )
     def test_the_hosts_device_nodes(machine, name: str, node: str, how: dict) -> None:
-        """A reference cache that was made on the first device goes along to the second."""
+        """A reference cache that was made on the first device is copied to the second."""
         prompt = fresh(name)
         expected = machine.picture(prompt)
         decoder, decode = the(prompt, "GLMImageLoadDecoder"), the(prompt, "GLMImageDecode")

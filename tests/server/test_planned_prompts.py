@@ -7,7 +7,7 @@ from graphs import planned, workflow
 from pictures import first_image
 
 
-def test_split_over_ranges_it_is_the_same_picture(client: Client, picture) -> None:
+def test_a_split_model_paints_the_same_picture(client: Client, picture) -> None:
     expected = picture(workflow(seed=31))
     prompt = workflow(seed=31)
     shown = planned(prompt, ar_split="cpu=0-0,cpu=1-1", decoder_split="cpu=0-0,cpu=1-1")

@@ -1,13 +1,13 @@
 """Accelerators that do not exist: ComfyUI imports a module of this name and finds Ascend NPUs.
 
 Tensors on "npu:0", "npu:1" ... lie in host memory and are computed by the CPU, under the rules of
-an accelerator: those of different devices do not meet, and a device holds so many bytes and no
-more. What ComfyUI loads, offloads, streams and splits, it does as on a card; speed and streams are
-not simulated.
+an accelerator: an operation takes tensors of one device, and a device has a limited number of
+bytes. ComfyUI loads, offloads, streams and splits as on a card; speed and streams are not
+simulated.
 
-NPU_BYTES: of each device, with commas between.
-NPU_EMPTY: if set, tensors there have sizes and no numbers; what is read from them is zero. Networks
-of any size run so, for what they allocate to be counted.
+NPU_BYTES: the bytes of each device, separated by commas.
+NPU_EMPTY: if set, tensors on the devices have sizes and no numbers, and read as zeros. So networks
+of any size run, and their allocations are counted.
 """
 
 import os
@@ -24,42 +24,42 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 EMPTY = "NPU_EMPTY" in os.environ
-KEPT = torch.device("meta") if EMPTY else CPU
-"""Where torch has the numbers, or only the sizes."""
+STORAGE = torch.device("meta") if EMPTY else CPU
+"""Where torch stores the numbers, or only the sizes."""
 READING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
-"""What gives Python a number."""
+"""Operations that give Python a number."""
 CROSSING = {aten._to_copy.default, aten.copy_.default}
-"""What takes tensors of several devices."""
+"""Operations that take tensors of several devices."""
 PLACING = {"aten::to", "aten::type_as"}
-"""What only then copies if the device is another one."""
+"""Operations that copy only if the device is another one."""
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-"""What takes indices from the CPU."""
+"""Operations that take indices from the CPU."""
 
 
 class Memory:
-    """Of one device: what the storages of all living tensors take of it."""
+    """The memory of one device: the bytes of the storages of all living tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.taken = self.peak = 0
+        self.in_use = self.peak = 0
         self._holders: Counter[int] = Counter()
 
     def hold(self, tensor: "NPUTensor") -> None:
-        """Count a tensor's storage until the last tensor that has it is gone.
+        """Count a tensor's storage until the last tensor that uses it is gone.
 
         Raises:
-            torch.OutOfMemoryError: it is more than is free.
+            torch.OutOfMemoryError: it is larger than what is free.
         """
-        storage = tensor.kept.untyped_storage()
+        storage = tensor.stored.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
         if not self._holders[key]:
-            if self.taken + nbytes > self.size:
+            if self.in_use + nbytes > self.size:
                 del self._holders[key]
                 raise torch.OutOfMemoryError(
-                    f"{tensor.device} holds {self.taken} of {self.size} bytes: no room for {nbytes}"
+                    f"{tensor.device} holds {self.in_use} of {self.size} bytes, not {nbytes} more"
                 )
-            self.taken += nbytes
-            self.peak = max(self.peak, self.taken)
+            self.in_use += nbytes
+            self.peak = max(self.peak, self.in_use)
         self._holders[key] += 1
         weakref.finalize(tensor, self._release, key, storage).atexit = False
 
@@ -67,25 +67,25 @@ class Memory:
         self._holders[key] -= 1
         if not self._holders[key]:
             del self._holders[key]
-            self.taken -= storage.nbytes()
+            self.in_use -= storage.nbytes()
 
 
 MEMORY = [Memory(int(size)) for size in os.environ["NPU_BYTES"].split(",")]
 
 
 class NPUTensor(Tensor):
-    """A tensor on a simulated device; `kept` has its numbers, or its sizes alone."""
+    """A tensor on a simulated device; `stored` has its numbers, or only its sizes."""
 
-    kept: Tensor
+    stored: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, kept: Tensor, device: torch.device) -> "NPUTensor":
+    def __new__(cls, stored: Tensor, device: torch.device) -> "NPUTensor":
         self = Tensor._make_wrapper_subclass(
-            cls, kept.size(), strides=kept.stride(), storage_offset=kept.storage_offset(),
-            dtype=kept.dtype, device=device,
+            cls, stored.size(), strides=stored.stride(), storage_offset=stored.storage_offset(),
+            dtype=stored.dtype, device=device,
         )  # fmt: skip
-        self.kept = kept
+        self.stored = stored
         MEMORY[device.index].hold(self)
         return self
 
@@ -93,13 +93,13 @@ class NPUTensor(Tensor):
         return self.cpu().tolist()
 
     def __repr__(self) -> str:
-        return f"{self.device}: {self.kept!r}"
+        return f"{self.device}: {self.stored!r}"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
         name, kwargs = func._schema.name, dict(kwargs or {})
         if func is aten._has_compatible_shallow_copy_type.default:
-            return False  # asked by modules that move: their parameters are made anew
+            return False  # asked by modules that move: they then create new parameters
         if name in PLACING:
             return func.decompose(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -110,19 +110,19 @@ class NPUTensor(Tensor):
         if EMPTY and (name in READING or device == CPU):
             return _zeros(func, args, kwargs)
         if "device" in (argument.name for argument in func._schema.arguments):
-            kwargs["device"] = KEPT
-        return _wrap(func(*tree_map(_kept, args), **tree_map(_kept, kwargs)), tensors, device)
+            kwargs["device"] = STORAGE
+        return _wrap(func(*tree_map(_stored, args), **tree_map(_stored, kwargs)), tensors, device)
 
 
-def _kept(x: Any) -> Any:
+def _stored(x: Any) -> Any:
     if isinstance(x, NPUTensor):
-        return x.kept
-    return x.to(KEPT) if isinstance(x, Tensor) else x
+        return x.stored
+    return x.to(STORAGE) if isinstance(x, Tensor) else x
 
 
 def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
-    """What `func` gives the CPU of tensors that are zero."""
-    if func is aten._to_copy.default:  # of whole models: pages that nobody writes take no memory
+    """The result of `func` on the CPU if its tensors are zero."""
+    if func is aten._to_copy.default:  # of whole models: unwritten pages take no memory
         (x,) = args
         return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
 
@@ -133,10 +133,10 @@ def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _wrap(out: Any, given: list[Tensor], device: torch.device) -> Any:
-    """Results on the device; a tensor that was given comes back as itself."""
-    known = {id(x.kept): x for x in given if isinstance(x, NPUTensor)}
+    """Results as tensors on the device; an argument that is returned stays the same object."""
+    known = {id(x.stored): x for x in given if isinstance(x, NPUTensor)}
     for x in known.values():
-        if x.kept.shape != x.shape:
+        if x.stored.shape != x.shape:
             raise RuntimeError("A simulated tensor cannot follow a change of shape in place.")
 
     def wrap(x: Any) -> Any:
@@ -155,7 +155,7 @@ def _indexed(device: torch.device | str | int) -> torch.device:
 def _require_one_device(name: str, tensors: list[Tensor]) -> None:
     """
     Raises:
-        RuntimeError: tensors lie on several; numbers may lie on the CPU.
+        RuntimeError: tensors lie on several devices; those without dimensions may be on the CPU.
     """
     if name in INDEXING:
         tensors = [tensors[0], *(x for x in tensors[1:] if x.device != CPU)]
@@ -164,7 +164,7 @@ def _require_one_device(name: str, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{name} is given tensors on {' and '.join(map(str, devices))}")
 
 
-# ---- what torch itself calls ---------------------------------------------------------------------
+# ---- what torch calls ----------------------------------------------------------------------------
 
 _operators = torch.library.Library("aten", "IMPL")
 
@@ -173,7 +173,7 @@ def _register_factory(name: str, overload: str) -> None:
     func = getattr(getattr(aten, name), overload)
 
     def make(*args, device=None, pin_memory=None, **kwargs) -> NPUTensor:
-        return NPUTensor(func(*args, device=KEPT, **kwargs), _indexed(device))
+        return NPUTensor(func(*args, device=STORAGE, **kwargs), _indexed(device))
 
     _operators.impl(f"{name}.{overload}".removesuffix(".default"), make, "PrivateUse1")
 
@@ -186,7 +186,7 @@ for _name, _overload in (
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    _kept(target).copy_(_kept(source))
+    _stored(target).copy_(_stored(source))
     return target
 
 
@@ -197,7 +197,7 @@ _operators.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
 class Backend(ModuleType):
-    """What ComfyUI and torch ask of `torch.npu`."""
+    """The functions of `torch.npu` that ComfyUI and torch call."""
 
     def is_available(self) -> bool:
         return True
@@ -221,18 +221,18 @@ class Backend(ModuleType):
         return "simulated"
 
     def synchronize(self, device: Any = None) -> None:
-        """Nothing is ever under way."""
+        """No operation is ever pending."""
 
     def empty_cache(self) -> None:
-        """Nothing is kept in reserve."""
+        """No memory is cached."""
 
     def mem_get_info(self, device: Any) -> tuple[int, int]:
         memory = MEMORY[_indexed(device).index]
-        return memory.size - memory.taken, memory.size
+        return memory.size - memory.in_use, memory.size
 
     def memory_stats(self, device: Any) -> dict[str, int]:
-        taken = MEMORY[_indexed(device).index].taken
-        return {"active_bytes.all.current": taken, "reserved_bytes.all.current": taken}
+        in_use = MEMORY[_indexed(device).index].in_use
+        return {"active_bytes.all.current": in_use, "reserved_bytes.all.current": in_use}
 
 
 _setup_privateuseone_for_python_backend("npu", Backend("torch.npu"))

@@ -1,9 +1,9 @@
-"""`make caps`: what a full-size run takes of cards of 24, 16, 12 and 8 GiB, counted without one.
+"""`make simulated-cards`: memory of a full-size run on simulated cards of 24, 16, 12 and 8 GiB.
 
-The server's device is simulated (`tests/simulated`) and holds no numbers, so that networks of the
-real size run on any machine. What the host loads, leaves out and streams there, and what every
-operation allocates, is counted; kernels' workspaces and an allocator's slack are not. The AR model
-is stopped after some tokens: its cache is made for all of them before the first.
+The server's device (`tests/simulated`) has sizes and no numbers, so networks of the real size run
+on any machine. It counts the weights that the host loads and streams, and what every operation
+allocates, but no workspaces of kernels and no slack of an allocator. The AR model is stopped after
+a few tokens, since its KV cache is allocated for all tokens before the first.
 """
 
 import json
@@ -30,17 +30,17 @@ from .client import Client, Event, Prompt
 
 SIMULATED = environment.ROOT / "tests" / "simulated"
 HUB = environment.ROOT / "tests" / "configs" / "hub"
-BASE = environment.CACHE / "caps"
+BASE = environment.CACHE / "simulated-cards"
 CARDS = (24, 16, 12, 8)
 SIDE = 1024
-DRAWN = 8  # tokens after which the AR model is stopped
+MOST_TOKENS = 8  # after which the AR model is stopped
 PARTS = {
     "vision_language_encoder": ("model", torch.bfloat16, ARModel, ARConfig),
     "transformer": ("diffusion_pytorch_model", torch.bfloat16, Decoder, DecoderConfig),
     "text_encoder": ("model", torch.float32, GlyphEncoder, GlyphConfig),
     "vae": ("diffusion_pytorch_model", torch.bfloat16, AutoencoderKL, VAEConfig),
 }
-"""Of the hub's snapshot: a part's file, its weights' dtype, its network and that one's config."""
+"""The folders of the hub's snapshot: file, weights' dtype, network and its config."""
 
 
 def main(cards: list[float]) -> None:
@@ -59,15 +59,15 @@ def main(cards: list[float]) -> None:
 
 
 class _Card:
-    """A size of the server's device."""
+    """The server's device, with the memory of one card."""
 
     def __init__(self, client: Client, size: int) -> None:
         self._client = client
         self._size = size
 
     def peaks(self, model: str) -> tuple[float, float, float]:
-        """GiB: of the AR model, of the decoder with what is left of the glyph encoder, of the VAE
-        with what is left of both."""
+        """Peaks in GiB while the AR model, the decoder and the VAE run, including models that are
+        still loaded."""
         prompt = json.loads(demo.WORKFLOW.read_text())
         size = {"width": SIDE, "height": SIDE, "steps": 1}
         demo.set_inputs(prompt, {"model_name": model, "seed": self._size, **size})
@@ -75,11 +75,11 @@ class _Card:
         return (self._ar(prompt), *self._decoder_and_vae(prompt, sampler))
 
     def _ar(self, prompt: Prompt) -> float:
-        self._begin()
+        self._reset_peak()
         peaks: list[float] = []
 
         def stop(event: Event) -> None:
-            if event["type"] == "progress" and event["data"]["value"] >= DRAWN and not peaks:
+            if event["type"] == "progress" and event["data"]["value"] >= MOST_TOKENS and not peaks:
                 peaks.append(self._peak())
                 self._client.interrupt()
 
@@ -87,43 +87,43 @@ class _Card:
         return peaks[0]
 
     def _decoder_and_vae(self, prompt: Prompt, sampler: str) -> tuple[float, float]:
-        """With tokens from a file."""
+        """The peaks of both, with tokens from a file."""
         node = {"class_type": "GLMImageLoadTokens", "inputs": {"file": "tokens.safetensors"}}
         prompt[sampler] = node
         running, peaks = "", {}
         self._unload()
 
-        def begin(event: Event) -> None:
+        def note_peak(event: Event) -> None:
             nonlocal running
             if event["type"] == "executing":
                 peaks[running] = self._peak()
-                self._begin()
+                self._reset_peak()
                 running = event["data"]["node"]
 
-        self._client.run(prompt, begin)
+        self._client.run(prompt, note_peak)
         by_type = {prompt[key]["class_type"]: peak for key, peak in peaks.items() if key}
         return by_type["GLMImageDecode"], by_type["VAEDecode"]
 
     def _unload(self) -> None:
-        """The server does so when it next looks."""
+        """Unload all models; the server does so a moment after it is asked."""
         self._client.post("/free", {"unload_models": True})
         while self._memory()[0] > GIB:
             time.sleep(0.1)
 
-    def _begin(self) -> None:
+    def _reset_peak(self) -> None:
         self._client.post("/npu", [self._size])
 
     def _peak(self) -> float:
         return self._memory()[1] / GIB
 
     def _memory(self) -> tuple[int, int]:
-        """Bytes taken, and the most since `_begin`."""
-        ((taken, peak),) = json.loads(self._client.get("/npu"))
-        return taken, peak
+        """Bytes in use, and the most since `_reset_peak`."""
+        ((in_use, peak),) = json.loads(self._client.get("/npu"))
+        return in_use, peak
 
 
 def _write_checkpoint(folder: Path) -> str:
-    """A snapshot of the hub's sizes whose weights are holes in files; its name."""
+    """Write a snapshot of the hub's sizes whose files have no data; returns its name."""
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(demo.TINY, folder, ignore=ignored, dirs_exist_ok=True)
     for part, (file, dtype, network, read) in PARTS.items():
@@ -136,7 +136,7 @@ def _write_checkpoint(folder: Path) -> str:
 
 
 def _write_empty(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """A safetensors file of zeros that takes no room: a header, and a hole as long as the data."""
+    """A safetensors file of zeros that takes no disk: a header, and a hole in place of the data."""
     header, end = {}, 0
     name = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     for key, tensor in state.items():
@@ -149,9 +149,9 @@ def _write_empty(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> No
 
 
 def _write_tokens(path: Path) -> None:
-    codebook = json.loads((HUB / "vision_language_encoder_config.json").read_text())
+    config = json.loads((HUB / "vision_language_encoder_config.json").read_text())
     grid = torch.zeros(1, SIDE // 32, SIDE // 32, dtype=torch.int32)
-    codes = codebook["vq_config"]["num_embeddings"]
+    codes = config["vq_config"]["num_embeddings"]
     save_tokens(path, SemanticTokens(grid, codes, SIDE, SIDE, {}))
 
 

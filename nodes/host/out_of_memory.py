@@ -1,5 +1,4 @@
-"""Out of memory, said in a sentence: which stage and device, what it needs, what was free, what
-helps."""
+"""Out of memory as a sentence: which stage and device, what it needs, what was free, what helps."""
 
 import traceback
 from collections.abc import Iterator, Mapping
@@ -13,36 +12,36 @@ from ...glm_core.placement.plan import gib
 from .devices import name_of
 
 ALL = 1e30
-"""Bytes that no device has: so much room is made by unloading every model on it."""
+"""More bytes than any device has: to free so many, the host unloads every model."""
 
 
 @contextmanager
-def memory_for(
+def explain_out_of_memory(
     stage: str, needs: Mapping[torch.device, float], helps: str, split: str | None = None
 ) -> Iterator[None]:
-    """Turns the host's out-of-memory error into a sentence, and makes room for the next prompt.
+    """Replaces the host's out-of-memory error by a sentence, and frees memory for the next prompt.
 
-    The error does not say whose memory ran out. Of several devices the sentence names those with
-    less free than they need, or all where none is: then more was needed than is known here.
+    The error does not say which device ran out. The sentence names the devices with less free than
+    the stage needs, or all of them if none has less: then `needs` was too low.
 
     Args:
-        stage: what is run, as the sentence's subject.
-        needs: bytes beside the weights, of each device that the stage runs on.
-        helps: what the person can change.
-        split: the setting that divides the stage's layers, which helps on several devices.
+        stage: the subject of the sentence.
+        needs: bytes beside the weights, for each device that the stage runs on.
+        helps: what the user can change.
+        split: the input that divides the stage's layers; fewer layers help if devices are several.
 
     Raises:
-        GLMImageError: a device's memory did not suffice.
+        GLMImageError: a device ran out of memory.
     """
     try:
         yield
     except Exception as error:
         if not _is_oom(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed pass
+        traceback.clear_frames(error.__traceback__)  # they reference tensors of the failed pass
         free = {device: comfy.model_management.get_free_memory(device) for device in needs}
         comfy.model_management.unload_all_models()
-        for device in needs:  # 0.3.75 has unloaded those on its own device only
+        for device in needs:  # 0.3.75 unloaded only those on its own device
             comfy.model_management.free_memory(ALL, device)
         comfy.model_management.soft_empty_cache()
         raise GLMImageError(_sentence(stage, needs, free, helps, split)) from None
@@ -56,19 +55,19 @@ def _sentence(
     split: str | None,
 ) -> str:
     short = [device for device in needs if free[device] < needs[device]] or list(needs)
-    places = ", or on ".join(
+    devices = ", or on ".join(
         f"{name_of(device)}, where it needs {gib(needs[device])} beside its weights and "
         f"{gib(free[device])} were free"
         for device in short
     )
     if split is not None and len(needs) > 1:
         helps += f", or give {' or '.join(map(name_of, short))} fewer layers in {split}"
-    return f"{stage} ran out of memory on {places}; {helps}."
+    return f"{stage} ran out of memory on {devices}; {helps}."
 
 
 def _is_oom(error: Exception) -> bool:
-    """Current hosts know more errors of a full device than the one that 0.3.75 names."""
-    known = getattr(comfy.model_management, "is_oom", None)
-    if known is not None:
-        return known(error)
+    """Current hosts recognise more errors of a full device than 0.3.75, which names one type."""
+    is_oom = getattr(comfy.model_management, "is_oom", None)
+    if is_oom is not None:
+        return is_oom(error)
     return isinstance(error, comfy.model_management.OOM_EXCEPTION)
