@@ -353,8 +353,10 @@ def load_ar_patcher(
     require_layers(chosen, config.layers, component.title)
     on_meta = {"device": "meta", "dtype": precision.storage}
     segments = [
-        layer_segment(config, numbers, load, operations=precision.at(load).operations, **on_meta)
-        for numbers, load in ((numbers, part.load) for numbers, part in chosen.segments)
+        layer_segment(
+            config, numbers, part.load, operations=precision.at(part.load).operations, **on_meta
+        )
+        for numbers, part in chosen.segments
     ]
     network = HostARModel(config, segments=segments, operations=precision.operations, **on_meta)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, segments)
