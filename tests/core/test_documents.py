@@ -39,7 +39,7 @@ def test_the_plot_shows_the_results() -> None:
 def test_the_code_in_architecture_is_the_examples() -> None:
     architecture = (ROOT / "ARCHITECTURE.md").read_text()
     section = architecture.split("## glm_core alone\n")[1].split("\n## ")[0]
-    script = _lines((ROOT / "examples" / "without_comfyui.py").read_text())
+    script = _lines((ROOT / "scripts" / "without_comfyui.py").read_text())
     blocks = re.findall(r"```python\n(.+?)```", section, re.DOTALL)
     assert blocks
     assert all(_lines(block) in script for block in blocks)

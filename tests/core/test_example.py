@@ -1,4 +1,4 @@
-"""`examples/without_comfyui.py` makes the reference's pictures, and what a prompt asks for."""
+"""`scripts/without_comfyui.py` makes the reference's pictures, and what a prompt asks for."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from PIL import Image
 from reference import SHAPES, reference_snapshot
 
 from evaluation.judge import matches_kinds, read_text, text_box
-from examples.without_comfyui import TextToImage
 from glm_core.data.grids import upsample_tokens
+from scripts.without_comfyui import TextToImage
 from training.scene import Scene, Text, place_item
 
 PROGRAM = """
 import json, runpy, sys
-runpy.run_module("examples.without_comfyui", run_name="__main__", alter_sys=True)
+runpy.run_module("scripts.without_comfyui", run_name="__main__", alter_sys=True)
 print(json.dumps(sorted(sys.modules)))
 """
 

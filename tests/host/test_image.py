@@ -9,7 +9,7 @@ from helpers import relative_error, same, stages
 from reference import SHAPES
 
 import nodes as core_nodes
-from examples.without_comfyui import TextToImage
+from scripts.without_comfyui import TextToImage
 
 PROMPT = "a sign that says 'OPEN 24h' beside \"no\" door"
 SIZE = (96, 160)  # height, width

@@ -1,6 +1,6 @@
 """Text to image with `glm_core` alone, from a snapshot's folder to a PNG.
 
-python -m examples.without_comfyui tiny "a red circle" out.png --width 512 --height 512
+python -m scripts.without_comfyui tiny "a red circle" out.png --width 512 --height 512
 """
 
 import argparse

@@ -1,1 +1,0 @@
-"""Scripts that use `glm_core` alone."""
