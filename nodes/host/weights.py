@@ -93,7 +93,7 @@ def choose_precision(
 
 
 def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
-    """The host's choice, except for CPUs: it never uses bf16 on one.
+    """The host's choice, except on CPUs, where it never chooses bf16.
 
     With one row a CPU mostly reads weights, and bf16 is half the bytes. With many rows it is fast
     only if it has the instructions.
