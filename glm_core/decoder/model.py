@@ -408,7 +408,7 @@ class Attention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN's twelve vectors, image and text interleaved; no SiLU, the embedding has had one."""
+    """AdaLN's twelve vectors, image and text interleaved; the embedding already has a SiLU."""
 
     def __init__(self, time_dim: int, hidden: int, layers: Layers) -> None:
         super().__init__()
