@@ -41,7 +41,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that a step depends on beside the weights and what its buffers hold.
+    """The sizes, options, device and dtype of a step; a recording holds for one of these.
 
     Args:
         cells: of all grids together.
