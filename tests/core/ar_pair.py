@@ -76,6 +76,6 @@ def _network(kind, config, pipeline, ignored_prefixes):
     reference_network = pipeline.vision_language_encoder
     network = kind(config.from_dict(reference_network.config.to_dict()), device="meta")
     weights = reference_network.state_dict()
-    kept = {name: w for name, w in weights.items() if not name.startswith(ignored_prefixes)}
-    network.load_state_dict(kept, assign=True)
+    stored = {name: w for name, w in weights.items() if not name.startswith(ignored_prefixes)}
+    network.load_state_dict(stored, assign=True)
     return network

@@ -81,12 +81,12 @@ def test_draws_follow_the_references_filtered_probabilities(options):
     seen = []
     original = gumbel_max
 
-    def keep(logits, noise, opts):
+    def spy(logits, noise, opts):
         seen.append(logits)
         return original(logits, noise, opts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ar_step, "gumbel_max", keep)
+        patch.setattr(ar_step, "gumbel_max", spy)
         both.tokens(PROMPT, (1, 1), options=options)
     logits = seen[100][:, 0]
     probabilities = reference_filter(logits, options).softmax(-1)[0]
@@ -119,11 +119,11 @@ def recorded_noise(both, prompt, monkeypatch, **kwargs):
     noise = []
     original = gumbel_max
 
-    def keep(logits, cell_noise, options):
+    def spy(logits, cell_noise, options):
         noise.append(cell_noise)
         return original(logits, cell_noise, options)
 
-    monkeypatch.setattr(ar_step, "gumbel_max", keep)
+    monkeypatch.setattr(ar_step, "gumbel_max", spy)
     both.tokens(prompt, (2, 3), seed=5, **kwargs)
     return torch.cat(noise, dim=1)
 
