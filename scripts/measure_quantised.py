@@ -17,7 +17,7 @@ from torch import Tensor
 from glm_core.ar.cache import BlockPass
 from glm_core.ar.model import ARConfig, ARModel, rope_table
 from glm_core.ar.philox import gumbel, sample_keys
-from glm_core.ar.step import SamplingOptions, draw_token
+from glm_core.ar.step import SamplingOptions, gumbel_max
 from glm_core.data.grids import text_positions
 from glm_core.files.quantisation import layer_of
 from glm_core.files.weight_dtypes import is_layer_matrix
@@ -102,7 +102,7 @@ def agreement(reference: Tensor, other: Tensor) -> Agreement:
     noise = gumbel(sample_keys(0, 1, reference.device), 0, 0, columns, codebook)[0]
 
     def share_alike(options: SamplingOptions, noise: Tensor | None) -> float:
-        drawn = (draw_token(logits, noise, options) for logits in (reference, other))
+        drawn = (gumbel_max(logits, noise, options) for logits in (reference, other))
         return torch.eq(*drawn).float().mean().item()
 
     kl = (p.exp() * (p - q)).sum(-1).mean().item()

@@ -122,8 +122,8 @@ class StepPass:
         span = self.mask.shape[-1]
         # Heads that share keys become queries of one head, so that the keys are read once.
         q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
-        together = q.reshape(batch, kv_heads, -1, head_dim)
-        out = attend_to_span(together, keys[:, :, :span], values[:, :, :span], self.mask)
+        grouped = q.reshape(batch, kv_heads, -1, head_dim)
+        out = attend_to_span(grouped, keys[:, :, :span], values[:, :, :span], self.mask)
         return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
 
     def to(self, device: torch.device) -> "StepPass":

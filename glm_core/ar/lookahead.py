@@ -2,8 +2,8 @@
 
 Jacobi decoding (Santilli et al., "Accelerating Transformer Inference for Translation via Parallel
 Decoding", ACL 2023) with each position's own noise: a cell's draw depends only on the cells before
-it. A guess that equals the draw after right guesses is therefore the token that would have been
-written cell by cell.
+it. So if all guesses before a cell are right, its draw is the token that one step for each cell
+would have written.
 """
 
 import torch
@@ -27,23 +27,24 @@ def guess_row(above: Tensor | None, preview: Tensor | None, grid: Grid, row: int
     """
     if preview is None:
         return above
-    here = _under(preview, grid, row)
+    here = _preview_row(preview, grid, row)
     if above is None:
         return here
-    return torch.where(here == _under(preview, grid, row - 1), above, here)
+    return torch.where(here == _preview_row(preview, grid, row - 1), above, here)
 
 
-def _under(preview: Tensor, grid: Grid, row: int) -> Tensor:
+def _preview_row(preview: Tensor, grid: Grid, row: int) -> Tensor:
     """The preview's tokens [B, columns] at the cells of a row of the large grid."""
     rows, columns = preview.shape[1:]
     cells = torch.arange(grid[1], device=preview.device) * columns // grid[1]
     return preview[:, row * rows // grid[0], cells]
 
 
-def accepted(draws: Tensor, guesses: Tensor) -> Tensor:
-    """How many of the draws [B, W], made after the guesses [B, W], are final in every sample.
+def count_final(draws: Tensor, guesses: Tensor) -> Tensor:
+    """int64 []: how many of the draws [B, W] are final, given the guesses [B, W] for these cells.
 
-    Those up to the first that was guessed wrong, and that one itself: int64 [].
+    A draw is final if all guesses before it were right, in every sample. So the first cell that was
+    guessed wrong is the last that is final.
     """
-    right = (draws == guesses).all(dim=0)[:-1]  # whatever the last guess was, nothing followed it
+    right = (draws == guesses).all(dim=0)[:-1]  # no draw depends on the last guess
     return right.long().cumprod(dim=0).sum() + 1

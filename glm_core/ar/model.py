@@ -118,18 +118,18 @@ def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tenso
     return torch.stack([cos, sin]).to(dtype)
 
 
-Angles = tuple[Tensor, Tensor]
-"""A `rope_table` in the shape for layers: cosines and signed sines, each [L, 1, head_dim]."""
+Rotation = tuple[Tensor, Tensor]
+"""A `rope_table` as layers take it: cosines and signed sines, each [L, 1, head_dim]."""
 
 
-def _angles(rope: Tensor) -> Angles:
+def _rotation(rope: Tensor) -> Rotation:
     cos, sin = rope.unsqueeze(2)
     return cos, sin
 
 
-def apply_rope(x: Tensor, angles: Angles, rotary_dim: int) -> Tensor:
+def apply_rope(x: Tensor, rotation: Rotation, rotary_dim: int) -> Tensor:
     """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2)."""
-    cos, sin = angles
+    cos, sin = rotation
     first, second, unrotated = x.split(
         (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
     )
@@ -161,21 +161,21 @@ class ARModel(nn.Module):
         self.lm_head = layers.Linear(config.hidden_size, config.visual_size, bias=False)
 
     def forward(
-        self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype, tail: int = 1
+        self, ids: Tensor, rope: Tensor, attention: AttentionPass, dtype: torch.dtype, tail: int = 1
     ) -> Tensor:
         """Read ids into the cache.
 
         Args:
             ids: int64 [B, L], with the cache's batch size.
             rope: [2, L, head_dim], the `rope_table` of these ids.
-            reading: where they stand in the cache, which is in `dtype`.
+            attention: the cache, in `dtype`, and the positions of these ids in it.
             dtype: what to compute in; weights may be stored in another.
             tail: after how many of the last ids to return logits.
 
         Returns:
             Logits over the legal ids: [B, tail, codebook].
         """
-        hidden = self.model["language_model"](ids, rope, reading, dtype)
+        hidden = self.model["language_model"](ids, rope, attention, dtype)
         return self.logits(hidden[:, -tail:])
 
     def new_cache(
@@ -207,20 +207,20 @@ class TextModel(nn.Module):
         self.norm = layers.RMSNorm(config.hidden_size, eps=config.rms_eps)
 
     def forward(
-        self, ids: Tensor, rope: Tensor, reading: AttentionPass, dtype: torch.dtype
+        self, ids: Tensor, rope: Tensor, attention: AttentionPass, dtype: torch.dtype
     ) -> Tensor:
         """ids [B, L] to hidden states [B, L, hidden_size]"""
         x = self.embed_tokens(ids).to(dtype)
-        angles = _angles(rope)
+        rotation = _rotation(rope)
         for layer in self.layers:
-            x = layer(x, angles, reading)
+            x = layer(x, rotation, attention)
         device = x.device
         for segment in self.segments:
-            x, angles = x.to(segment.compute_device), _angles(rope.to(segment.compute_device))
-            moved = reading.to(segment.compute_device)
+            x, rotation = x.to(segment.compute_device), _rotation(rope.to(segment.compute_device))
+            moved = attention.to(segment.compute_device)
             with on_device(segment.compute_device, current=device):
                 for layer in segment.layers:
-                    x = layer(x, angles, moved)
+                    x = layer(x, rotation, moved)
         return self.norm(x.to(device))
 
 
@@ -255,8 +255,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, layers)
         self.post_mlp_layernorm = norm()
 
-    def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), angles, reading)
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionPass) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotation, attention)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
 
@@ -276,15 +276,15 @@ class Attention(nn.Module):
         self.v_proj = layers.Linear(hidden, kv_width, bias=bias)
         self.o_proj = layers.Linear(width, hidden, bias=False)
 
-    def forward(self, x: Tensor, angles: Angles, reading: AttentionPass) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionPass) -> Tensor:
         # Views [B, L, heads, D] instead of einops, whose Python code costs time in a step.
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = apply_rope(torch.cat([q, k], dim=2), angles, self.rotary_dim)
+        rotated = apply_rope(torch.cat([q, k], dim=2), rotation, self.rotary_dim)
         q, k = rotated.split((q.shape[2], k.shape[2]), dim=2)
-        return self.o_proj(reading.attend(self.index, q, k, v))
+        return self.o_proj(attention.attend(self.index, q, k, v))
 
 
 class MLP(nn.Module):

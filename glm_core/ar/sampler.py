@@ -1,8 +1,8 @@
 """Sampling semantic tokens: the preview, then the large grid, one cell after the other.
 
 A cell's draw is a Gumbel-max over the filtered candidates. Its noise depends only on the seed, the
-sample's index, the grid (0: preview, 1: large), the row and the column. Whatever else is forced,
-batched, guessed or written in the prompt moves no draw.
+sample's index, the grid (0: preview, 1: large), the row and the column. The prompt, forced cells,
+guesses and the size of the batch do not change it.
 """
 
 import time
@@ -25,12 +25,12 @@ from .replay import EagerRunner, Runner
 from .step import (
     SamplingOptions,
     StepShape,
+    draw_and_write,
     prefill,
     read_cells,
     set_noise,
     set_target,
     step,
-    write_token,
 )
 
 REPORT_SECONDS = 0.1
@@ -166,14 +166,14 @@ def _write(
         for row, free in enumerate(plan.free()):
             if free.any():
                 writer.begin_row(plan, row, free)
-            for columns in _free_spans(free.tolist()):
+            for columns in _free_ranges(free.tolist()):
                 for cell, count in writer.write(columns):
                     report.wrote(cell, count)
     return _grids(writer.tokens.clone(), plans)
 
 
-def _free_spans(free: list[bool]) -> Iterator[range]:
-    """The columns of each span of free cells in a row."""
+def _free_ranges(free: list[bool]) -> Iterator[range]:
+    """The columns of free cells in a row, each unbroken range on its own."""
     start = None
     for column, is_free in enumerate([*free, False]):
         if is_free and start is None:
@@ -252,7 +252,7 @@ class _Writer:
             cells.copy_(torch.where(free, guesses, cells))
 
     def write(self, columns: range) -> Iterator[tuple[int, int]]:
-        """Draw a span of free cells of the row, up to `lookahead` of them a step.
+        """Draw a range of free cells of the row, up to `lookahead` of them a step.
 
         Yields:
             The last cell that is final, and how many became so.
@@ -266,7 +266,7 @@ class _Writer:
             yield cell + count - 1, count
 
     def _write_from(self, cell: int, column: int, remaining: int) -> int:
-        """Draw a cell and those after it that were guessed right; how many that are."""
+        """Draw a cell and those after it that were guessed right. Returns how many."""
         buffers, prompt_length = self._buffers, self._prompt.shape[1]
         position = prompt_length + cell - 1  # of the id before the cell
         set_target(buffers, cell, column, position, remaining)
@@ -274,11 +274,11 @@ class _Writer:
             logits = prefill(self._model, self._prompt, buffers)
             self._read = prompt_length
             if cell == 0:
-                write_token(buffers, logits)
+                draw_and_write(buffers, logits)
                 return 1
         if self._read < position:  # forced cells lie between
             unread = range(self._read - prompt_length, cell)
-            write_token(buffers, read_cells(self._model, buffers, unread, self._read))
+            draw_and_write(buffers, read_cells(self._model, buffers, unread, self._read))
             self._read = prompt_length + cell
             return 1
         count = self._step(span_of(position + self._run.lookahead))
@@ -286,7 +286,7 @@ class _Writer:
         return count
 
     def _step(self, span: int) -> int:
-        """Run one step; how many cells are final after it."""
+        """Run one step. Returns how many cells are final after it."""
         model, buffers, runner = self._model, self._buffers, self._run.runner
         runner.run(lambda: step(model, buffers, span), span)
         return 1 if self._run.lookahead == 1 else int(buffers.final)  # waits for the device

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import GLMImageError
 from .cache import BlockPass, KVCache, StepPass, step_mask
-from .lookahead import accepted
+from .lookahead import count_final
 from .model import ARModel
 from .philox import gumbel
 
@@ -41,7 +41,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that a step depends on beside the weights and what its buffers hold.
+    """The sizes, options, device and dtype of a step; a recording holds for one of these.
 
     Args:
         cells: of all grids together.
@@ -173,7 +173,8 @@ def step(model: ARModel, buffers: StepBuffers, span: int) -> None:
 
 def decode_one_token(model: ARModel, buffers: StepBuffers, span: int) -> None:
     """Read the id before the target cell, draw the cell's token, and write it."""
-    write_token(buffers, next_logits(model, buffers, span))
+    logits = next_logits(model, buffers, span)
+    draw_and_write(buffers, logits)
 
 
 def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
@@ -181,9 +182,10 @@ def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
 
     Draws that are not final are written too: they are the next guesses.
     """
-    drawn = draw(buffers, next_logits(model, buffers, span), buffers.column)
+    logits = next_logits(model, buffers, span)
+    drawn = draw(buffers, logits, buffers.column)
     guesses = buffers.tokens.index_select(1, buffers.cell)
-    buffers.final.copy_(torch.minimum(accepted(drawn, guesses), buffers.remaining))
+    buffers.final.copy_(torch.minimum(count_final(drawn, guesses), buffers.remaining))
     tokens = torch.where(buffers.offsets < buffers.remaining, drawn, guesses)
     buffers.tokens.index_copy_(1, buffers.cell, tokens)
 
@@ -217,7 +219,7 @@ def set_noise(
         noise[:columns] = gumbel(key[None], grid, row, numbers, codebook)[0]
 
 
-def write_token(buffers: StepBuffers, logits: Tensor) -> None:
+def draw_and_write(buffers: StepBuffers, logits: Tensor) -> None:
     """Draw the first target cell from its logits [B, 1, codebook], and write it."""
     buffers.tokens.index_copy_(1, buffers.cell[:1], draw(buffers, logits, buffers.column[:1]))
 
@@ -225,11 +227,11 @@ def write_token(buffers: StepBuffers, logits: Tensor) -> None:
 def draw(buffers: StepBuffers, logits: Tensor, columns: Tensor) -> Tensor:
     """Tokens int64 [B, W] from the logits [B, W, codebook] of cells in these columns."""
     noise = None if buffers.noise is None else buffers.noise.index_select(1, columns)
-    return draw_token(logits, noise, buffers.shape.options)
+    return gumbel_max(logits, noise, buffers.shape.options)
 
 
-def draw_token(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
-    """Gumbel-max: ids int64 [...] from logits and noise [..., n]; without noise the likeliest."""
+def gumbel_max(logits: Tensor, noise: Tensor | None, options: SamplingOptions) -> Tensor:
+    """Ids int64 [...] drawn from logits with noise, both [..., n]; the likeliest without noise."""
     if noise is None:
         return logits.argmax(dim=-1)
     return (filter_logits(logits, options) + noise).argmax(dim=-1)

@@ -249,13 +249,13 @@ class Decoder(nn.Module):
         txt, prior, size_embedding, ropes = self.prepare(no_text, tokens, size, latent.dtype)
         img = self._embed(latent) + prior
         vec = self.time_condition_embed(latent.new_zeros(1), size_embedding)
-        recorded: list[KeysValues] = []
+        collected: list[KeysValues] = []
         for (device, blocks), rope in zip(self._segments(img.device), ropes, strict=True):
             img, txt, vec = (x.to(device) for x in (img, txt, vec))
             for _, block in blocks:
                 with on_device(device, current=latent.device):
-                    img, txt = block(img, txt, vec, rope, record=recorded)
-                yield recorded.pop()
+                    img, txt = block(img, txt, vec, rope, collect=collected)
+                yield collected.pop()
 
     def _embed(self, x: Tensor) -> Tensor:
         """Latents on the patch grid [B, C, H, W] -> [B, N, hidden]"""
@@ -307,7 +307,7 @@ class Block(nn.Module):
         vec: Tensor,
         rope: Rope,
         references: Sequence[KeysValues] = (),
-        record: list[KeysValues] | None = None,
+        collect: list[KeysValues] | None = None,
         **attention_options: Any,
     ) -> tuple[Tensor, Tensor]:
         """
@@ -315,7 +315,7 @@ class Block(nn.Module):
             img, txt: [B, N, hidden], [B, T, hidden].
             vec: time and size embedding [B, time_embed_dim].
             rope: cos, sin of text and image positions [T + N, head_dim].
-            references, record, attention_options: see `Attention.forward`.
+            references, collect, attention_options: see `Attention.forward`.
 
         Returns:
             img, txt
@@ -327,7 +327,7 @@ class Block(nn.Module):
         joint = torch.cat(
             [modulated_norm(txt, scale_txt, shift_txt), modulated_norm(img, scale, shift)], dim=1
         )
-        attended = self.attn1(joint, rope, references, record, **attention_options)
+        attended = self.attn1(joint, rope, references, collect, **attention_options)
         # addcmul reads and writes memory once, where a product and a sum do so twice.
         img = torch.addcmul(img, gate, attended[:, txt.shape[1] :])
         txt = torch.addcmul(txt, gate_txt, attended[:, : txt.shape[1]])
@@ -358,7 +358,7 @@ class Attention(nn.Module):
         x: Tensor,
         rope: Rope,
         references: Sequence[KeysValues] = (),
-        record: list[KeysValues] | None = None,
+        collect: list[KeysValues] | None = None,
         **attention_options: Any,
     ) -> Tensor:
         """
@@ -366,7 +366,7 @@ class Attention(nn.Module):
             x: [B, T + N, hidden].
             references: none; one [1, heads, R, head_dim] pair for all samples; or several, of any
                 lengths, where sample i attends to number i modulo their count.
-            record: a list to which this block's own keys and values are appended.
+            collect: a list to which this block's own keys and values are appended.
             attention_options: further arguments for the attention function.
 
         Returns:
@@ -379,8 +379,8 @@ class Attention(nn.Module):
         # Heads move before tokens only after the norm, which would copy the other order first.
         q, k = (rotate(F.layer_norm(y, y.shape[-1:], eps=EPS), rope) for y in (q, k))
         q, k, v = (rearrange(y, "b l h d -> b h l d") for y in (q, k, v))
-        if record is not None:
-            record.append((k, v))
+        if collect is not None:
+            collect.append((k, v))
         if len(references) < 2:
             reference = references[0] if references else None
             return self.to_out[0](self._attend(q, k, v, reference, **attention_options))
@@ -408,7 +408,7 @@ class Attention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN's twelve vectors, image and text interleaved; no SiLU, the embedding has had one."""
+    """AdaLN's twelve vectors, image and text interleaved; the embedding already has a SiLU."""
 
     def __init__(self, time_dim: int, hidden: int, layers: Layers) -> None:
         super().__init__()

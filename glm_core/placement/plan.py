@@ -196,7 +196,7 @@ class _Requested:
         if missing:
             self.notes.append(
                 f"{stage} asks for {' and '.join(missing)}, which this machine does not have: "
-                "it is placed as with auto."
+                "it counts as auto."
             )
         return not missing
 

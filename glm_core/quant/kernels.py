@@ -20,8 +20,8 @@ from .packing import GROUPS, Packing, dequantise, join_nibbles, packing, quantis
 class Kernel(Protocol):
     """A product with matrices of `bits` per number, in the kernel's own layout.
 
-    `takes` says whether it can multiply a matrix. `pack` turns stored bytes into the layout, and
-    `unpack` turns them back bit for bit. `product` is x bf16 [M, K] times the transposed matrix:
+    `takes` says whether it can multiply a matrix. `lay_out` turns stored bytes into the layout, and
+    `restore` turns them back bit for bit. `product` is x bf16 [M, K] times the transposed matrix:
     bf16 [M, N].
     """
 
@@ -30,11 +30,11 @@ class Kernel(Protocol):
 
     def takes(self, form: Packing) -> bool: ...
 
-    def pack(self, form: Packing, stored: Tensor) -> Tensor: ...
+    def lay_out(self, form: Packing, stored: Tensor) -> Tensor: ...
 
-    def unpack(self, form: Packing, packed: Tensor) -> Tensor: ...
+    def restore(self, form: Packing, laid_out: Tensor) -> Tensor: ...
 
-    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor: ...
+    def product(self, form: Packing, x: Tensor, laid_out: Tensor) -> Tensor: ...
 
 
 class NibbleProduct(NamedTuple):
@@ -42,36 +42,36 @@ class NibbleProduct(NamedTuple):
 
     Args:
         operation: its name in `torch.ops.aten`.
-        pack: bytes [N, K / 2] -> the layout.
+        lay_out: bytes [N, K / 2] -> the layout.
         view: the layout's bytes, N, K -> the tensor that the product takes.
-        unpack: the layout's bytes, N, K -> uint8 [N, K]; None if only the product can read them.
+        read: the layout's bytes, N, K -> uint8 [N, K]; None if only the product can read them.
         rows: N must be a multiple of it.
         columns: K must be a multiple of it.
     """
 
     operation: str
-    pack: Callable[[Tensor], Tensor]
+    lay_out: Callable[[Tensor], Tensor]
     view: Callable[[Tensor, int, int], Tensor]
-    unpack: Callable[[Tensor, int, int], Tensor] | None
+    read: Callable[[Tensor, int, int], Tensor] | None
     rows: int
     columns: int
 
-    def product(self, x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
+    def product(self, x: Tensor, laid_out: Tensor, group: int, scales: Tensor) -> Tensor:
         """x bf16 [M, K], the layout's bytes, (scale, zero) bf16 [K / G, N, 2] -> bf16 [M, N]"""
-        layout = self.view(packed, scales.shape[1], x.shape[1])
+        layout = self.view(laid_out, scales.shape[1], x.shape[1])
         return getattr(torch.ops.aten, self.operation)(x, layout, group, scales)
 
-    def numbers(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        """The numbers uint8 [N, K]; without `unpack`, from products with the unit matrix."""
-        if self.unpack is not None:
-            return self.unpack(packed, rows, columns)
-        group, device = GROUPS[-1], packed.device
+    def numbers(self, laid_out: Tensor, rows: int, columns: int) -> Tensor:
+        """The numbers uint8 [N, K]; without `read`, from products with the unit matrix."""
+        if self.read is not None:
+            return self.read(laid_out, rows, columns)
+        group, device = GROUPS[-1], laid_out.device
         scales = torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device=device)
         scales = scales.expand(columns // group, rows, 2).contiguous()
         numbers = torch.empty(rows, columns, dtype=torch.uint8, device=device)
         unit = torch.eye(min(columns, 256), columns, dtype=torch.bfloat16, device=device)
         for start in range(0, columns, len(unit)):
-            values = self.product(unit.roll(start, dims=1), packed, group, scales)
+            values = self.product(unit.roll(start, dims=1), laid_out, group, scales)
             numbers[:, start : start + len(unit)] = (values.T + 8)[:, : columns - start]
         return numbers
 
@@ -82,8 +82,8 @@ def _in_blocks(block: int) -> NibbleProduct:
     A block is 64 rows with 512-bit registers and 32 with 256-bit ones.
     """
 
-    def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-        joined = rearrange(packed, "(n k i) -> n k i", n=rows // block, k=columns)
+    def read(laid_out: Tensor, rows: int, columns: int) -> Tensor:
+        joined = rearrange(laid_out, "(n k i) -> n k i", n=rows // block, k=columns)
         return rearrange([joined & 15, joined >> 4], "half n k i -> (n half i) k")
 
     return NibbleProduct(
@@ -91,8 +91,8 @@ def _in_blocks(block: int) -> NibbleProduct:
         lambda joined: torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             split_nibbles(joined).int(), 1
         ),
-        lambda packed, rows, columns: packed.view(rows, columns // 2),
-        unpack,
+        lambda laid_out, rows, columns: laid_out.view(rows, columns // 2),
+        read,
         rows=block,
         columns=GROUPS[-1],
     )
@@ -103,7 +103,7 @@ IN_TILES = NibbleProduct(
     "_weight_int4pack_mm",
     # This layout has even columns in the high half of a byte.
     lambda joined: torch.ops.aten._convert_weight_to_int4pack(joined << 4 | joined >> 4, DEPTH),
-    lambda packed, rows, columns: packed.view(torch.int32).view(
+    lambda laid_out, rows, columns: laid_out.view(torch.int32).view(
         rows // 8, columns // (16 * DEPTH), 32, DEPTH // 2
     ),
     None,
@@ -124,17 +124,17 @@ class GroupedInt4:
     def takes(self, form: Packing) -> bool:
         return not (form.rows % self.nibbles.rows or form.columns % self.nibbles.columns)
 
-    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+    def lay_out(self, form: Packing, stored: Tensor) -> Tensor:
         scales, numbers = form.split(stored)
-        return _join(scales, self.nibbles.pack(numbers))
+        return _join(scales, self.nibbles.lay_out(numbers))
 
-    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
-        scales, layout = _split(form, packed)
+    def restore(self, form: Packing, laid_out: Tensor) -> Tensor:
+        scales, layout = _split(form, laid_out)
         numbers = self.nibbles.numbers(layout, form.rows, form.columns)
         return _stored(form, scales, join_nibbles(numbers))
 
-    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
-        scales, layout = _split(form, packed)
+    def product(self, form: Packing, x: Tensor, laid_out: Tensor) -> Tensor:
+        scales, layout = _split(form, laid_out)
         return self.nibbles.product(x, layout, form.group, scales)
 
 
@@ -160,7 +160,7 @@ class Int8InNibbles:
         group = next(size for size in (256, *GROUPS) if form.columns % size == 0)
         return Packing(2 * form.rows, form.columns, 4, group)
 
-    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+    def lay_out(self, form: Packing, stored: Tensor) -> Tensor:
         scale, numbers = form.split(stored)
         halves = self._halves(form)
         raised = numbers.view(torch.uint8) ^ 128  # q + 128
@@ -169,18 +169,18 @@ class Int8InNibbles:
             [torch.cat([16 * scale, scale]), torch.cat([zero, 8 * scale])], "z n -> n z"
         ).expand(form.columns // halves.group, -1, -1)
         both = torch.cat([join_nibbles(raised >> 4), join_nibbles(raised & 15)])
-        return _join(scales, self.nibbles.pack(both))
+        return _join(scales, self.nibbles.lay_out(both))
 
-    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
+    def restore(self, form: Packing, laid_out: Tensor) -> Tensor:
         halves = self._halves(form)
-        scales, layout = _split(halves, packed)
+        scales, layout = _split(halves, laid_out)
         high, low = self.nibbles.numbers(layout, halves.rows, halves.columns).chunk(2)
         raised = high << 4 | low
         return _stored(form, scales[0, form.rows :, 0], (raised ^ 128).view(torch.int8))
 
-    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
+    def product(self, form: Packing, x: Tensor, laid_out: Tensor) -> Tensor:
         halves = self._halves(form)
-        scales, layout = _split(halves, packed)
+        scales, layout = _split(halves, laid_out)
         high, low = self.nibbles.product(x, layout, halves.group, scales).chunk(2, dim=-1)
         return high + low
 
@@ -194,14 +194,14 @@ class RowwiseInt8:
     def takes(self, form: Packing) -> bool:
         return form.columns % 32 == 0
 
-    def pack(self, form: Packing, stored: Tensor) -> Tensor:
+    def lay_out(self, form: Packing, stored: Tensor) -> Tensor:
         return stored
 
-    def unpack(self, form: Packing, packed: Tensor) -> Tensor:
-        return packed
+    def restore(self, form: Packing, laid_out: Tensor) -> Tensor:
+        return laid_out
 
-    def product(self, form: Packing, x: Tensor, packed: Tensor) -> Tensor:
-        scales, numbers = form.split(packed)
+    def product(self, form: Packing, x: Tensor, laid_out: Tensor) -> Tensor:
+        scales, numbers = form.split(laid_out)
         return torch.ops.aten._weight_int8pack_mm(x, numbers, scales)
 
 
@@ -218,10 +218,10 @@ def _join(scales: Tensor, layout: Tensor) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (scales, layout)])
 
 
-def _split(form: Packing, packed: Tensor) -> tuple[Tensor, Tensor]:
+def _split(form: Packing, laid_out: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, zero) bf16 [K / G, N, 2], and the layout's bytes."""
-    scales = packed[: form.scale_bytes].view(torch.bfloat16)
-    return scales.view(-1, form.rows, 2), packed[form.scale_bytes :]
+    scales = laid_out[: form.scale_bytes].view(torch.bfloat16)
+    return scales.view(-1, form.rows, 2), laid_out[form.scale_bytes :]
 
 
 def _stored(form: Packing, scales: Tensor, numbers: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def _has(kernel: Kernel, device: torch.device) -> bool:
 
 
 def passes_trial(kernel: Kernel, device: torch.device) -> bool:
-    """Whether a kernel unpacks a small matrix bit for bit, and multiplies by it within 2 %.
+    """Whether a kernel restores a small matrix bit for bit, and multiplies by it within 2 %.
 
     A device may list a product and refuse it (GPUs before Ampere), or order the numbers otherwise
     (CPUs without AVX). Kernels that fail are not used on that device.
@@ -265,10 +265,10 @@ def passes_trial(kernel: Kernel, device: torch.device) -> bool:
     x = torch.arange(2 * shape[1]).view(2, -1).cos().to(device, torch.bfloat16)
     expected = F.linear(x.float(), dequantise(stored, form, torch.float32))
     try:
-        packed = kernel.pack(form, stored)
-        unpacked = kernel.unpack(form, packed)
-        product = kernel.product(form, x, packed).float()
+        laid_out = kernel.lay_out(form, stored)
+        restored = kernel.restore(form, laid_out)
+        product = kernel.product(form, x, laid_out).float()
     except RuntimeError:
         return False
     error = (product - expected).norm() / expected.norm()
-    return torch.equal(unpacked, stored) and bool(error < 0.02)
+    return torch.equal(restored, stored) and bool(error < 0.02)

@@ -62,14 +62,14 @@ class PackedLinear(nn.Module):
         if self.kernel_device is None:
             return stored
         kernel = kernel_for(self.form, self.kernel_device)
-        packed = kernel.pack(self.form, stored.to(self.kernel_device))
-        return packed[None].to(stored.device)
+        laid_out = kernel.lay_out(self.form, stored.to(self.kernel_device))
+        return laid_out[None].to(stored.device)
 
     def dequantised(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] of a weight of this layer in either layout."""
         if weight.ndim == 2:
             kernel = kernel_for(self.form, self.kernel_device)
-            stored = kernel.unpack(self.form, weight[0].to(self.kernel_device))
+            stored = kernel.restore(self.form, weight[0].to(self.kernel_device))
             weight = stored.to(weight.device)
         return dequantise(weight, self.form, dtype)
 
@@ -88,8 +88,8 @@ def pack_layers(
     """Replace linear layers with packed ones, before weights are loaded.
 
     Args:
-        layers: the modules' names, and whether each has a bias. The modules cannot tell: layers of
-            some hosts get their bias only on loading.
+        layers: the modules' names, and whether each has a bias. The modules do not show it: layers
+            of some hosts get their bias only on loading.
         name: one of `packing.FORMATS`.
         few_rows: see `PackedLinear`.
 

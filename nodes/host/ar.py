@@ -328,7 +328,7 @@ def load_ar(
     )
     patcher = load_ar_patcher(model_name, weight_dtype, placement)
     dtype = choose_precision(component, weight_dtype, patcher.load_device, few_rows=True).compute
-    # The vision tower is whole, and beside the first layers.
+    # The vision tower is never split; it runs where the first layers do.
     whole = placement and replace(placement, limit=None, segments=())
     vision = HostVision(component, model_name, weight_dtype, whole)
     palette = CodePalette(component, patcher.model.config.codebook)
@@ -354,21 +354,25 @@ def load_ar_patcher(
     on_meta = {"device": "meta", "dtype": precision.storage}
     segments = [
         layer_segment(
-            config, numbers, part.load, operations=precision.at(part.load).operations, **on_meta
+            config,
+            numbers,
+            segment.load,
+            operations=precision.at(segment.load).operations,
+            **on_meta,
         )
-        for numbers, part in chosen.segments
+        for numbers, segment in chosen.segments
     ]
     network = HostARModel(config, segments=segments, operations=precision.operations, **on_meta)
     load_weights(network, component, weight_dtype, VISION_PREFIXES, segments)
 
-    fixed = disable_dynamic or _may_run_graphs(network, chosen)
-    patcher = make_patcher(network, chosen, fixed, segments)
+    disable_dynamic = disable_dynamic or _may_run_graphs(network, chosen)
+    patcher = make_patcher(network, chosen, disable_dynamic, segments)
     patcher.cached_patcher_init = (load_ar_patcher, (model_name, weight_dtype, placement))
     return patcher
 
 
 def _may_run_graphs(network: HostARModel, placement: Placement) -> bool:
-    """Whether the device has graphs, and room for all weights to stay in place, which graphs need.
+    """Whether the device has graphs, and room to keep all weights on it, which graphs need.
 
     A dynamic patcher would stream the weights, which costs more than reading them.
     """

@@ -1,4 +1,4 @@
-"""Encodes images: as references for both stages, or as tokens and a layout."""
+"""Encode images: as references for both stages, or as tokens and a layout."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ THUMBNAIL_SIDE = 128
 def encode_references(
     ar: HostAR, vae: Any, images: Tensor, chain: References | None, per_sample: bool
 ) -> tuple[References, Size]:
-    """Adds images [B, H, W, 3 or 4] to a chain of references, None for an empty one.
+    """Add images [B, H, W, 3 or 4] to a chain of references, None for an empty one.
 
     Returns:
         the longer chain, and the (height, width) that the images were resized to

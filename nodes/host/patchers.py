@@ -51,8 +51,8 @@ def make_patcher(
 def _patcher_class(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher]:
     if is_packed(model):
         return PackedPatcher
-    chosen = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    return NotifyingPatcher if disable_dynamic or chosen is ModelPatcher else chosen
+    host_class = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return NotifyingPatcher if disable_dynamic or host_class is ModelPatcher else host_class
 
 
 def nbytes(module: nn.Module) -> int:

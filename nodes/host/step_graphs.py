@@ -27,7 +27,7 @@ class StepGraphs:
         patcher.add_callback(ON_PARTIAL_UNLOAD, lambda _: self._replay.drop())
 
     def allocated_for(self, shape: Hashable) -> int:
-        """Bytes still allocated from an earlier run of the same shape; others' buffers are freed.
+        """Bytes still allocated from an earlier run of the same shape; other buffers are freed.
 
         Call it before weights are loaded, for they need room beside the buffers.
 

@@ -20,7 +20,7 @@ from glm_image.glm_core.vision.encoder import (
 from glm_image.glm_core.vision.pixels import ImageConfig
 from torch import Tensor
 
-PLACE = {"device": torch.device("cpu"), "dtype": torch.float32}
+CPU_FLOAT32 = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ DEFAULTS = SamplingOptions()
 
 
 def run(seed: int = 0, batch: int = 1, options: SamplingOptions = DEFAULTS, **how) -> SamplingRun:
-    return SamplingRun(seed, batch, options, **PLACE, **how)
+    return SamplingRun(seed, batch, options, **CPU_FLOAT32, **how)
 
 
 @cache
@@ -76,6 +76,6 @@ def _network(kind, config, pipeline, ignored_prefixes):
     reference_network = pipeline.vision_language_encoder
     network = kind(config.from_dict(reference_network.config.to_dict()), device="meta")
     weights = reference_network.state_dict()
-    kept = {name: w for name, w in weights.items() if not name.startswith(ignored_prefixes)}
-    network.load_state_dict(kept, assign=True)
+    stored = {name: w for name, w in weights.items() if not name.startswith(ignored_prefixes)}
+    network.load_state_dict(stored, assign=True)
     return network

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import reference
 import torch
-from ar_pair import PLACE, pair, run
+from ar_pair import CPU_FLOAT32, pair, run
 from glm_image.glm_core.ar import sampler as ar_sampler
 from glm_image.glm_core.ar import step as ar_step
 from glm_image.glm_core.ar.philox import gumbel, sample_keys
 from glm_image.glm_core.ar.sampler import sample_tokens
-from glm_image.glm_core.ar.step import SamplingOptions, draw_token, filter_logits
+from glm_image.glm_core.ar.step import SamplingOptions, filter_logits, gumbel_max
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import UNKNOWN, Forced
 from glm_image.glm_core.errors import GLMImageError
@@ -79,20 +79,20 @@ def test_draws_follow_the_references_filtered_probabilities(options):
     """Chi-square goodness of fit at one position of a real sequence, over 40,000 seeds."""
     both = pair("wide")
     seen = []
-    original = draw_token
+    original = gumbel_max
 
-    def keep(logits, noise, opts):
+    def spy(logits, noise, opts):
         seen.append(logits)
         return original(logits, noise, opts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ar_step, "draw_token", keep)
+        patch.setattr(ar_step, "gumbel_max", spy)
         both.tokens(PROMPT, (1, 1), options=options)
     logits = seen[100][:, 0]
     probabilities = reference_filter(logits, options).softmax(-1)[0]
     draws = 40_000
-    noise = gumbel(sample_keys(99, draws, PLACE["device"]), 0, 3, torch.tensor([4]), 96)[:, 0]
-    counts = draw_token(logits.expand(draws, -1), noise, options).bincount(minlength=96)
+    noise = gumbel(sample_keys(99, draws, CPU_FLOAT32["device"]), 0, 3, torch.tensor([4]), 96)[:, 0]
+    counts = gumbel_max(logits.expand(draws, -1), noise, options).bincount(minlength=96)
     assert counts[probabilities == 0].sum() == 0
     expected = draws * probabilities.double()
     large = expected >= 5
@@ -117,13 +117,13 @@ def test_a_sample_of_a_batch_is_the_single_run_of_its_seed():
 
 def recorded_noise(both, prompt, monkeypatch, **kwargs):
     noise = []
-    original = draw_token
+    original = gumbel_max
 
-    def keep(logits, cell_noise, options):
+    def spy(logits, cell_noise, options):
         noise.append(cell_noise)
         return original(logits, cell_noise, options)
 
-    monkeypatch.setattr(ar_step, "draw_token", keep)
+    monkeypatch.setattr(ar_step, "gumbel_max", spy)
     both.tokens(prompt, (2, 3), seed=5, **kwargs)
     return torch.cat(noise, dim=1)
 

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from ar_pair import PLACE, pair
+from ar_pair import CPU_FLOAT32, pair
 from glm_image.glm_core.ar.replay import ReplayRunner
 from glm_image.glm_core.ar.step import (
     SamplingOptions,
@@ -32,7 +32,7 @@ def forced_half(grid, codebook):
 
 def buffers_of(model, batch=1, cells=9, columns=3, length=256, width=1, top_p=0.75):
     options = SamplingOptions(top_p=top_p)
-    shape = StepShape(batch, cells, columns, length, options, **PLACE, width=width)
+    shape = StepShape(batch, cells, columns, length, options, **CPU_FLOAT32, width=width)
     return StepBuffers.allocate(model, shape)
 
 

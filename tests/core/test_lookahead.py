@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from ar_pair import pair
-from glm_image.glm_core.ar.lookahead import accepted, guess_row
+from glm_image.glm_core.ar.lookahead import count_final, guess_row
 from glm_image.glm_core.ar.sampler import SamplingRun
 from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid
@@ -60,15 +60,15 @@ def test_a_model_that_repeats_itself_needs_fewer_passes(blocks):
     assert reports[-1] == (alone, alone)
 
 
-def test_guesses_are_accepted_up_to_the_first_wrong_one_of_any_sample():
+def test_draws_are_final_up_to_the_first_wrong_guess_of_any_sample():
     draws = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     right = draws.clone()
-    assert accepted(draws, right) == 4
+    assert count_final(draws, right) == 4
     right[1, 1] = 0
-    assert accepted(draws, right) == 2
+    assert count_final(draws, right) == 2
     right[0, 0] = 0
-    assert accepted(draws, right) == 1
-    assert accepted(draws[:, :1], right[:, :1]) == 1
+    assert count_final(draws, right) == 1
+    assert count_final(draws[:, :1], right[:, :1]) == 1
 
 
 def test_a_row_is_guessed_from_above_and_from_the_preview():

@@ -41,10 +41,10 @@ def variants() -> dict[str, Kernel]:
     nibbles = cpu_nibbles()
     return {
         "grouped": GroupedInt4(nibbles),
-        "grouped, unpacked by its product": GroupedInt4(nibbles._replace(unpack=None)),
+        "grouped, read by its product": GroupedInt4(nibbles._replace(read=None)),
         "rowwise": RowwiseInt8(),
         "int8 in nibbles": Int8InNibbles(nibbles),
-        "int8 in nibbles, unpacked by its product": Int8InNibbles(nibbles._replace(unpack=None)),
+        "int8 in nibbles, read by its product": Int8InNibbles(nibbles._replace(read=None)),
     }
 
 
@@ -59,11 +59,11 @@ def test_a_kernel_multiplies_as_the_dequantised_matrix_does(variant, shape) -> N
     kernel = variants()[variant]
     form, stored = stored_matrix(shape, kernel)
     assert kernel.takes(form)
-    packed = kernel.pack(form, stored)
+    laid_out = kernel.lay_out(form, stored)
     for rows in (1, 3, 40):
         x = random(rows, shape[1], seed=1).bfloat16()
         expected = F.linear(x.float(), dequantise(stored, form, torch.float32))
-        assert relative_error(kernel.product(form, x, packed), expected) < 0.006
+        assert relative_error(kernel.product(form, x, laid_out), expected) < 0.006
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,9 +71,9 @@ def test_a_kernel_multiplies_as_the_dequantised_matrix_does(variant, shape) -> N
 def test_unpacking_restores_the_stored_bytes(variant, shape) -> None:
     kernel = variants()[variant]
     form, stored = stored_matrix(shape, kernel)
-    packed = kernel.pack(form, stored)
-    assert torch.equal(kernel.unpack(form, packed), stored)
-    assert packed.nbytes <= 1.3 * stored.nbytes  # narrow groups
+    laid_out = kernel.lay_out(form, stored)
+    assert torch.equal(kernel.restore(form, laid_out), stored)
+    assert laid_out.nbytes <= 1.3 * stored.nbytes  # narrow groups
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -84,8 +84,8 @@ def test_a_cpu_has_a_kernel_for_the_full_sizes(name) -> None:
 
 def test_a_kernel_with_another_order_of_numbers_is_not_used() -> None:
     nibbles = cpu_nibbles()
-    swapped = nibbles._replace(pack=lambda joined: nibbles.pack(joined << 4 | joined >> 4))
-    other_rows = nibbles._replace(pack=lambda joined: nibbles.pack(joined.flip(0)))
+    swapped = nibbles._replace(lay_out=lambda joined: nibbles.lay_out(joined << 4 | joined >> 4))
+    other_rows = nibbles._replace(lay_out=lambda joined: nibbles.lay_out(joined.flip(0)))
     assert passes_trial(GroupedInt4(nibbles), CPU)
     for wrong in (swapped, other_rows):
         assert not passes_trial(GroupedInt4(wrong), CPU)
@@ -104,11 +104,11 @@ def test_the_layout_for_gpus_has_the_shapes_that_torch_declares(kind) -> None:
     kernel = kind(IN_TILES)
     form = packing((64, 256), f"int{kernel.bits}")
     with FakeTensorMode():
-        packed = kernel.pack(form, torch.empty(form.nbytes, dtype=torch.uint8))
-        out = kernel.product(form, torch.empty(3, 256, dtype=torch.bfloat16), packed)
+        laid_out = kernel.lay_out(form, torch.empty(form.nbytes, dtype=torch.uint8))
+        out = kernel.product(form, torch.empty(3, 256, dtype=torch.bfloat16), laid_out)
         assert out.shape == (3, 64)
         assert out.dtype == torch.bfloat16
-        assert kernel.unpack(form, packed).shape == (form.nbytes,)
+        assert kernel.restore(form, laid_out).shape == (form.nbytes,)
 
 
 # ---- the layer ---------------------------------------------------------------------------------

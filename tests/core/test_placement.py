@@ -181,8 +181,8 @@ def test_a_missing_device_counts_as_auto_with_a_note() -> None:
     )
     assert where(found) == where(plan([24]))
     assert found.notes == (
-        "decoder asks for gpu:1, which this machine does not have: it is placed as with auto.",
-        "vae asks for gpu:3, which this machine does not have: it is placed as with auto.",
+        "decoder asks for gpu:1, which this machine does not have: it counts as auto.",
+        "vae asks for gpu:3, which this machine does not have: it counts as auto.",
     )
 
 
@@ -279,5 +279,5 @@ def test_table() -> None:
         "gpu:0: expected peak 5.0 GiB of 6.0 GiB, all stay loaded",
         "gpu:1: expected peak 8.0 GiB of 8.0 GiB",
         "",
-        "vae asks for gpu:7, which this machine does not have: it is placed as with auto.",
+        "vae asks for gpu:7, which this machine does not have: it counts as auto.",
     ]
