@@ -71,7 +71,7 @@ class ComposeLayouts(io.ComfyNode):
             display_name="GLM-Image Compose Layouts",
             category=SUBCATEGORY,
             description="Pastes one layout, or the part of it under a mask, into another. Both "
-            "keep their locks; connect Lock Layout behind it to lock the result.",
+            "keep their locks; connect Lock Layout after it to lock the result.",
             inputs=[
                 Layout.Input("base", tooltip="The layout to paste into. The result has its size."),
                 Layout.Input("source", tooltip="The layout to take cells from."),

@@ -34,7 +34,7 @@ class GlyphConfig:
     def __post_init__(self) -> None:
         if self.vocab_size < BYTE_OFFSET + 256:
             raise GLMImageError(
-                f"The text encoder's vocab_size is {self.vocab_size}, which cannot hold ByT5's "
+                f"The glyph encoder's vocab_size is {self.vocab_size}, which cannot hold ByT5's "
                 f"{BYTE_OFFSET + 256} ids; choose GLM-Image's glyph encoder."
             )
         buckets, distance = (
@@ -57,7 +57,7 @@ class GlyphConfig:
         """
         if config.get("feed_forward_proj") != FEED_FORWARD:
             raise GLMImageError(
-                f"The text encoder's feed_forward_proj is {config.get('feed_forward_proj')!r} and "
+                f"The glyph encoder's feed_forward_proj is {config.get('feed_forward_proj')!r} and "
                 f"not {FEED_FORWARD!r}; choose GLM-Image's glyph encoder."
             )
         missing = [field.name for field in fields(cls) if field.name not in config]

@@ -87,14 +87,14 @@ def load_vae_patcher(
     check_keys(component, AutoencoderKL, config)
 
     management = comfy.model_management
-    resolved = placement or Placement(management.vae_device(), management.vae_offload_device())
-    dtype = working_dtype(resolved.load)
-    operations = Precision(dtype, dtype, device=resolved.load).operations
+    chosen = placement or Placement(management.vae_device(), management.vae_offload_device())
+    dtype = working_dtype(chosen.load)
+    operations = Precision(dtype, dtype, device=chosen.load).operations
     network = AutoencoderKL(config, device="meta", dtype=dtype, operations=operations)
     load_weights(network, component).to(dtype)
     remember_dtypes(network)
 
-    patcher = make_patcher(network, resolved, disable_dynamic)
+    patcher = make_patcher(network, chosen, disable_dynamic)
     patcher.cached_patcher_init = (load_vae_patcher, (model_name, placement))
     return patcher
 

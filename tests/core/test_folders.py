@@ -30,18 +30,18 @@ import glm_core
 def loaded():
     return {name.split(".")[1] for name in sys.modules if name.startswith("glm_core.")}
 
-for number, room in enumerate(ORDER):
-    module = importlib.import_module(f"glm_core.{room}")
+for number, folder in enumerate(ORDER):
+    module = importlib.import_module(f"glm_core.{folder}")
     for part in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        importlib.import_module(f"glm_core.{room}.{part.name}")
+        importlib.import_module(f"glm_core.{folder}.{part.name}")
     above = loaded() - set(ORDER[: number + 1])
-    assert not above, f"{room} imports {', '.join(sorted(above))}"
+    assert not above, f"{folder} imports {', '.join(sorted(above))}"
 """
 
 
 def test_the_order_names_everything() -> None:
-    rooms = {path.stem for path in GLM_CORE.iterdir() if not path.name.startswith("_")}
-    assert rooms == set(ORDER)
+    folders = {path.stem for path in GLM_CORE.iterdir() if not path.name.startswith("_")}
+    assert folders == set(ORDER)
 
 
 def test_importing_a_folder_pulls_in_no_folder_above_it() -> None:
