@@ -50,7 +50,7 @@ def drawn_numbers(noise: Tensor, seed: int | None) -> list[int] | None:
     Returns:
         None if it is other noise, or of numbers far beyond the latents' own
     """
-    if seed is None or noise.dtype != torch.float32 or not noise.any():
+    if not isinstance(seed, int) or noise.dtype != torch.float32 or not noise.any():
         return None
     rows = noise.cpu()
     numbers: dict[int, int] = {}
