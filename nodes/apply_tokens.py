@@ -24,7 +24,9 @@ class ApplyTokens(io.ComfyNode):
             display_name="GLM-Image Apply Tokens",
             category=CATEGORY,
             description="Adds semantic tokens to the conditioning and makes an empty latent of "
-            "their size. The negative gets the same grid with every token dropped, as in training.",
+            "their size. The negative gets the same grid with every token dropped, as in training. "
+            "A sampler pairs latents with tokens by batch_index, or in order where it makes other "
+            "noise than ComfyUI's. A tile of a larger picture needs tokens of its own.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="From GLM-Image Glyph Encode."),
                 Tokens.Input(

@@ -84,7 +84,8 @@ class Decode(io.ComfyNode):
             display_name="GLM-Image Decode",
             category=CATEGORY,
             description="Turns semantic tokens into a latent with Euler, CFG and the checkpoint's "
-            "schedule. Sampler Custom Advanced with GLM-Image Scheduler gives the same latent.",
+            "schedule. Sampler Custom Advanced with GLM-Image Scheduler gives the same latent. "
+            "Each latent of a batch gets the tokens of its batch_index.",
             inputs=[
                 io.Model.Input("model", tooltip="From GLM-Image Load Decoder."),
                 io.Conditioning.Input("positive", tooltip="From GLM-Image Apply Tokens."),

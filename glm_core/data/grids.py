@@ -31,12 +31,13 @@ def token_grid(height: int, width: int) -> Grid:
     Raises:
         GLMImageError: a side is no multiple of 32, or the aspect leaves the preview without cells.
     """
-    for name, side in (("height", height), ("width", width)):
-        if side < PIXELS_PER_TOKEN or side % PIXELS_PER_TOKEN:
-            raise GLMImageError(
-                f"The {name} {side} is not a positive multiple of {PIXELS_PER_TOKEN}: "
-                f"use {max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN}."
-            )
+    fitting = next_multiples(height, width)
+    if fitting != (height, width):
+        raise GLMImageError(
+            f"An image of {width}x{height} pixels has no grid of tokens: width and height must be "
+            f"positive multiples of {PIXELS_PER_TOKEN}. Use {fitting[1]}x{fitting[0]}, and crop "
+            "the image afterwards."
+        )
     grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     if 0 in preview_grid(grid):
         raise GLMImageError(
@@ -44,6 +45,14 @@ def token_grid(height: int, width: int) -> Grid:
             f"within {PREVIEW_SIDE**2} times the shorter one."
         )
     return grid
+
+
+def next_multiples(height: int, width: int) -> Size:
+    """The smallest size with a grid into which an image of `height` x `width` pixels fits."""
+    height, width = (
+        max(1, math.ceil(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in (height, width)
+    )
+    return height, width
 
 
 def preview_grid(grid: Grid) -> Grid:

@@ -28,17 +28,17 @@ class CacheReader:
         cache: ReferenceCache,
         device: torch.device,
         streamed: bool,
-        sets: slice = slice(None),
+        sets: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
             streamed: whether the cache stays in host memory and is fetched block by block.
-            sets: which sets of references to read.
+            sets: the numbers of the sets of references to read; None for all.
         """
         self.cache = cache
         self.device = device
         self.streamed = streamed
-        self.sets = sets
+        self.sets = range(len(cache.blocks[0].sets)) if sets is None else sets
         self._prefetched: Fetched | None = None
         self._others: dict[torch.device, CacheReader] = {}
 
@@ -51,7 +51,7 @@ class CacheReader:
         return self._others[device]
 
     def __getitem__(self, block: int) -> Sequence[KeysValues]:
-        pairs = self.cache.blocks[block].sets[self.sets]
+        pairs = self._pairs(block)
         tensors = [pair.tensors() for pair in pairs]
         # A host that is short of memory may have left a resident cache in host memory.
         if self.streamed or any(x.device != self.device for pair in tensors for x in pair):
@@ -80,17 +80,22 @@ class CacheReader:
                 )
                 for tensor in pair.tensors()
             )
-            for pair in self.cache.blocks[block].sets[self.sets]
+            for pair in self._pairs(block)
         ]
         return block, stream, tensors
+
+    def _pairs(self, block: int) -> list[Any]:
+        sets = self.cache.blocks[block].sets
+        return [sets[number] for number in self.sets]
 
     @property
     def tokens(self) -> int:
         """The number of reference tokens in the largest set."""
         return self.cache.tokens
 
-    def of_sets(self, sets: slice) -> "CacheReader":
-        """A reader of some of the sets."""
+    def of_sets(self, sets: Sequence[int]) -> "CacheReader":
+        """A reader of some of the sets that this one reads, in any order."""
+        sets = [self.sets[number] for number in sets]
         return CacheReader(self.cache, self.device, self.streamed, sets)
 
     def end_run(self) -> None:
@@ -122,7 +127,7 @@ class SplitReader:
     def tokens(self) -> int:
         return self.readers[0][1].tokens
 
-    def of_sets(self, sets: slice) -> "SplitReader":
+    def of_sets(self, sets: Sequence[int]) -> "SplitReader":
         return SplitReader([(numbers, reader.of_sets(sets)) for numbers, reader in self.readers])
 
     def end_run(self) -> None:

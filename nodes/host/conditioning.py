@@ -6,10 +6,11 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN
+from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, next_multiples
 from ...glm_core.data.tokens import SemanticTokens
 from ...glm_core.decoder.model import DROPPED, DecoderConfig
 from ...glm_core.errors import GLMImageError
+from .batches import drawn_numbers, pictures_of
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
 
@@ -19,6 +20,8 @@ TOKENS = "glm_tokens"
 SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
 REFERENCES = "glm_references"
+NUMBERS = "glm_numbers"
+"""The LATENT's `batch_index`, where a node knows it."""
 REPLACED = (REFERENCES, "additional_models")  # entries that an earlier Apply Tokens left
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 
@@ -47,10 +50,42 @@ def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditi
 def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Conditioning:
     entries = {TOKENS: ids, SIZE: (tokens.height, tokens.width), CODEBOOK: tokens.codebook}
     others = (
-        (states, {key: value for key, value in values.items() if key not in REPLACED})
+        (_text(states, values), {key: values[key] for key in values if key not in REPLACED})
         for states, values in conditioning
     )
     return [[states, {**values, **entries}] for states, values in others]
+
+
+def _text(states: Tensor, values: dict[str, Any]) -> Tensor:
+    """The states, or the empty text's where ConditioningZeroOut has zeroed them.
+
+    The model was trained with the empty text in the place of no text, and never with zeros.
+    """
+    return states if states.any() else values[EMPTY]
+
+
+def with_numbers(conditioning: Conditioning, numbers: list[int] | None) -> Conditioning:
+    """The conditioning for latents of these numbers in their batch; None for unknown ones."""
+    if numbers is None:
+        return conditioning
+    return [[states, {**values, NUMBERS: list(numbers)}] for states, values in conditioning]
+
+
+def unless_zeroed(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, or that of the unconditional pass where its states are zeros.
+
+    ConditioningZeroOut behind Apply Tokens zeroes the states and leaves the tokens and references.
+    """
+    if TOKENS not in entry or EMPTY not in entry or entry["cross_attn"].any():
+        return entry
+    others = {key: entry[key] for key in entry if key != REFERENCES}
+    dropped = torch.full_like(entry[TOKENS], DROPPED)
+    return {**others, "cross_attn": entry[EMPTY], TOKENS: dropped}
+
+
+def guides_away_from_tokens(entry: dict[str, Any]) -> bool:
+    """Whether a negative entry has tokens, so that guidance leads away from them."""
+    return TOKENS in entry and bool((unless_zeroed(entry)[TOKENS] != DROPPED).any())
 
 
 def empty_text(conditioning: Conditioning) -> Conditioning:
@@ -77,6 +112,7 @@ class Conditions(NamedTuple):
     glyphs: Tensor  # [1, T, text_embed_dim]
     token_map: Tensor  # int32 [N, 1, H, W], the latents' size, so that areas crop both alike
     size: tuple[int, int]  # (height, width) in pixels
+    pictures: list[int]  # for each latent, the number of the tokens that it is painted with
 
 
 def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig) -> Conditions:
@@ -102,30 +138,48 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
             f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
             "decoder's checkpoint."
         )
-    _check_latents(tokens, entry[SIZE], latents)
+    _check_size(tokens, entry[SIZE], latents)
+    pictures = _pictures(entry, tokens, latents[0])
     token_map = repeat(
-        tokens,
-        "b h w -> (n b) 1 (h p) (w q)",
-        n=latents[0] // tokens.shape[0],
+        tokens[pictures],
+        "n h w -> n 1 (h p) (w q)",
         p=LATENTS_PER_TOKEN,
         q=LATENTS_PER_TOKEN,
     )
     device = entry["device"]
-    return Conditions(glyphs.to(device), token_map.to(device), entry[SIZE])
+    return Conditions(glyphs.to(device), token_map.to(device), entry[SIZE], pictures)
 
 
-def _check_latents(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
-    batch, rows, cols = tokens.shape
+def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
+    rows, cols = tokens.shape[1:]
+    if tuple(latents[-2:]) == (rows * LATENTS_PER_TOKEN, cols * LATENTS_PER_TOKEN):
+        return
     height, width = (side * PIXELS_PER_LATENT for side in latents[-2:])
-    if tuple(latents[-2:]) != (rows * LATENTS_PER_TOKEN, cols * LATENTS_PER_TOKEN):
-        raise GLMImageError(
-            f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
-            f"the latent is one of {width} x {height} pixels; "
-            "use the LATENT of GLM-Image Apply Tokens, or tokens of the latent's size."
+    fitting_height, fitting_width = next_multiples(height, width)
+    if (fitting_height, fitting_width) == (height, width):
+        advice = (
+            "use the LATENT of GLM-Image Apply Tokens, or tokens of the latent's size; a tile of a "
+            "larger picture needs tokens of its own, from GLM-Image Encode Tokens"
         )
-    if latents[0] % batch:
-        raise GLMImageError(
-            f"The latent holds {latents[0]} images, which is no multiple of the {batch} that the "
-            "semantic tokens hold; set batch_index on GLM-Image Apply Tokens or change the "
-            "latent's batch."
+    else:
+        advice = (
+            f"scale or pad the picture to {fitting_width} x {fitting_height}, the next multiples "
+            f"of {PIXELS_PER_TOKEN}, before VAE Encode, and use tokens of that size"
         )
+    raise GLMImageError(
+        f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
+        f"the latent is one of {width} x {height} pixels; {advice}."
+    )
+
+
+def _pictures(entry: dict[str, Any], tokens: Tensor, latents: int) -> list[int]:
+    """For each latent, the number of the tokens that it is painted with.
+
+    Samplers are not given the latent's `batch_index`. ComfyUI's noise has it: it is a row for each
+    number, drawn from the seed one after the other.
+    """
+    images = len(tokens)
+    numbers, known = entry.get(NUMBERS), NUMBERS in entry
+    if not known and images > 1:
+        numbers = drawn_numbers(entry["noise"], entry.get("seed"))
+    return pictures_of(images, latents, numbers, known)

@@ -22,9 +22,10 @@ from ...glm_core.files.component import Component
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
 from .cache_reader import CacheReader, ReferencesCondition
-from .conditioning import REFERENCES, conditions
+from .conditioning import REFERENCES, conditions, unless_zeroed
 from .decoder_network import HostDecoder
 from .devices import Placement, default_placement
+from .notices import Notices, about_conditions, about_patches, refuse_recorded_attention
 from .out_of_memory import explain_out_of_memory
 from .patchers import ListsSegments, make_patcher, require_layers
 from .weights import Precision, check_keys, choose_precision, load_weights, open_model
@@ -44,10 +45,13 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
         super().__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
+        # FreeU reads it, which otherwise changes nothing. It is no argument of the network.
+        model_config.unet_config["model_channels"] = self.diffusion_model.config.hidden_size
         self.segments = self.diffusion_model.segments
         self.schedule = model_config.schedule
         self.checkpoint = model_config.checkpoint
         self.readers: list[CacheReader] = []
+        self.notices = Notices()
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refuses a split decoder, since its network is only a part of it."""
@@ -67,6 +71,7 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The network's arguments; the sampler asks once a run for each conditioning."""
+        kwargs = unless_zeroed(kwargs)
         found = conditions(kwargs, kwargs["noise"].shape, self.diffusion_model.config)
         conds = {
             # CONDCrossAttn would repeat the shorter of two texts to batch them.
@@ -84,8 +89,9 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
                     "from step to step; load the LoRA into the MODEL instead."
                 )
             # A copy, if the MODEL has moved to another device since the cache was made.
-            conds["references"] = ReferencesCondition(cache.reader.to(kwargs["device"]))
-            self.readers.append(cache.reader)
+            reader = cache.reader_of(found.pictures)
+            conds["references"] = ReferencesCondition(reader.to(kwargs["device"]))
+            self.readers.append(reader)
         return conds
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
@@ -100,14 +106,27 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
             reader.end_run()
         self.readers.clear()
 
-    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """`t` is sigma. It reaches `process_timestep` in a tuple, which the host does not cast.
         The model sampling's own `timestep()` is shifted, in units that patches change."""
         patcher = self.current_patcher
         without_hooks = patcher is not None and patcher.current_hooks is None
         self.diffusion_model.step_invariants.enabled = without_hooks
+        options = transformer_options or {}
+        self.notices.say(about_patches(options))
         with on_device(x.device):
-            return super()._apply_model(x, t, *args, sigma=(t,), **kwargs)
+            return super()._apply_model(
+                x, t, c_concat, c_crossattn, control, options, sigma=(t,), **kwargs
+            )
 
     def process_timestep(
         self, timestep: Tensor, sigma: tuple[Tensor], size: tuple[int, int], **_: Any
@@ -209,7 +228,8 @@ def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Wraps a whole run of the host's sampler, the loading of the weights included.
 
     Raises:
-        GLMImageError: the latent is not an image's, or memory ran out.
+        GLMImageError: the latent is not an image's, a node needs another network, or memory ran
+            out.
     """
     if noise.ndim != 4:
         raise GLMImageError(
@@ -218,6 +238,10 @@ def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         )
     guider = executor.class_obj
     patcher = guider.model_patcher
+    refuse_recorded_attention(guider.model_options)
+    guided = getattr(guider, "cfg", 1.0) != 1.0
+    patcher.model.notices.begin()
+    patcher.model.notices.say(about_conditions(guider.conds, guided))
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
     devices = (patcher.load_device, *(part.compute_device for part in patcher.model.segments))
     needs = dict.fromkeys(devices, need)

@@ -60,8 +60,15 @@ class HostReferenceCache:
         if sets == 1 or len(chosen) == batch:
             return self
         view, index = copy(self), chosen[0] % sets
-        view.reader = self.reader.of_sets(slice(index, index + 1))
+        view.reader, view.sets = self.reader.of_sets([index]), 1
         return view
+
+    def reader_of(self, pictures: Sequence[int]) -> CacheReader | SplitReader:
+        """The reader for latents that are painted with these images of the tokens, in order."""
+        sets = [picture % self.sets for picture in pictures]
+        if sets == [i % self.sets for i in range(len(pictures))]:
+            return self.reader
+        return self.reader.of_sets(sets)
 
     def check_decoder(self, decoder: Any) -> None:
         """

@@ -11,6 +11,7 @@ import latent_preview
 from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
+from .conditioning import with_numbers
 from .decoder import GLMImageModel, require_decoder
 
 
@@ -52,9 +53,12 @@ def decode(
 ) -> dict[str, Any]:
     """The denoised LATENT: Euler with CFG over the checkpoint's schedule.
 
-    SamplerCustomAdvanced with GLM-Image Scheduler gives the same.
+    SamplerCustomAdvanced with GLM-Image Scheduler gives the same. Only here is the latent's
+    `batch_index` known for certain, so that a part of a batch gets its own tokens.
     """
     levels = sigmas(model, latent, steps, denoise)
+    numbers = latent.get("batch_index")
+    positive, negative = (with_numbers(given, numbers) for given in (positive, negative))
     if "model_sampling" not in model.object_patches:
         # ComfyUI reads shares of the steps from it; unshifted, they would be those of 1024 pixels.
         model = with_resolution_shift(model, latent)

@@ -25,10 +25,11 @@ def test_known_previews():
 @pytest.mark.parametrize(
     ("height", "width", "said"),
     [
-        (1000, 1024, "height 1000 is not a positive multiple of 32: use 992"),
-        (1024, 16, "width 16 is not a positive multiple of 32: use 32"),
-        (1024, 0, "width 0"),
-        (-32, 64, "height -32"),
+        (333, 500, r"^An image of 500x333 .* positive multiples of 32\. Use 512x352, and crop"),
+        (1000, 1024, r"1024x1000 .*Use 1024x1024, and crop"),
+        (1024, 16, r"16x1024 .*Use 32x1024"),
+        (1024, 0, r"0x1024 .*Use 32x1024"),
+        (-32, 64, r"64x-32 .*Use 64x32"),
         (32, 32 * 257, "8224x32 pixels is too long"),
         (32 * 257, 32, "256 times the shorter"),
     ],

@@ -1,0 +1,66 @@
+"""Which image of a batch of tokens each latent is: by the numbers that latents keep in a batch."""
+
+import torch
+from torch import Tensor
+
+from ...glm_core.errors import GLMImageError
+
+MAX_DRAWS = 64
+"""Rows of noise that `drawn_numbers` draws, each as large as a latent, besides one a latent."""
+
+
+def pictures_of(images: int, latents: int, numbers: list[int] | None, known: bool) -> list[int]:
+    """For each latent, the number of the tokens that it is painted with.
+
+    Latent i is number i of its batch, unless LatentFromBatch or LatentBatch has taken some out or
+    moved them. RepeatLatentBatch gives a repetition the next numbers.
+
+    Args:
+        images: the images that the tokens hold.
+        numbers: the latents' numbers, `batch_index` of a LATENT; None for unknown ones.
+        known: whether `numbers` are of the LATENT, and may choose some of the images.
+
+    Raises:
+        GLMImageError: the numbers are no choice, and the latents no whole repetition of the images.
+    """
+    whole = latents % images == 0
+    if numbers is not None and len(numbers) == latents:
+        if known and len(set(numbers)) == latents and max(numbers) < images:
+            return list(numbers)
+        pictures = [number % images for number in numbers]
+        if whole and (len(set(numbers)) == latents or _equally_often(pictures, images)):
+            return pictures
+    if not whole:
+        raise GLMImageError(
+            f"The latent holds {latents} images, which is no multiple of the {images} that the "
+            "semantic tokens hold; set batch_index on GLM-Image Apply Tokens or change the "
+            "latent's batch."
+        )
+    # Numbers that occur twice are those of a fixed seed or of joined batches, and tell nothing.
+    return [i % images for i in range(latents)]
+
+
+def _equally_often(pictures: list[int], images: int) -> bool:
+    return all(pictures.count(i) * images == len(pictures) for i in range(images))
+
+
+def drawn_numbers(noise: Tensor, seed: int | None) -> list[int] | None:
+    """The `batch_index` that `comfy.sample.prepare_noise` made the noise with.
+
+    Returns:
+        None if it is other noise, or of numbers far beyond the latents' own
+    """
+    if not isinstance(seed, int) or noise.dtype != torch.float32 or not noise.any():
+        return None
+    rows = noise.cpu()
+    numbers: dict[int, int] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(MAX_DRAWS + len(rows)):
+        drawn = torch.randn(rows[:1].shape, generator=generator)[0]
+        alike = (rows[:, :, 0, 0] == drawn[:, 0, 0]).all(1)  # one cell, which is quickly compared
+        for row in alike.nonzero()[:, 0].tolist():
+            if torch.equal(rows[row], drawn):
+                numbers[row] = number
+        if len(numbers) == len(rows):
+            return [numbers[row] for row in range(len(rows))]
+    return None

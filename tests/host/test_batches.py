@@ -1,0 +1,215 @@
+"""Latents and tokens of a batch: each latent is painted with its own tokens and references."""
+
+import comfy.sample
+import comfy_extras.nodes_post_processing  # noqa: F401  current hosts import it before nodes_latent
+import pytest
+import torch
+from comfy_extras.nodes_latent import LatentBatch, LatentBatchSeedBehavior
+from comfy_extras.nodes_rebatch import LatentRebatch
+from glm_image.glm_core.decoder.model import DROPPED
+from glm_image.glm_core.errors import GLMImageError
+from glm_image.nodes.host.batches import drawn_numbers, pictures_of
+from glm_image.nodes.host.encode import encode_references
+from helpers import relative_error, stages
+
+import nodes as host
+
+PROMPT = "a poster with the words 'ONE' and 'TWO'"
+SIZE = (64, 96)
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    return stages(nodes, "small", PROMPT, SIZE, batch=2)
+
+
+def taken(latent: dict, first: int, length: int) -> dict:
+    return host.LatentFromBatch().frombatch(latent, first, length)[0]
+
+
+def repeated(latent: dict, amount: int = 2) -> dict:
+    return host.RepeatLatentBatch().repeat(latent, amount)[0]
+
+
+def joined(first: dict, second: dict) -> dict:
+    out = LatentBatch.execute(first, second)
+    return out.result[0]
+
+
+def with_fixed_seed(latent: dict) -> dict:
+    return LatentBatchSeedBehavior.execute(latent, "fixed").result[0]
+
+
+def unnumbered(latent: dict) -> dict:
+    return {"samples": latent["samples"]}
+
+
+def by_decode(nodes, run, positive, negative, latent):
+    decode = nodes["GLMImageDecode"].execute
+    return decode(run.model, positive, negative, latent, SEED, 2, 1.0, 1.0).result[0]["samples"]
+
+
+def by_ksampler(nodes, run, positive, negative, latent):
+    (model,) = nodes["GLMImageModelSampling"].execute(run.model, latent).result
+    arguments = (model, SEED, 2, 1.0, "euler", "simple", positive, negative, latent)
+    return host.common_ksampler(*arguments)[0]["samples"]
+
+
+SAMPLERS = pytest.mark.parametrize("sample", [by_decode, by_ksampler])
+
+
+def expected(nodes, run, sample, latent: dict, pictures: list[int]) -> list:
+    """Each latent alone, with its own noise and the tokens that it should be painted with."""
+    numbers = latent.get("batch_index", range(len(pictures)))
+    alone = []
+    for number, picture in zip(numbers, pictures, strict=True):
+        apply = nodes["GLMImageApplyTokens"].execute
+        positive, negative, empty = apply(run.positive, run.tokens, picture).result
+        alone.append(sample(nodes, run, positive, negative, {**empty, "batch_index": [number]}))
+    return alone
+
+
+@SAMPLERS
+@pytest.mark.parametrize(
+    ("change", "pictures"),
+    [
+        (lambda latent: latent, [0, 1]),
+        (lambda latent: taken(repeated(latent), 1, 2), [1, 0]),
+        (lambda latent: joined(taken(latent, 1, 1), taken(latent, 0, 1)), [1, 0]),
+        (lambda latent: LatentRebatch.execute([taken(repeated(latent, 3), 1, 4)], [2]), [1, 0]),
+        (with_fixed_seed, [0, 1]),
+        (unnumbered, [0, 1]),
+    ],
+    ids=["whole", "from repeated", "turned", "rebatched", "fixed seed", "unnumbered"],
+)
+def test_latents_are_painted_with_their_own_tokens(nodes, run, sample, change, pictures) -> None:
+    latent = change(run.empty)
+    latent = latent if isinstance(latent, dict) else latent.result[0][0]
+    found = sample(nodes, run, run.positive, run.negative, latent)
+    assert len(found) == 2
+    for i, alone in enumerate(expected(nodes, run, sample, latent, pictures)):
+        assert relative_error(found[i : i + 1], alone) < 1e-5
+        assert relative_error(found[1 - i : 2 - i], alone) > 1e-2
+
+
+def test_decode_paints_one_of_a_batch_with_its_own_tokens(nodes, run) -> None:
+    latent = taken(run.empty, 1, 1)
+    found = by_decode(nodes, run, run.positive, run.negative, latent)
+    (alone,) = expected(nodes, run, by_decode, latent, [1])
+    assert relative_error(found, alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sample", "change", "count"),
+    [
+        (by_ksampler, lambda latent: taken(latent, 1, 1), 1),
+        (by_ksampler, lambda latent: taken(repeated(latent), 1, 3), 3),
+        (by_decode, lambda latent: taken(repeated(latent), 1, 3), 3),
+        (by_decode, lambda latent: unnumbered(taken(latent, 1, 1)), 1),
+    ],
+)
+def test_other_counts_are_refused(nodes, run, sample, change, count) -> None:
+    with pytest.raises(GLMImageError, match=rf"^The latent holds {count} images, which is no mul"):
+        sample(nodes, run, run.positive, run.negative, change(run.empty))
+
+
+@SAMPLERS
+def test_references_follow_the_tokens(nodes, run, sample) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 64, 64, 3, generator=generator).repeat(1, 8, 8, 1)
+    chain, _ = encode_references(run.ar, run.vae, images, None, per_sample=True)
+    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, negative, empty = apply(run.positive, run.tokens, -1, None, cache).result
+    latent = taken(repeated(empty), 1, 2)
+    found = sample(nodes, run, positive, negative, latent)
+    for i, picture in enumerate((1, 0)):
+        chosen, negative, single = apply(run.positive, run.tokens, picture, None, cache).result
+        single = {**single, "batch_index": [latent["batch_index"][i]]}
+        alone = sample(nodes, run, chosen, negative, single)
+        assert relative_error(found[i : i + 1], alone) < 1e-5
+        without, *_ = apply(run.positive, run.tokens, picture).result
+        unlike = sample(nodes, run, without, negative, single)
+        assert relative_error(found[i : i + 1], unlike) > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [1, 2], [5], [3, 0, 3], [40]])
+def test_numbers_are_read_from_comfyuis_noise(numbers: list[int]) -> None:
+    latent = torch.zeros(len(numbers), 16, 4, 6)
+    noise = comfy.sample.prepare_noise(latent, 2**64 - 1, numbers)
+    assert drawn_numbers(noise, 2**64 - 1) == numbers
+    assert drawn_numbers(noise, 3) is None
+    assert drawn_numbers(noise + 0.1, 2**64 - 1) is None
+
+
+def test_no_noise_has_no_numbers() -> None:
+    assert drawn_numbers(torch.zeros(1, 16, 4, 6), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("images", "numbers", "known", "pictures"),
+    [
+        (2, [0, 1, 2, 3], False, [0, 1, 0, 1]),
+        (2, [1, 0, 1, 0], False, [1, 0, 1, 0]),
+        (4, [3, 1], True, [3, 1]),
+        (2, [0, 0], True, [0, 1]),  # two images encoded apart and joined
+        (3, [0, 1, 0], True, [0, 1, 2]),
+        (1, [5, 5], True, [0, 0]),
+    ],
+)
+def test_numbers_choose_tokens(images, numbers, known, pictures) -> None:
+    assert pictures_of(images, len(numbers), numbers, known) == pictures
+
+
+# ---- a conditioning that ConditioningZeroOut has zeroed ------------------------------------------
+
+
+def zeroed(conditioning: list) -> list:
+    return host.ConditioningZeroOut().zero_out(conditioning)[0]
+
+
+def guided(nodes, run, positive, negative):
+    decode = nodes["GLMImageDecode"].execute
+    return decode(run.model, positive, negative, run.empty, SEED, 2, 3.0, 1.0).result[0]["samples"]
+
+
+def test_a_zeroed_positive_is_the_negative_of_apply_tokens(nodes, run) -> None:
+    right = guided(nodes, run, run.positive, run.negative)
+    assert torch.equal(guided(nodes, run, run.positive, zeroed(run.positive)), right)
+    assert torch.equal(guided(nodes, run, run.positive, zeroed(run.negative)), right)
+
+
+def test_a_zeroed_positive_leaves_its_references(nodes, run) -> None:
+    image = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
+    chain, _ = encode_references(run.ar, run.vae, image, None, per_sample=False)
+    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, negative, _ = apply(run.positive, run.tokens, -1, None, cache).result
+    right = guided(nodes, run, positive, negative)
+    assert torch.equal(guided(nodes, run, positive, zeroed(positive)), right)
+
+
+def test_text_zeroed_before_apply_tokens_is_the_empty_text(nodes, run) -> None:
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, negative, _ = apply(zeroed(run.positive), run.tokens, -1).result
+    assert torch.equal(positive[0][0], run.negative[0][0])
+    assert torch.equal(positive[0][1]["glm_tokens"], run.tokens.tokens)
+    assert (negative[0][1]["glm_tokens"] == DROPPED).all()
+
+
+# ---- latents of another size ---------------------------------------------------------------------
+
+
+@SAMPLERS
+@pytest.mark.parametrize(
+    ("rows", "columns", "sentence"),
+    [
+        (41, 62, r"96 x 64 pixels .* 496 x 328 pixels; scale or pad the picture to 512 x 352, "),
+        (16, 24, r"96 x 64 pixels .* 192 x 128 pixels; .* a tile of a larger picture needs tokens"),
+    ],
+)
+def test_latents_of_another_size_are_refused(nodes, run, sample, rows, columns, sentence) -> None:
+    latent = {"samples": torch.ones(2, 16, rows, columns)}
+    with pytest.raises(GLMImageError, match=sentence):
+        sample(nodes, run, run.positive, run.negative, latent)
