@@ -48,13 +48,10 @@ def _loha(t: Tensors, shape: Size) -> Size:
 
 
 def _lokr(t: Tensors, shape: Size) -> Size:
+    """A core, `lokr_t2`, is a convolution's, and neither model has one."""
     first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_w2" in t:
-        second = t["lokr_w2"]
-    else:
-        second = _product(t["lokr_w2_a"], t["lokr_w2_b"], t.get("lokr_t2"))
-    rows, columns = first.shape
-    return _as_layer(second.repeat(rows, columns, *[1] * (second.ndim - 2)), shape)
+    second = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return _as_layer(second.repeat(first.shape), shape) if "lokr_t2" not in t else MISFIT
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
@@ -134,9 +131,9 @@ KINDS = (
         "LoKr",
         (
             (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")),
-            (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"), ("lokr_w2_a", "lokr_w2_b")),
+            (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")),
         ),
-        SCALES,
+        ("lokr_t2", *SCALES),
         _lokr,
     ),
     Kind("GLoRA", _all("a1.weight", "a2.weight", "b1.weight", "b2.weight"), SCALES, _glora),
