@@ -27,10 +27,20 @@ def _strength(name: str, model: str) -> io.Float.Input:
 
 
 def _find(lora_name: str) -> Path:
-    path = folder_paths.get_full_path("loras", lora_name)
-    if path is None:
-        raise GLMImageError(f"No LoRA is called '{lora_name}'; put the file into models/loras.")
-    return Path(path)
+    """The file of that name, whose folders a graph of another system may separate otherwise.
+
+    Raises:
+        GLMImageError: there is none, or the name is no text.
+    """
+    if not isinstance(lora_name, str):
+        raise GLMImageError(
+            f"lora_name is {repr(lora_name)[:200]}; choose the name of a file in models/loras."
+        )
+    for name in (lora_name, lora_name.replace("\\", "/"), lora_name.replace("/", "\\")):
+        path = folder_paths.get_full_path("loras", name)
+        if path is not None:
+            return Path(path)
+    raise GLMImageError(f"No LoRA is called '{lora_name[:200]}'; put the file into models/loras.")
 
 
 class LoadLora(io.ComfyNode):
@@ -58,7 +68,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        return validate(_find, lora_name or "")
+        return True if lora_name is None else validate(_find, lora_name)
 
     @classmethod
     def execute(

@@ -1,26 +1,27 @@
-"""LoRA files: the names that trainers give our weights, and the alphas they save as metadata.
+"""LoRA files: the names that trainers give our weights, and what they save as metadata.
 
-A host's LoRA code reads the tensors (`lora_A`, `lora_up`, LoKr, ...). It needs a map from a
-module's name in the file to a weight of the model, and each alpha as a tensor `<module>.alpha`.
-PEFT and diffusers save alpha as JSON instead.
+A host's LoRA code reads tensors of a few names (`lora_A`, `lora_up`, LoKr, ...). It needs a map
+from a module's name in the file to a weight of the model, and each alpha as a tensor
+`<module>.alpha`. PEFT and diffusers save alpha as JSON, and name DoRA's magnitudes and biases their
+own way.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import GLMImageError, first_few
+from .adapter_config import AdapterConfigs
 from .headers import map_file, read_header
 from .json_files import parse_json, read_json
 
-# Prefixes of dotted module names: "" by a model's save_lora_adapter, "base_model.model." by PEFT.
+# Prefixes of dotted module names: "" by a model's save_lora_adapter, "base_model.model." by PEFT,
+# "pipe.dit." by DiffSynth.
 DOTTED = {
-    "decoder": ("", "transformer.", "diffusion_model.", "base_model.model."),
+    "decoder": ("", "transformer.", "diffusion_model.", "base_model.model.", "pipe.dit."),
     "ar": ("", "vision_language_encoder.", "base_model.model."),
 }
 # Prefixes of module names with underscores for dots, as kohya and LyCORIS save them.
@@ -33,19 +34,30 @@ OPTIONAL_ROOT = {"decoder": "", "ar": "model."}
 
 # What follows a module's name, for each kind of tensor that ComfyUI's adapters read.
 TENSOR_SUFFIX = re.compile(
-    r"\.(?:lora_(?:A|B|up|down|mid)(?:\.weight)?"
-    r"|lora\.(?:up|down)\.weight|lora_linear_layer\.(?:up|down)\.weight"
-    r"|hada_\w+|lokr_\w+|oft_\w+|rescale|[ab][12]\.weight"
-    r"|alpha|dora_scale|reshape_weight|diff|diff_b|set_weight|[wb]_norm)$"
+    r"(?:\.lora_(?:A|B|up|down|mid)(?:\.weight)?"
+    r"|[._]lora\.(?:up|down)\.weight|\.lora_linear_layer\.(?:up|down)\.weight"
+    r"|\.(?:hada_\w+|lokr_\w+|oft_\w+|rescale|[ab][12]\.weight"
+    r"|alpha|dora_scale|reshape_weight|diff|diff_b|set_weight|[wb]_norm))$"
 )
-ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # part of PEFT's in-memory names
+# Names in a PEFT model's memory hold the adapter's name, as "default" does in DiffSynth's files.
+ADAPTER_NAME = re.compile(
+    r"\.(lora_[AB])\.[^.]+\.(weight|bias)$"
+    r"|\.((?:hada|lokr|oft)_\w+|lora_embedding_[AB])\.[^.]+$"
+)
+MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
+BIAS = ".lora_B.bias"
+
+# Ends of the names of tensors whose rows are the rank.
+BY_RANK = re.compile(r"\.(?:lora_A\.weight|hada_w1_b|lokr_w[12]_b)$")
 
 
 def read_lora(path: Path | str) -> dict[str, Tensor]:
-    """A LoRA file's tensors, memory-mapped, with every alpha as a tensor `<module>.alpha`.
+    """A LoRA file's tensors, memory-mapped, under names that a host reads.
 
-    Alphas come from diffusers' `lora_adapter_metadata`, or from the `adapter_config.json` that
-    PEFT saves beside `adapter_model.safetensors`. Without one, the host sets alpha to the rank.
+    Every alpha is a tensor `<module>.alpha`; they come from diffusers' `lora_adapter_metadata`, or
+    from the `adapter_config.json` that PEFT saves beside `adapter_model.safetensors`. Without one,
+    the host sets alpha to the rank. DoRA's magnitudes are columns `<module>.dora_scale`, and the
+    bias of a pair is `<module>.diff_b`.
 
     Raises:
         GLMImageError: the file is missing, truncated or no safetensors file, or its metadata is
@@ -55,14 +67,14 @@ def read_lora(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise GLMImageError(f"The LoRA {path} does not exist; choose another one.")
     metadata = read_header(path)[1]
-    lora = {ADAPTER_NAME.sub(r".\1.weight", key): value for key, value in map_file(path).items()}
+    lora = _with_host_names(path, map_file(path))
     config = {}
     if "lora_adapter_metadata" in metadata:
         source = f"The lora_adapter_metadata of {path}"
         config = parse_json(metadata["lora_adapter_metadata"], source)
     elif path.name == "adapter_model.safetensors":
         config = read_json(path.with_name("adapter_config.json"))
-    return _alphas(lora, config) | lora
+    return _with_biases(_with_alphas(lora, AdapterConfigs(config)))
 
 
 def lora_key_map(weights: Iterable[str], component: str, root: str = "") -> dict[str, str]:
@@ -105,66 +117,73 @@ def require_match(path: Path | str, lora: Iterable[str], *key_maps: Mapping[str,
     if len(unmatched_keys(keys, *key_maps)) == len(keys):
         raise GLMImageError(
             f"None of the {len(keys)} keys in {path} belongs to the connected models "
-            f"({first_few(keys)}); choose a LoRA of GLM-Image and connect the model it is for."
+            f"({first_few(key[:200] for key in keys)}); choose a LoRA of GLM-Image and connect the "
+            "model it is for."
         )
 
 
-def _alphas(lora: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`<module>.alpha` of every LoRA pair for which the adapter's config has one.
+def _with_host_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's tensors under the names and in the shapes that a host reads.
 
-    A host scales by alpha / rank. PEFT's `use_rslora` scales by alpha / sqrt(rank).
+    Raises:
+        GLMImageError: two tensors get one name, as those of two adapters do.
     """
-    alphas = {}
-    configs = _configs_by_model(adapter_config)
-    for key, value in lora.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        for prefix, config in configs.items():
-            if not module.startswith(prefix) or config.get("lora_alpha") is None:
-                continue
-            alpha = _alpha_of(module.removeprefix(prefix).removeprefix("base_model.model."), config)
-            if config.get("use_rslora"):
-                alpha *= math.sqrt(value.shape[0])
-            alphas[f"{module}.alpha"] = torch.tensor(alpha)
-    return alphas
-
-
-def _configs_by_model(adapter_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields of an adapter's config by the model's prefix.
-
-    diffusers' pipelines save `transformer.lora_alpha`, PEFT and single models `lora_alpha`.
-    """
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in adapter_config.items():
-        field = key.rpartition(".")[2]
-        configs.setdefault(key.removesuffix(field), {})[field] = value
-    return configs
-
-
-def _alpha_of(module: str, config: Mapping[str, Any]) -> float:
-    """The module's entry in `alpha_pattern`, else `lora_alpha`.
-
-    A key of `alpha_pattern` is the end of a module's name, or `^` and the whole name. PEFT takes
-    any regular expression; others are refused, as a hostile one could hang.
-    """
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        name = pattern.replace(r"\.", ".").removesuffix("$")
-        end = name.removeprefix("^")
-        if not re.fullmatch(r"[\w.]+", end):
+    lora: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = ADAPTER_NAME.sub(_without_adapter, key)
+        if MAGNITUDE.search(name):
+            name = MAGNITUDE.sub(".dora_scale", name)
+            value = value.reshape(-1, *[1] * max(1, value.ndim - 1))
+        elif name.endswith(".dora_scale") and value.ndim == 1:
+            value = value[:, None]
+        elif name.endswith((".lora_embedding_A", ".lora_embedding_B")) and value.ndim == 2:
+            # An embedding's matrix is (entries, width), and PEFT's pair makes its transpose.
+            up = name.endswith("A")
+            name = f"{name[:-17]}.lora_{'B' if up else 'A'}.weight"
+            value = value.T
+        if name in lora:
             raise GLMImageError(
-                f"The LoRA's alpha_pattern holds the regular expression {pattern!r}; "
-                "save the LoRA with plain module names there."
+                f"{path} holds {name[:200]} twice, under two names, as a file of several adapters "
+                "does; save one adapter."
             )
-        if module == end or (name == end and module.endswith(f".{end}")):
-            return _number(alpha)
-    return _number(config["lora_alpha"])
+        lora[name] = value
+    return lora
 
 
-def _number(alpha: Any) -> float:
-    try:
-        return float(alpha)
-    except (TypeError, ValueError):
-        raise GLMImageError(
-            f"The LoRA's lora_alpha {alpha!r} is no number; save the LoRA again."
-        ) from None
+def _without_adapter(match: re.Match[str]) -> str:
+    pair, ending, other = match.groups()
+    return f".{other}" if other else f".{pair}.{ending}"
+
+
+def _with_alphas(lora: Mapping[str, Tensor], configs: AdapterConfigs) -> dict[str, Tensor]:
+    """The tensors and `<module>.alpha` of every module that the adapter's config scales.
+
+    A host scales by alpha / rank, except a LoKr of two whole matrices. PEFT scales that too: its
+    first matrix is multiplied here.
+    """
+    found: dict[str, Tensor] = {}
+    scaled: dict[str, Tensor] = {}
+    for key, value in lora.items():
+        module = BY_RANK.sub("", key)
+        if module != key and value.ndim:
+            alpha = configs.alpha(module, value.shape[0])
+            if alpha is not None:
+                found[f"{module}.alpha"] = torch.tensor(alpha)
+        module = key.removesuffix(".lokr_w1")
+        if module != key and f"{module}.lokr_w2" in lora:
+            scaled[key] = value * configs.scale(module)
+    return found | dict(lora) | scaled
+
+
+def _with_biases(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with each pair's bias, which PEFT scales as its product, as `diff_b`."""
+    result = dict(lora)
+    for key in lora:
+        down = key.removesuffix(BIAS) + ".lora_A.weight"
+        if not key.endswith(BIAS) or down not in lora or lora[down].ndim == 0:
+            continue
+        module = key.removesuffix(BIAS)
+        alpha = lora.get(f"{module}.alpha")
+        scale = 1.0 if alpha is None else alpha.float() / lora[down].shape[0]
+        result[f"{module}.diff_b"] = result.pop(key) * scale
+    return result

@@ -38,12 +38,21 @@ ROOT = "diffusion_model."
 """What ComfyUI puts before the network's keys."""
 
 
-class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
-    """The model in this pack's MODEL."""
+class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
+    """The model in this pack's MODEL.
+
+    ComfyUI's LoRA loaders choose the names that they know by the model's class. Those of QwenImage
+    are diffusers': `transformer.`, none, and `lycoris_`. All else that QwenImage adds to
+    `BaseModel` is overridden here; a test says so.
+    """
 
     def __init__(self, model_config: "ModelConfig", device: Any = None) -> None:
-        super().__init__(
-            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
+        comfy.model_base.BaseModel.__init__(  # past QwenImage's, which builds its own network
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLOW,
+            device=device,
+            unet_model=HostDecoder,
         )
         # FreeU reads it, which otherwise changes nothing. It is no argument of the network.
         model_config.unet_config["model_channels"] = self.diffusion_model.config.hidden_size

@@ -1,6 +1,7 @@
 """ComfyUI's patchers for our networks, whole, limited or split, and a comparison of patches."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import comfy.hooks
@@ -52,14 +53,33 @@ def _patcher_class(model: nn.Module, disable_dynamic: bool) -> type[ModelPatcher
     if is_packed(model):
         return PackedPatcher
     host_class = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    return NotifyingPatcher if disable_dynamic or host_class is ModelPatcher else host_class
+    if disable_dynamic or host_class is ModelPatcher:
+        return NotifyingPatcher
+    return _refusing(host_class)
+
+
+@cache
+def _refusing(patcher_class: type[ModelPatcher]) -> type[ModelPatcher]:
+    return type(f"GLMImage{patcher_class.__name__}", (RefusesEmptyLoras, patcher_class), {})
 
 
 def nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-class NotifyingPatcher(ModelPatcher):
+class RefusesEmptyLoras:
+    """A mixin that tells of a LoRA of which nothing fits; ComfyUI's loaders go on without it."""
+
+    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
+        if not patches:
+            raise GLMImageError(
+                "ComfyUI's LoRA loader knows none of the names in this file for GLM-Image; "
+                "use GLM-Image Load LoRA, which also reads other trainers' names."
+            )
+        return super().add_patches(patches, *args, **kwargs)
+
+
+class NotifyingPatcher(RefusesEmptyLoras, ModelPatcher):
     """Calls back before the host unloads some weights, so that buffers beside them are freed."""
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +134,12 @@ class SplitPatcher(LimitedPatcher):
         for segment in self.segments:
             keys = segment.model.state_dict().keys()
             theirs = {key: own.pop(key) for key in list(own) if _weight(key) in keys}
-            added += segment.add_patches(theirs, strength_patch, strength_model)
-        return added + super().add_patches(own, strength_patch, strength_model)
+            if theirs:
+                added += segment.add_patches(theirs, strength_patch, strength_model)
+        if own or not patches:
+            return added + super().add_patches(own, strength_patch, strength_model)
+        # All are the segments'; the host still has to see that the model has changed.
+        return added + ModelPatcher.add_patches(self, own, strength_patch, strength_model)
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
         """The state dict without the segments' weights, which the model's own lists too."""

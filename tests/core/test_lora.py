@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,73 @@ def test_adapter_names_are_dropped(tmp_path, adapter):
     state = pair(TO_Q, f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
     lora = read_lora(save_lora(tmp_path / "a.safetensors", state, {"lora_alpha": 6}))
     assert lora.keys() == {f"{TO_Q}.alpha", *pair(TO_Q)}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {f"m{i}.lora_alpha": 1 for i in range(20_000)},
+        {"lora_alpha": 1, "alpha_pattern": {f"m{i}.x": 2 for i in range(20_000)}},
+        {"lora_alpha": 1, "alpha_pattern": {f"^m{i}": 2 for i in range(20_000)}},
+    ],
+    ids=["configs", "ends", "whole names"],
+)
+def test_many_keys_and_many_entries_are_read_in_a_moment(tmp_path, config):
+    state = {f"m{i}.lora_A.weight": torch.zeros(1) for i in range(20_000)}
+    file = save_lora(tmp_path / "a.safetensors", state, config)
+    start = time.process_time()
+    lora = read_lora(file)
+    assert time.process_time() - start < 5  # 400 million comparisons take minutes
+    assert len(alphas(lora)) == 20_000
+
+
+def test_the_first_entry_of_a_pattern_holds(tmp_path):
+    config = {"lora_alpha": 6, "alpha_pattern": {"to_q": 1, f"^{TO_Q}": 2, "attn1.to_q": 3}}
+    assert alphas(read_lora(save_lora(tmp_path / "a.safetensors", pair(TO_Q), config))) == {TO_Q: 1}
+    config["alpha_pattern"] = {f"^{TO_Q}": 2, "to_q": 1}
+    assert alphas(read_lora(save_lora(tmp_path / "a.safetensors", pair(TO_Q), config))) == {TO_Q: 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 1, "alpha_pattern": 5},
+        {"lora_alpha": 1, "alpha_pattern": ["to_q"]},
+        {"lora_alpha": 1, "alpha_pattern": {"to_q": {}}},
+        {"lora_alpha": 1, "alpha_pattern": {"to_q": "x" * 10_000}},
+        {"lora_alpha": 1, "alpha_pattern": {"(" * 10_000: 1}},
+        {"lora_alpha": 1, "alpha_pattern": {"": 1}},
+        {"lora_alpha": 1, "use_rslora": "yes"},
+        {"lora_alpha": [1]},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": "inf"},
+    ],
+    ids=lambda config: str(config)[:60],
+)
+def test_an_entry_of_another_type_is_a_sentence(tmp_path, config):
+    named = {f"transformer.{name}": value for name, value in config.items()}
+    file = save_lora(tmp_path / "a.safetensors", pair(f"transformer.{TO_Q}"), named)
+    with pytest.raises(GLMImageError, match="save the LoRA") as caught:
+        read_lora(file)
+    assert len(str(caught.value)) < 400
+
+
+def test_entries_of_another_models_adapter_do_not_matter(tmp_path):
+    config = {"transformer.lora_alpha": 6, "text_encoder.alpha_pattern": 5}
+    file = save_lora(tmp_path / "a.safetensors", pair(f"transformer.{TO_Q}"), config)
+    assert alphas(read_lora(file)) == {f"transformer.{TO_Q}": 6}
+
+
+@pytest.mark.parametrize("key", ["x" * 100_000, ".".join("x" * 50_000)])
+def test_endless_names_are_read_in_a_moment(tmp_path, key):
+    config = {"lora_alpha": 1, "alpha_pattern": {"y": 2}}
+    start = time.process_time()
+    lora = read_lora(save_lora(tmp_path / "a.safetensors", pair(key), config))
+    with pytest.raises(GLMImageError, match="None of the 2 keys") as caught:
+        require_match("a", lora, {})
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 1000
 
 
 def test_regular_expressions_are_refused(tmp_path):

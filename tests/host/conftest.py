@@ -1,12 +1,16 @@
 """ComfyUI's own modules in this process, on the CPU, with random reference models to load."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from glm_image.scripts import environment
 from reference import SHAPES, reference_snapshot
+from safetensors.torch import save_file
+from torch import Tensor
 
 sys.path.insert(0, str(environment.host().path))
 
@@ -41,3 +45,35 @@ def nodes(pipelines) -> dict:
 @pytest.fixture
 def loras(pipelines) -> Path:
     return Path(folder_paths.models_dir) / "loras"
+
+
+@pytest.fixture(scope="module")
+def models(nodes):
+    """The decoder's patcher and the AR, small."""
+    return tuple(
+        nodes[f"GLMImageLoad{kind}"].execute("small", "default").result[0]
+        for kind in ("Decoder", "AR")
+    )
+
+
+@pytest.fixture
+def normal():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator) * 0.3
+
+
+@pytest.fixture
+def apply(nodes, models, loras):
+    """Applies a file to both models with a strength; gives their patchers."""
+
+    def apply(tensors: dict[str, Tensor], metadata: dict | None = None, strength: float = 1.0):
+        save_file(
+            {key: value.contiguous().clone() for key, value in tensors.items()},
+            loras / "kind.safetensors",
+            metadata and {"lora_adapter_metadata": json.dumps(metadata)},
+        )
+        load_lora = nodes["GLMImageLoadLora"].execute
+        decoder, ar = load_lora("kind.safetensors", strength, strength, *models).result
+        return {"decoder": decoder, "ar": ar.patcher}
+
+    return apply

@@ -20,7 +20,13 @@ from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.encode import encode_references
 from glm_image.nodes.host.glyph import load_glyph_encoder
-from glm_image.nodes.host.patchers import LimitedPatcher, make_patcher, with_segments
+from glm_image.nodes.host.patchers import (
+    LimitedPatcher,
+    all_patches,
+    make_patcher,
+    same_patches,
+    with_segments,
+)
 from glm_image.nodes.host.vae import load_vae
 from helpers import planned, same, stages
 from torch import Tensor
@@ -277,6 +283,21 @@ def test_the_native_lora_loader_reaches_every_segment(nodes, whole, split, nativ
     assert not same(expected, whole.latent["samples"])
     assert same(decode(nodes, whole, model), expected)
     assert same(decode(nodes, whole, split[1]), whole.latent["samples"])
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_native_lora_loader_knows_diffusers_names_of_segments(
+    split, native_lora, prefix
+) -> None:
+    renamed = {key.replace("diffusion_model.", prefix): value for key, value in native_lora.items()}
+    expected, model = (
+        comfy.sd.load_lora_for_models(split[1], None, lora, 1.0, 0.0)[0]
+        for lora in (native_lora, renamed)
+    )
+    assert same_patches(all_patches(model), all_patches(expected))
+    assert len(all_patches(model)) == 2
+    with pytest.raises(GLMImageError, match="use GLM-Image Load LoRA"):
+        comfy.sd.load_lora_for_models(split[1], None, {"alien.diff": torch.ones(1)}, 1.0, 0.0)
 
 
 def test_a_cache_made_with_other_loras_of_a_segment_is_refused(

@@ -29,7 +29,7 @@ from glm_image.nodes.host import step_graphs
 from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Placement
-from glm_image.nodes.host.patchers import with_segments
+from glm_image.nodes.host.patchers import same_patches, with_segments
 from helpers import planned, relative_error, same, stages
 from safetensors.torch import load_file, save_file
 from tape import Recorder
@@ -253,6 +253,20 @@ def test_a_lora_changes_a_quantised_model_as_it_does_the_plain_one(
     # Without the LoRA the model is what it was, bit for bit.
     assert same(logits(ar), before[0])
     assert same(decode(nodes, run, model), before[1])
+
+
+@pytest.mark.parametrize("dtype", FILES)
+def test_the_native_loader_adds_diffusers_names_as_ours_does(
+    nodes, files, lora_file, dtype
+) -> None:
+    model = load(nodes, "Decoder", files["decoder", dtype])
+    tensors = load_file(Path(folder_paths.models_dir) / "loras" / lora_file)
+    native, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    ours, _ = with_lora(nodes, lora_file, model, None)
+    assert native.patches
+    assert same_patches(native.patches, ours.patches)
+    with pytest.raises(GLMImageError, match="use GLM-Image Load LoRA"):
+        comfy.sd.load_lora_for_models(model, None, {"alien.diff": torch.ones(1)}, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
