@@ -146,7 +146,8 @@ class StepInvariantsCache:
 
     They are found by value: the glyph states and the (cropped) token ids, which are quickly
     compared. Hooks may change the weights within a run; `enabled` is False where there are any.
-    `clear` is called when sampling ends.
+    Training changes them too, and a graph of gradients is used once, so nothing is kept while
+    gradients are on. `clear` is called when sampling ends.
 
     torch.compile leaves `get` out. It branches on values and on the number of entries, which would
     break a step's graph and recompile parts of it for every order of prompts.
@@ -169,7 +170,7 @@ class StepInvariantsCache:
         dtype: torch.dtype,
     ) -> StepInvariants:
         """`Decoder.prepare`, computed once for equal arguments."""
-        if not self.enabled:
+        if not self.enabled or torch.is_grad_enabled():
             return decoder.prepare(glyphs, tokens, size, dtype)
         for known_glyphs, known_tokens, key, invariants in self._entries:
             if key == (size, dtype) and _same(known_glyphs, glyphs) and _same(known_tokens, tokens):
