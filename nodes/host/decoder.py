@@ -44,6 +44,8 @@ class GLMImageModel(ListsSegments, comfy.model_base.BaseModel):
         super().__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostDecoder
         )
+        # Other nodes look here for the numbers that ComfyUI's own models are built from.
+        model_config.unet_config.update(vars(model_config.unet_config["config"]))
         self.segments = self.diffusion_model.segments
         self.schedule = model_config.schedule
         self.checkpoint = model_config.checkpoint

@@ -43,6 +43,14 @@ class HostDecoder(Decoder):
             segments=segments,
         )
         self.dtype = dtype
+        # Other nodes read these names, which ComfyUI's own transformers have.
+        self.in_channels = config.in_channels
+        self.out_channels = config.out_channels
+        self.patch_size = config.patch_size
+        self.hidden_size = self.inner_dim = config.hidden_size
+        self.num_heads = self.num_attention_heads = config.num_attention_heads
+        self.attention_head_dim = config.attention_head_dim
+        self.num_layers = config.num_layers
         self.step_invariants = StepInvariantsCache()
 
     def forward(
