@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.errors import GLMImageError
+from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
@@ -37,6 +38,7 @@ def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VA
     network = patcher.model
     with _without_empty_vae_warning():  # an empty VAE still sets all that its methods use
         vae = HostVAE(sd={})
+    vae.config_tensor = config_tensor(open_model("vae", model_name))
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
     config = network.config
@@ -55,6 +57,12 @@ class HostVAE(comfy.sd.VAE):
 
     ComfyUI falls back to tiles by itself when memory is short.
     """
+
+    config_tensor: Tensor
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """What save nodes write."""
+        return {**super().get_sd(), CONFIG: self.config_tensor}
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._tiles():
