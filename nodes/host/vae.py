@@ -21,6 +21,8 @@ from .out_of_memory import explain_out_of_memory
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
 
+log = logging.getLogger(__name__)
+
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 EMPTY_VAE_WARNING = "No VAE weights detected"  # part of ComfyUI's sentence
 
@@ -108,8 +110,17 @@ def load_vae_patcher(
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """ComfyUI's choice for a device; the user sets it with --fp32-vae or --bf16-vae."""
-    return comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    """ComfyUI's choice for a device; the user sets it with --fp32-vae or --bf16-vae.
+
+    --fp16-vae is not obeyed, since the VAE overflows in fp16.
+    """
+    management = comfy.model_management
+    dtype = management.vae_dtype(device, WORKING_DTYPES)
+    if dtype in WORKING_DTYPES:
+        return dtype
+    dtype = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
+    log.warning("GLM-Image's VAE overflows in fp16 and runs in %s instead.", dtype)
+    return dtype
 
 
 @contextmanager
