@@ -1,7 +1,7 @@
 """Opening a component: headers and configs are read and checked, and no weight is read.
 
 A component is read from a hub snapshot (a folder with one subfolder per component, each sharded
-or one file) or from a single safetensors file whose metadata carries the configs.
+or one file) or from a single safetensors file that carries the configs.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GLMImageError, first_few
-from .component import COMPONENTS, FORMAT, Component, ComponentKind, Processor
+from .component import COMPONENTS, Component, ComponentKind, Processor
 from .headers import TensorInfo, read_header
 from .json_files import parse_json, read_json, read_text
 from .quantisation import read_quantisation
+from .saved import Part, read_parts
 
 HUB_NAME = "zai-org/GLM-Image"
 
@@ -21,7 +22,7 @@ def open_component(path: Path | str, component: str) -> Component:
     """Read the headers and configs of a component.
 
     Args:
-        path: a hub snapshot's folder, or one safetensors file with its config in the metadata.
+        path: a hub snapshot's folder, or one safetensors file that carries its config.
         component: a key of `COMPONENTS`.
 
     Raises:
@@ -165,8 +166,9 @@ def _read_shard(index: Path, name: str) -> dict[str, TensorInfo]:
 
 def _open_single_file(file: Path, component: str) -> Component:
     kind = COMPONENTS[component]
-    tensors, metadata = read_header(file)
-    _check_component(file, metadata, component)
+    parts = read_parts(file)
+    _check_component(file, parts, component)
+    tensors, metadata = parts[component]
     config = _parsed(metadata, "config", file)
     _check_identity(config, kind, file)
     quantisation, quantised = read_quantisation(file, tensors, metadata)
@@ -188,16 +190,20 @@ def _open_single_file(file: Path, component: str) -> Component:
     )
 
 
-def _check_component(file: Path, metadata: Mapping[str, str], component: str) -> None:
-    if metadata.get("format") != FORMAT:
+def _check_component(file: Path, parts: Mapping[str, Part], component: str) -> None:
+    if not parts:
         raise GLMImageError(
-            f"{file} is not a GLM-Image checkpoint: its metadata carries no GLM-Image config; "
+            f"{file} is not a GLM-Image checkpoint: it carries no GLM-Image config; "
             "use a hub snapshot's folder or a file that was saved with one."
         )
-    stored, title = metadata.get("component", ""), COMPONENTS[component].title
-    if stored != component:
-        other = COMPONENTS[stored].title if stored in COMPONENTS else f"component '{stored}'"
-        raise GLMImageError(f"{file} holds the {other}, not the {title}; choose another file.")
+    if component not in parts:
+        others = " and ".join(map(_title, parts))
+        raise GLMImageError(f"{file} holds {others}, not {_title(component)}; choose another file.")
+
+
+def _title(component: str) -> str:
+    kind = COMPONENTS.get(component)
+    return f"the {kind.title}" if kind else f"the component '{component:.200}'"
 
 
 def _parse_processor(metadata: Mapping[str, str], file: Path) -> Processor:

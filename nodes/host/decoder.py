@@ -19,6 +19,7 @@ from ...glm_core.decoder.model import Decoder, DecoderConfig, block_segment
 from ...glm_core.decoder.schedule import ScheduleConfig
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
+from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
 from .cache_reader import CacheReader, ReferencesCondition
@@ -54,21 +55,34 @@ class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
             device=device,
             unet_model=HostDecoder,
         )
-        # FreeU reads it, which otherwise changes nothing. It is no argument of the network.
-        model_config.unet_config["model_channels"] = self.diffusion_model.config.hidden_size
+        # Other nodes look here for the numbers that ComfyUI's own models are built from.
+        config = self.diffusion_model.config
+        model_config.unet_config.update(vars(config), model_channels=config.hidden_size)
         self.segments = self.diffusion_model.segments
         self.schedule = model_config.schedule
         self.checkpoint = model_config.checkpoint
+        self.quantisation = model_config.quantisation
+        self.config_tensor = model_config.config_tensor
         self.readers: list[CacheReader] = []
         self.notices = Notices()
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refuses a split decoder, since its network is only a part of it."""
+        """What save nodes write, our config beside the weights.
+
+        Raises:
+            GLMImageError: the network is only a part of the decoder, or its weights are quantised.
+        """
         if self.segments:
             raise GLMImageError(
                 "A decoder that a device plan has split cannot be saved; load it without the plan."
             )
-        return super().state_dict_for_saving(*args, **kwargs)
+        if self.quantisation is not None:
+            raise GLMImageError(
+                f"A decoder in {self.quantisation} cannot be saved; load the snapshot with "
+                "weight_dtype default, and quantise what you have saved when it is loaded."
+            )
+        config = self.model_config.process_unet_state_dict_for_saving({CONFIG: self.config_tensor})
+        return super().state_dict_for_saving(*args, **kwargs) | config
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -181,6 +195,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
         precision: Precision,
         checkpoint: tuple[str, str],
         segments: Sequence[LayerSegment],
+        config_tensor: Tensor,
     ) -> None:
         self.latent_format = lambda: latents  # the host expects a class and calls it
         self.sampling_settings = {"shift": schedule.shift(1024, 1024, config.patch_size)}
@@ -190,6 +205,8 @@ class ModelConfig(comfy.supported_models_base.BASE):
         self.checkpoint = checkpoint
         self.set_inference_dtype(storage, None if compute == storage else compute)
         self.custom_operations = precision.operations
+        self.quantisation = precision.quantisation
+        self.config_tensor = config_tensor
 
 
 def load_decoder(
@@ -221,6 +238,7 @@ def load_decoder(
         precision,
         checkpoint=(model_name, weight_dtype),
         segments=segments,
+        config_tensor=config_tensor(component),
     )
     model = GLMImageModel(settings, device="meta")
     load_weights(model.diffusion_model, component, weight_dtype, segments=segments, root=ROOT)

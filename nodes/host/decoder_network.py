@@ -43,6 +43,14 @@ class HostDecoder(Decoder):
             segments=segments,
         )
         self.dtype = dtype
+        # Other nodes read these names, which ComfyUI's own transformers have.
+        self.in_channels = config.in_channels
+        self.out_channels = config.out_channels
+        self.patch_size = config.patch_size
+        self.hidden_size = self.inner_dim = config.hidden_size
+        self.num_heads = self.num_attention_heads = config.num_attention_heads
+        self.attention_head_dim = config.attention_head_dim
+        self.num_layers = config.num_layers
         self.step_invariants = StepInvariantsCache()
 
     def forward(
@@ -146,7 +154,8 @@ class StepInvariantsCache:
 
     They are found by value: the glyph states and the (cropped) token ids, which are quickly
     compared. Hooks may change the weights within a run; `enabled` is False where there are any.
-    `clear` is called when sampling ends.
+    Training changes them too, and a graph of gradients is used once, so nothing is kept while
+    gradients are on. `clear` is called when sampling ends.
 
     torch.compile leaves `get` out. It branches on values and on the number of entries, which would
     break a step's graph and recompile parts of it for every order of prompts.
@@ -169,7 +178,7 @@ class StepInvariantsCache:
         dtype: torch.dtype,
     ) -> StepInvariants:
         """`Decoder.prepare`, computed once for equal arguments."""
-        if not self.enabled:
+        if not self.enabled or torch.is_grad_enabled():
             return decoder.prepare(glyphs, tokens, size, dtype)
         for known_glyphs, known_tokens, key, invariants in self._entries:
             if key == (size, dtype) and _same(known_glyphs, glyphs) and _same(known_tokens, tokens):

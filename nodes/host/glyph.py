@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
+from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
 from ...glm_core.glyph.texts import MAX_LENGTH, encode_texts, glyph_ids, is_cut, texts_to_render
 from ...glm_core.split import on_device
@@ -28,7 +29,12 @@ class GlyphTokenizer:
     """A tokenizer in ComfyUI's protocol. Its "tokens" are the texts to render, as strings."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None) -> None:
-        """ComfyUI gives every tokenizer these arguments; a byte tokenizer needs no files."""
+        """ComfyUI gives every tokenizer these arguments; a byte tokenizer needs no files.
+
+        Args:
+            tokenizer_data: what `state_dict` gives.
+        """
+        self.data = dict(tokenizer_data or {})
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, texts: list[str] | None = None, **_: Any
@@ -39,8 +45,9 @@ class GlyphTokenizer:
             log.warning("The end of the text '%.40s...' is cut: %d bytes fit.", cut, MAX_LENGTH - 1)
         return {TOKENS: found}
 
-    def state_dict(self) -> dict:
-        return {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What save nodes write beside the encoder's weights."""
+        return self.data
 
 
 class GlyphModel(nn.Module):
@@ -131,6 +138,7 @@ def _load_clip(
     clip = comfy.sd.CLIP(
         target,
         parameters=sum(info.shape.numel() for info in component.tensors.values()),
+        tokenizer_data={CONFIG: config_tensor(component)},
         model_options={"dtype": precision.storage, **devices},
         **({"disable_dynamic": disable_dynamic} if dynamic else {}),
     )

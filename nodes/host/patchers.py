@@ -99,6 +99,15 @@ class PackedPatcher(NotifyingPatcher):
         # The other mode caches patched matrices and copies them over the packed bytes.
         self.hook_mode = comfy.hooks.EnumHookMode.MinVram
 
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        """Refuses training on packed bytes; its nodes would train them as if they were a bias."""
+        if is_packed(self.model):
+            raise GLMImageError(
+                "A LoRA cannot be trained on int8 or int4 weights; load the decoder with "
+                "weight_dtype default or fp8_e4m3fn from a snapshot."
+            )
+        super().add_weight_wrapper(name, function)
+
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
         lay_out(self.model, self.load_device)
         super().load(device_to, *args, **kwargs)
@@ -157,6 +166,12 @@ class SplitPatcher(LimitedPatcher):
         raise GLMImageError(
             "LoRA hooks cannot change a model that a device plan has split; "
             "load the LoRA into the MODEL instead, or plan it onto one device."
+        )
+
+    def add_weight_wrapper(self, *_: Any, **__: Any) -> None:
+        raise GLMImageError(
+            "A LoRA cannot be trained on a model that a device plan has split, since the node sees "
+            "only its first layers; plan the model onto one device."
         )
 
     def set_injections(self, *_: Any, **__: Any) -> None:

@@ -8,10 +8,12 @@ import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
 from ...glm_core.errors import GLMImageError
-from ...glm_core.files.component import COMPONENTS, FORMAT
-from ...glm_core.files.headers import read_header
+from ...glm_core.files.component import COMPONENTS
+from ...glm_core.files.saved import read_parts
 
 SNAPSHOTS = "glm_image"
+CHECKPOINTS = "checkpoints"
+"""ComfyUI's folder for files of several components, where Save Checkpoint writes them."""
 
 
 def register() -> None:
@@ -25,11 +27,13 @@ def model_names(component: str) -> list[str]:
     """Names of snapshot folders that hold the component, then of single files of it."""
     parts = _snapshot_parts(COMPONENTS[component].folder)
     snapshots = sorted({path.parent.name for path in parts})
-    folder = MODEL_FOLDERS[component]
-    files = folder_paths.get_filename_list(folder)
-    paths = {name: folder_paths.get_full_path(folder, name) for name in files}
+    files = dict.fromkeys(
+        name
+        for folder in (MODEL_FOLDERS[component], CHECKPOINTS)
+        for name in folder_paths.get_filename_list(folder)
+    )
     return snapshots + [
-        name for name, path in paths.items() if path and _component_in(Path(path)) == component
+        name for name in files if _holding(component, _single_files(component, name))
     ]
 
 
@@ -44,9 +48,9 @@ def find_model(component: str, name: str) -> Path:
         snapshot = Path(root) / name
         if name in _children(Path(root)) and snapshot.is_dir():
             return snapshot
-    file = folder_paths.get_full_path(MODEL_FOLDERS[component], name) if name else None
-    if file is not None:
-        return Path(file)
+    files = _single_files(component, name) if name else []
+    if files:
+        return next(iter(_holding(component, files) or files))
     names = model_names(component)
     known = f"installed are: {', '.join(names)}" if names else "none is installed"
     raise GLMImageError(
@@ -55,19 +59,31 @@ def find_model(component: str, name: str) -> Path:
     )
 
 
-def _component_in(file: Path) -> str | None:
-    """The component in a single file of GLM-Image, None for any other file."""
-    return _read_component(file, file.stat().st_mtime_ns) if file.suffix == ".safetensors" else None
+def _single_files(component: str, name: str) -> list[Path]:
+    """The files of that name in the folders of a component."""
+    folders = (MODEL_FOLDERS[component], CHECKPOINTS)
+    paths = (folder_paths.get_full_path(folder, name) for folder in folders)
+    return [Path(path) for path in paths if path]
+
+
+def _holding(component: str, files: list[Path]) -> list[Path]:
+    return [file for file in files if component in _components_in(file)]
+
+
+def _components_in(file: Path) -> frozenset[str]:
+    """The components in a single file of GLM-Image; none in any other file."""
+    if file.suffix != ".safetensors":
+        return frozenset()
+    return _read_components(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _read_component(file: Path, modified_ns: int) -> str | None:
+def _read_components(file: Path, modified_ns: int) -> frozenset[str]:
     """`modified_ns` is part of the cache's key, so that a changed file is read again."""
     try:
-        metadata = read_header(file)[1]
+        return frozenset(read_parts(file))
     except (GLMImageError, OSError):
-        return None
-    return metadata.get("component") if metadata.get("format") == FORMAT else None
+        return frozenset()
 
 
 def _children(root: Path) -> set[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.errors import GLMImageError
+from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
 from ...glm_core.vae import AutoencoderKL, VAEConfig
@@ -19,6 +20,8 @@ from .devices import Placement
 from .out_of_memory import explain_out_of_memory
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
+
+log = logging.getLogger(__name__)
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 EMPTY_VAE_WARNING = "No VAE weights detected"  # part of ComfyUI's sentence
@@ -37,6 +40,7 @@ def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VA
     network = patcher.model
     with _without_empty_vae_warning():  # an empty VAE still sets all that its methods use
         vae = HostVAE(sd={})
+    vae.config_tensor = config_tensor(open_model("vae", model_name))
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
     config = network.config
@@ -55,6 +59,12 @@ class HostVAE(comfy.sd.VAE):
 
     ComfyUI falls back to tiles by itself when memory is short.
     """
+
+    config_tensor: Tensor
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """What save nodes write."""
+        return {**super().get_sd(), CONFIG: self.config_tensor}
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._tiles():
@@ -100,8 +110,17 @@ def load_vae_patcher(
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """ComfyUI's choice for a device; the user sets it with --fp32-vae or --bf16-vae."""
-    return comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    """ComfyUI's choice for a device; the user sets it with --fp32-vae or --bf16-vae.
+
+    --fp16-vae is not obeyed, since the VAE overflows in fp16.
+    """
+    management = comfy.model_management
+    dtype = management.vae_dtype(device, WORKING_DTYPES)
+    if dtype in WORKING_DTYPES:
+        return dtype
+    dtype = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
+    log.warning("GLM-Image's VAE overflows in fp16 and runs in %s instead.", dtype)
+    return dtype
 
 
 @contextmanager

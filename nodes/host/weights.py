@@ -12,7 +12,7 @@ from ...glm_core.ar.row_linear import RowLinear, cpu_has
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.files.opening import open_component
-from ...glm_core.files.quantisation import layer_of
+from ...glm_core.files.quantisation import FP8, layer_of
 from ...glm_core.files.weight_dtypes import WEIGHT_DTYPES, is_layer_matrix
 from ...glm_core.quant.linear import pack_layers
 from ...glm_core.quant.packing import FORMATS, quantise
@@ -85,11 +85,18 @@ def choose_precision(
         )
     storage = WEIGHT_DTYPES[weight_dtype]
     if storage is None or own is not None:
-        storage = component.dtype
+        storage = _stored_dtype(component)
     bf16 = storage != torch.float32 and _is_fast_in_bf16(device, few_rows)
     compute = torch.bfloat16 if bf16 else torch.float32
     quantisation = _quantisation(component, weight_dtype)
     return Precision(storage, compute, *quantisation, device, few_rows)
+
+
+def _stored_dtype(component: Component) -> torch.dtype:
+    """fp8 if a layer has it without a scale, since such layers cast; else that of most bytes."""
+    tensors, quantised = component.tensors.items(), component.quantised
+    plain = {info.dtype for key, info in tensors if layer_of(key) not in quantised}
+    return FP8 if FP8 in plain else component.dtype
 
 
 def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:

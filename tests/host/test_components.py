@@ -8,6 +8,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.ar.step import SamplingOptions
@@ -50,6 +51,17 @@ def test_vae_decodes_in_tiles(run) -> None:
     tiled = run.vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
     assert tiled.shape == whole.shape == (1, 384, 384, 3)
     assert relative_error(tiled, whole) < 0.05  # a group norm sees only its tile
+
+
+@pytest.mark.parametrize(("able", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_vae_is_not_run_in_fp16(nodes, run, monkeypatch, caplog, able, dtype) -> None:
+    monkeypatch.setattr(args, "fp16_vae", True)
+    monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda *_, **__: able)
+    loaded = load(nodes, "VAE", "small")
+    assert loaded.vae_dtype == dtype
+    assert {weight.dtype for weight in loaded.first_stage_model.parameters()} == {dtype}
+    assert f"GLM-Image's VAE overflows in fp16 and runs in {dtype} instead." in caplog.messages
+    assert relative_error(loaded.decode(run.latent["samples"]), run.image) < 0.05
 
 
 def test_vae_falls_back_to_tiles_when_memory_is_short(run, monkeypatch) -> None:

@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_lumina2 import RenormCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 from glm_image.glm_core.decoder import model as decoder
 from glm_image.glm_core.decoder.model import DROPPED, rotary
@@ -85,6 +86,29 @@ def test_model_sampling_patches_do_not_reach_the_timestep(nodes, run, patch) -> 
         for model in (run.model, patch(run.model))
     ]
     assert relative_error(samples[1], samples[0]) < 1e-6
+
+
+def test_renorm_cfg_without_renorming_changes_nothing(nodes, run) -> None:
+    (model,) = RenormCFG.execute(run.model, 100.0, 0.0).result
+    assert same(decode(nodes, run, model=model), decode(nodes, run))
+    (renormed,) = RenormCFG.execute(run.model, 100.0, 0.5).result
+    assert relative_error(decode(nodes, run, model=renormed), decode(nodes, run)) > 1e-3
+
+
+def test_numbers_that_other_nodes_read_are_those_of_the_checkpoint(run, pipelines) -> None:
+    model, config = run.model.model, pipelines["small"].transformer.config
+    network, heads = model.diffusion_model, config.num_attention_heads
+    hidden = heads * config.attention_head_dim
+    names = ("in_channels", "out_channels", "patch_size", "num_layers", "attention_head_dim")
+    numbers = {name: config[name] for name in names}
+    assert {name: getattr(network, name) for name in names} == numbers
+    assert (network.num_heads, network.num_attention_heads) == (heads, heads)
+    assert (network.hidden_size, network.inner_dim) == (hidden, hidden)
+    assert network.dtype == model.get_dtype() == torch.float32
+    settings = model.model_config.unet_config
+    assert {name: settings[name] for name in names} == numbers
+    latents = run.model.get_model_object("latent_format")
+    assert latents.latent_channels == config.in_channels
 
 
 def test_model_sampling_node_gives_ksampler_the_sizes_sigmas(nodes, run) -> None:
