@@ -10,13 +10,14 @@ from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .host import conditioning as cond
 from .host.reference_cache import HostReferenceCache
+from .node import Node
 from .types import CATEGORY, ReferenceCache, Tokens
 
 LATENT_CHANNELS = 16
 """Channels of an empty LATENT; ComfyUI's samplers change them to those that their MODEL takes."""
 
 
-class ApplyTokens(io.ComfyNode):
+class ApplyTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

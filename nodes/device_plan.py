@@ -7,6 +7,7 @@ from ..glm_core.placement.plan import AUTO, STRATEGIES
 from .host.devices import check_device, device_names
 from .host.plan import make_plan, plannable_names
 from .inputs import check_choices, require_choices, size_inputs
+from .node import Node
 from .types import CATEGORY, DevicePlan
 
 STAGES = {
@@ -37,7 +38,7 @@ def _split(stage: str) -> io.String.Input:
     )
 
 
-class MakeDevicePlan(io.ComfyNode):
+class MakeDevicePlan(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

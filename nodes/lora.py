@@ -12,6 +12,7 @@ from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
 from .inputs import validate
+from .node import Node
 from .types import AR, CATEGORY
 
 
@@ -33,7 +34,7 @@ def _find(lora_name: str) -> Path:
     return Path(path)
 
 
-class LoadLora(io.ComfyNode):
+class LoadLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

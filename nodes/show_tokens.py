@@ -8,10 +8,11 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .host.ar import HostAR
+from .node import Node
 from .types import AR, CATEGORY, Layout, Tokens
 
 
-class ShowTokens(io.ComfyNode):
+class ShowTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -13,12 +13,13 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .inputs import validate
+from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
 SUFFIX = ".safetensors"
 
 
-class SaveTokens(io.ComfyNode):
+class SaveTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -65,7 +66,7 @@ class SaveTokens(io.ComfyNode):
         return io.NodeOutput(ui={"tokens": [saved]})
 
 
-class LoadTokens(io.ComfyNode):
+class LoadTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
