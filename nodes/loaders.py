@@ -47,7 +47,7 @@ def _placement(plan: Plan | None, stage: str) -> Placement | None:
 
 
 def _check_model_name(component: str, model_name: str | None) -> bool | str:
-    return validate(find_model, component, model_name or "")
+    return model_name is None or validate(find_model, component, model_name)
 
 
 class LoadAR(Node):

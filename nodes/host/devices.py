@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import torch
 
+from ...glm_core.errors import shown
 from ...glm_core.placement.plan import AUTO, CPU, Device, Part, Plan
 from ...glm_core.placement.splits import NAME
 
@@ -88,9 +89,9 @@ def device_names() -> list[str]:
 
 def check_device(stage: str, name: str | None) -> bool | str:
     """For `validate_inputs`: a device that only another machine has passes, and counts as auto."""
-    if name is None or name == AUTO or NAME.fullmatch(name):
+    if name is None or name == AUTO or (isinstance(name, str) and NAME.fullmatch(name)):
         return True
-    return f"{stage} is set to '{name}'; devices are called auto, cpu, gpu:0, gpu:1 ..."
+    return f"{stage} is set to '{shown(name)}'; devices are called auto, cpu, gpu:0, gpu:1 ..."
 
 
 def rooms(reserve: int) -> list[Device]:

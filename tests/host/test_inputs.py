@@ -89,6 +89,6 @@ def test_a_long_value_is_cut(nodes, require) -> None:
 
 
 def test_a_right_value_passes(nodes) -> None:
-    layout = Layout(torch.zeros(1, 13, 20, dtype=torch.int32), torch.zeros(13, 20) > 0, 64, 64, 96)
+    layout = Layout(torch.zeros(1, 13, 19, dtype=torch.int32), torch.zeros(13, 19) > 0, 64, 64, 96)
     (tokens,) = nodes["GLMImageLayoutToTokens"].EXECUTE_NORMALIZED(layout=layout).result
     assert torch.equal(tokens.tokens, layout.preview)
