@@ -1,6 +1,5 @@
 """A device plan for the checkpoint and the machine at hand."""
 
-import math
 from collections.abc import Mapping
 
 import comfy.model_management
@@ -49,11 +48,9 @@ def make_plan(
     """The plan, and its table.
 
     Raises:
-        GLMImageError: the model is missing or broken, a split is wrong, a stage is both pinned and
-            split, or the reserve is nan.
+        GLMImageError: the model is missing or broken, a split is wrong, or a stage is both pinned
+            and split.
     """
-    if math.isnan(reserve_gb):
-        raise GLMImageError("reserve_gb is nan; use GiB from 0 on.")
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
     compute = choose_precision(main, weight_dtype, default_placement().load).compute
