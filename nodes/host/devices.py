@@ -95,17 +95,16 @@ def check_device(stage: str, name: str | None) -> bool | str:
 
 
 def rooms(reserve: int) -> list[Device]:
-    """The machine's devices with the bytes that a plan may use of each.
-
-    Models that ComfyUI has loaded count as free, since it unloads them when others need room.
-    """
+    """The machine's devices with the bytes that a plan may use of each."""
     return [
-        Device(name, _free(device) - (0 if name == CPU else reserve))
+        Device(name, usable(device) - (0 if name == CPU else reserve))
         for name, device in machine().items()
     ]
 
 
-def _free(device: torch.device) -> int:
+def usable(device: torch.device) -> int:
+    """Free bytes. Models that ComfyUI has loaded count as free, since it unloads them when others
+    need room."""
     loaded = (
         entry.model_loaded_memory()
         for entry in comfy.model_management.current_loaded_models

@@ -11,7 +11,7 @@ import latent_preview
 from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
-from .decoder import GLMImageModel, require_decoder
+from .decoder import GLMImageModel, require_decoder, require_size
 
 
 class ResolutionShift(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -55,6 +55,7 @@ def decode(
     SamplerCustomAdvanced with GLM-Image Scheduler gives the same.
     """
     levels = sigmas(model, latent, steps, denoise)
+    require_size(model, latent["samples"].shape)  # before there is noise of that size
     if "model_sampling" not in model.object_patches:
         # ComfyUI reads shares of the steps from it; unshifted, they would be those of 1024 pixels.
         model = with_resolution_shift(model, latent)
