@@ -8,15 +8,18 @@ from comfy_api.latest import io
 
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
+from ..glm_core.placement import memory
 from .host import conditioning as cond
+from .host.out_of_memory import require_room
 from .host.reference_cache import HostReferenceCache
+from .node import Node
 from .types import CATEGORY, ReferenceCache, Tokens
 
 LATENT_CHANNELS = 16
 """Channels of an empty LATENT; ComfyUI's samplers change them to those that their MODEL takes."""
 
 
-class ApplyTokens(io.ComfyNode):
+class ApplyTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -96,8 +99,8 @@ def _choose(batch: int, index: int) -> list[int]:
 
 def _empty_latent(tokens: SemanticTokens, batch_index: list[int]) -> dict:
     rows, cols = (side * cond.LATENTS_PER_TOKEN for side in tokens.tokens.shape[1:])
-    samples = torch.zeros(
-        (len(batch_index), LATENT_CHANNELS, rows, cols),
-        device=comfy.model_management.intermediate_device(),
-    )
+    device = comfy.model_management.intermediate_device()
+    needed = memory.latents(len(batch_index), LATENT_CHANNELS, (rows, cols))
+    require_room("The latent", {device: needed}, "apply the tokens one by one, with batch_index")
+    samples = torch.zeros((len(batch_index), LATENT_CHANNELS, rows, cols), device=device)
     return {"samples": samples, "batch_index": batch_index}

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .host import sampling
 from .inputs import seed_input
+from .node import Node
 from .types import CATEGORY
 
 
@@ -38,7 +39,7 @@ def _model_and_latent() -> list[io.Input]:
     ]
 
 
-class Scheduler(io.ComfyNode):
+class Scheduler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -58,7 +59,7 @@ class Scheduler(io.ComfyNode):
         return io.NodeOutput(sampling.sigmas(model, latent, steps, denoise))
 
 
-class ModelSampling(io.ComfyNode):
+class ModelSampling(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -76,7 +77,7 @@ class ModelSampling(io.ComfyNode):
         return io.NodeOutput(sampling.with_resolution_shift(model, latent))
 
 
-class Decode(io.ComfyNode):
+class Decode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,8 +5,9 @@ from comfy_api.latest import io
 from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from ..glm_core.placement.plan import AUTO, STRATEGIES
 from .host.devices import check_device, device_names
-from .host.plan import make_plan, plannable_names
-from .inputs import check_choices, require_choices, size_inputs
+from .host.plan import make_plan, plannable_names, require_plannable
+from .inputs import check_choices, require_choices, size_inputs, validate
+from .node import Node
 from .types import CATEGORY, DevicePlan
 
 STAGES = {
@@ -37,7 +38,7 @@ def _split(stage: str) -> io.String.Input:
     )
 
 
-class MakeDevicePlan(io.ComfyNode):
+class MakeDevicePlan(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -109,8 +110,9 @@ class MakeDevicePlan(io.ComfyNode):
         vae: str | None = None,
     ) -> bool | str:
         """All but the splits: the host would blame every input here, and `execute` names one."""
-        if model_name is not None and model_name not in plannable_names():
-            return f"No model is called '{model_name}'; choose one that the loaders list."
+        known = model_name is None or validate(require_plannable, model_name)
+        if known is not True:
+            return known
         for stage, name in {"ar": ar, "decoder": decoder, "glyph": glyph, "vae": vae}.items():
             answer = check_device(stage, name)
             if answer is not True:

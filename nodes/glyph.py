@@ -4,12 +4,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError
 from .host import glyph
+from .node import Node
 from .types import CATEGORY
 
 
-class GlyphEncode(io.ComfyNode):
+class GlyphEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -40,10 +40,6 @@ class GlyphEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, prompt: str, texts: str = "") -> io.NodeOutput:
-        if not glyph.is_glyph_encoder(clip):
-            raise GLMImageError(
-                "This CLIP is not GLM-Image's glyph encoder; connect GLM-Image Load Glyph Encoder."
-            )
         listed = [line.strip() for line in texts.splitlines() if line.strip()]
         tokens = clip.tokenize(prompt, texts=listed or None)
         conditioning = clip.encode_from_tokens_scheduled(tokens)

@@ -7,6 +7,7 @@ from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
 from .inputs import check_choices, require_choices
+from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
 SUBCATEGORY = f"{CATEGORY}/layout"
@@ -14,7 +15,7 @@ REACH = 256
 """Cells by which a layout can be moved; no preview is longer."""
 
 
-class LockLayout(io.ComfyNode):
+class LockLayout(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -63,7 +64,7 @@ class LockLayout(io.ComfyNode):
         return io.NodeOutput(lock_cells(layout, lock, batch_index, mask))
 
 
-class ComposeLayouts(io.ComfyNode):
+class ComposeLayouts(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -111,7 +112,7 @@ class ComposeLayouts(io.ComfyNode):
         return io.NodeOutput(compose(base, source, row, column, mask))
 
 
-class LayoutToTokens(io.ComfyNode):
+class LayoutToTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

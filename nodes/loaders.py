@@ -11,6 +11,7 @@ from .host.glyph import load_glyph_encoder
 from .host.paths import find_model, model_names
 from .host.vae import load_vae
 from .inputs import require_choices, validate
+from .node import Node
 from .types import AR, CATEGORY, DevicePlan
 
 
@@ -46,10 +47,10 @@ def _placement(plan: Plan | None, stage: str) -> Placement | None:
 
 
 def _check_model_name(component: str, model_name: str | None) -> bool | str:
-    return validate(find_model, component, model_name or "")
+    return model_name is None or validate(find_model, component, model_name)
 
 
-class LoadAR(io.ComfyNode):
+class LoadAR(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -74,7 +75,7 @@ class LoadAR(io.ComfyNode):
         return io.NodeOutput(load_ar(model_name, weight_dtype, _placement(device_plan, "ar")))
 
 
-class LoadDecoder(io.ComfyNode):
+class LoadDecoder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -101,7 +102,7 @@ class LoadDecoder(io.ComfyNode):
         )
 
 
-class LoadGlyphEncoder(io.ComfyNode):
+class LoadGlyphEncoder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -123,7 +124,7 @@ class LoadGlyphEncoder(io.ComfyNode):
         return io.NodeOutput(load_glyph_encoder(model_name, _placement(device_plan, "glyph")))
 
 
-class LoadVAE(io.ComfyNode):
+class LoadVAE(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

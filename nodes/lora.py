@@ -12,6 +12,7 @@ from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
 from .inputs import validate
+from .node import Node
 from .types import AR, CATEGORY
 
 
@@ -43,7 +44,7 @@ def _find(lora_name: str) -> Path:
     raise GLMImageError(f"No LoRA is called '{lora_name[:200]}'; put the file into models/loras.")
 
 
-class LoadLora(io.ComfyNode):
+class LoadLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -12,12 +12,13 @@ from .host.encode import encode_references, encode_tokens
 from .host.progress import show_text
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
 from .inputs import check_choices, require_choices, size_inputs, vision_input
+from .node import Node
 from .types import CATEGORY, Layout, ReferenceCache, References, Tokens
 
 BATCHES = ("references", "one per sample")
 
 
-class EncodeReference(io.ComfyNode):
+class EncodeReference(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -81,7 +82,7 @@ def _summary(image: torch.Tensor, width: int, height: int, count: int) -> str:
     return f"{size}; {count} reference{'s' * (count > 1)} a sample"
 
 
-class MakeReferenceCache(io.ComfyNode):
+class MakeReferenceCache(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -125,7 +126,7 @@ class MakeReferenceCache(io.ComfyNode):
         return io.NodeOutput(compute_cache(model, references, store, precision))
 
 
-class EncodeTokens(io.ComfyNode):
+class EncodeTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

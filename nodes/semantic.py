@@ -11,13 +11,14 @@ from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
+from .node import Node
 from .types import AR, CATEGORY, Layout, References, Tokens
 
 NO_LAYOUT = "An image made from references has no layout, because it has no preview stage."
 BATCH_OF_LAYOUTS = "A batch of layouts is used batch_size times: all layouts once, then all again."
 
 
-class SampleTokens(io.ComfyNode):
+class SampleTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -93,7 +94,7 @@ class SampleTokens(io.ComfyNode):
         return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT))
 
 
-class SampleLayout(io.ComfyNode):
+class SampleLayout(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -3,15 +3,20 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..glm_core.data.token_image import draw_sheet, hash_palette
+from ..glm_core.data.token_image import draw_sheet, hash_palette, sheet_grid
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
+from ..glm_core.placement import memory
 from .host.ar import HostAR
+from .host.out_of_memory import require_room
+from .node import Node
 from .types import AR, CATEGORY, Layout, Tokens
 
+COPIES = 3  # of a sheet: its pictures, the sheet, and the sheet in order
 
-class ShowTokens(io.ComfyNode):
+
+class ShowTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -57,8 +62,20 @@ class ShowTokens(io.ComfyNode):
                 "Show Tokens draws one thing: connect either tokens or a layout to it."
             )
         grids, locked = (tokens.tokens, None) if layout is None else (layout.preview, layout.locked)
+        _require_room(grids, cell_size)
         palette = _palette((tokens or layout).codebook, ar)
         return io.NodeOutput(draw_sheet(grids, palette, cell_size, locked)[None])
+
+
+def _require_room(grids: Tensor, cell_size: int) -> None:
+    """
+    Raises:
+        GLMImageError: a sheet of grids [B, rows, columns] does not fit into memory.
+    """
+    batch, rows, columns = grids.shape
+    down, across = sheet_grid(batch, rows, columns)
+    needed = COPIES * memory.pixels(1, down * rows * cell_size, across * columns * cell_size)
+    require_room("Show Tokens", {grids.device: needed}, "use a smaller cell_size or fewer images")
 
 
 def _palette(codebook: int, ar: HostAR | None) -> Tensor:

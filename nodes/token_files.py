@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from itertools import islice
 from pathlib import Path
 
 import folder_paths
@@ -11,14 +12,18 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..glm_core.data.token_file import MAX_FILE_BYTES, load_tokens, save_tokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import GLMImageError, shown
+from .host.paths import spellings
 from .inputs import validate
+from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
 SUFFIX = ".safetensors"
+MAX_ENTRIES = 100_000
+"""Files of the input or output folder that are looked at for the list; others load by name."""
 
 
-class SaveTokens(io.ComfyNode):
+class SaveTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -50,6 +55,7 @@ class SaveTokens(io.ComfyNode):
     def execute(
         cls, tokens: SemanticTokens, filename_prefix: str, layout: LayoutData | None = None
     ) -> io.NodeOutput:
+        _require_prefix(filename_prefix)
         try:
             folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
                 filename_prefix, folder_paths.get_output_directory(), tokens.width, tokens.height
@@ -58,14 +64,14 @@ class SaveTokens(io.ComfyNode):
             save_tokens(Path(folder) / file, tokens, layout)
         except OSError as error:
             raise GLMImageError(
-                f"The tokens cannot be saved as '{filename_prefix}' ({error.strerror}); choose "
-                "another filename_prefix, or check the output folder."
+                f"The tokens cannot be saved as '{shown(filename_prefix)}' ({error.strerror}); "
+                "choose another filename_prefix, or check the output folder."
             ) from error
         saved = {"filename": file, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(ui={"tokens": [saved]})
 
 
-class LoadTokens(io.ComfyNode):
+class LoadTokens(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -86,7 +92,7 @@ class LoadTokens(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        return validate(_find, file or "")
+        return file is None or validate(_find, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
@@ -110,9 +116,47 @@ def _token_files() -> list[str]:
     return [
         f"{path.relative_to(folder).as_posix()}{mark}"
         for folder, mark in folders
-        for path in sorted(Path(folder).rglob(f"*{SUFFIX}"))
+        for path in _files_below(folder)
         if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
     ]
+
+
+def _files_below(folder: str) -> list[Path]:
+    """Paths with SUFFIX, sorted, among the first MAX_ENTRIES entries. No link is followed."""
+    below = (Path(at) / name for at, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in islice(below, MAX_ENTRIES) if path.suffix == SUFFIX)
+
+
+def _require_prefix(prefix: str) -> None:
+    """
+    Raises:
+        GLMImageError: no file in the output folder can have such a name.
+    """
+    output = os.path.abspath(folder_paths.get_output_directory())
+    if not _inside(output, prefix):
+        raise GLMImageError(
+            f"filename_prefix '{shown(prefix)}' leads out of the output folder; use a name or a "
+            "path below it."
+        )
+    try:
+        os.fsencode(prefix)
+        allowed = "\0" not in prefix
+    except UnicodeEncodeError:  # half a surrogate pair
+        allowed = False
+    if not allowed:
+        raise GLMImageError(
+            f"filename_prefix '{shown(prefix)}' has a character that no file's name can have; "
+            "leave it out."
+        )
+
+
+def _inside(root: str, name: str) -> Path | None:
+    """The path of a name below a folder, None if it leads out of it.
+
+    It is not resolved, as links may lead out of the folder.
+    """
+    path = Path(os.path.abspath(os.path.join(root, name)))
+    return path if path.is_relative_to(root) else None
 
 
 def _find(name: str) -> Path:
@@ -121,18 +165,17 @@ def _find(name: str) -> Path:
     Raises:
         GLMImageError: the file lies outside these folders or does not exist.
     """
-    plain, folder = folder_paths.annotated_filepath(name)
-    root = os.path.abspath(folder or folder_paths.get_input_directory())
-    path = os.path.abspath(
-        os.path.join(root, plain)
-    )  # not resolved: links may lead out of the folder
-    if not Path(path).is_relative_to(root):
-        raise GLMImageError(
-            f"'{name}' lies outside the {Path(root).name} folder; copy the file into it."
-        )
-    if not os.path.isfile(path):
-        raise GLMImageError(
-            f"There is no token file '{name}'; put it into the input folder, "
-            "or write 'name [output]' for one in the output folder."
-        )
-    return Path(path)
+    for spelling in spellings("file", name):
+        plain, folder = folder_paths.annotated_filepath(spelling)
+        root = os.path.abspath(folder or folder_paths.get_input_directory())
+        path = _inside(root, plain)
+        if path is None:
+            raise GLMImageError(
+                f"'{shown(name)}' lies outside the {Path(root).name} folder; copy the file into it."
+            )
+        if os.path.isfile(path):
+            return path
+    raise GLMImageError(
+        f"There is no token file '{shown(name)}'; put it into the input folder, "
+        "or write 'name [output]' for one in the output folder."
+    )

@@ -20,7 +20,7 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     """The cells that a mask covers by at least half.
 
     Args:
-        mask: float [H, W] or [1, H, W] of any size, 0 to 1, stretched over the grid.
+        mask: float [H, W] or [1, ..., H, W] of any size, 0 to 1, stretched over the grid.
 
     Returns:
         bool [rows, columns], on the CPU.
@@ -28,8 +28,9 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     Raises:
         GLMImageError: there are several masks, or none.
     """
-    if mask.ndim == 3 and len(mask) != 1:
-        raise GLMImageError(f"There are {len(mask)} masks in the batch: connect a single one.")
+    masks = mask.shape[:-2].numel()
+    if masks != 1:
+        raise GLMImageError(f"There are {masks} masks in the batch: connect a single one.")
     pixels = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
     rows, columns = (_shares(n, cells) for n, cells in zip(pixels.shape, grid, strict=True))
     return rows @ pixels @ columns.T >= 0.5 - 1e-9  # rounding may leave an exact half below 0.5

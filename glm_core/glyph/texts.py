@@ -6,12 +6,15 @@ byte vocabulary (a byte's id is its value + 3, after pad, eos and unk).
 
 import re
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 PAD, EOS, BYTE_OFFSET = 0, 1, 3
 MAX_LENGTH = 2048  # ids of one text, eos included
+MAX_TEXTS = 256  # of one image; each is a pass of the encoder
+MAX_IDS = 8 * MAX_LENGTH  # of all texts of one image, which the decoder attends to
 
 # Each is searched over the whole prompt in turn. An apostrophe counts as a quote.
 QUOTES = (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」")
@@ -20,6 +23,12 @@ QUOTES = (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)�
 def texts_to_render(prompt: str) -> list[str]:
     """The quoted parts of a prompt, by kind of quote and then by position."""
     return [text for quote in QUOTES for text in re.findall(quote, prompt)]
+
+
+def texts_that_fit(texts: list[str]) -> list[str]:
+    """The first texts, as many as `MAX_TEXTS` and `MAX_IDS` allow."""
+    lengths = accumulate(len(byte_ids(text)) for text in texts[:MAX_TEXTS])
+    return texts[: sum(length <= MAX_IDS for length in lengths)]
 
 
 def is_cut(text: str) -> bool:

@@ -14,6 +14,16 @@ from ..vae import VAEConfig
 from ..vision.encoder import VisionConfig
 
 
+def pixels(batch: int, height: int, width: int) -> int:
+    """Float32 images, as hosts pass them."""
+    return batch * height * width * 3 * torch.float32.itemsize
+
+
+def latents(batch: int, channels: int, latent: tuple[int, int]) -> int:
+    """Float32 latents of (height, width) cells."""
+    return batch * channels * latent[0] * latent[1] * torch.float32.itemsize
+
+
 def kv_cache(config: ARConfig, batch: int, length: int, dtype: torch.dtype) -> int:
     """Keys and values of at least `length` positions in one layer of the AR model."""
     numbers = 2 * config.kv_heads * config.head_dim * batch * span_of(length)

@@ -32,7 +32,7 @@ from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
 from .devices import Placement, default_placement
-from .out_of_memory import explain_out_of_memory
+from .out_of_memory import explain_out_of_memory, require_room
 from .palette import CodePalette
 from .patchers import (
     ListsSegments,
@@ -220,6 +220,11 @@ class HostAR:
         needs = self.memory_required(samples, length, block)
         shape = (sampler, samples, grid, span_of(length), options, lookahead)
         allocated = self.graphs.allocated_for(shape)
+        require_room(
+            "The AR model",
+            {device: need - allocated for device, need in needs.items()},
+            SMALLER_RUN,
+        )
         progress = TokenProgress(self.palette)
         with (
             on_device(self.patcher.load_device),

@@ -27,7 +27,7 @@ from .conditioning import REFERENCES, conditions, unless_zeroed
 from .decoder_network import HostDecoder
 from .devices import Placement, default_placement
 from .notices import Notices, about_conditions, about_patches, refuse_recorded_attention
-from .out_of_memory import explain_out_of_memory
+from .out_of_memory import explain_out_of_memory, require_room
 from .patchers import ListsSegments, make_patcher, require_layers
 from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
@@ -255,25 +255,38 @@ def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Wraps a whole run of the host's sampler, the loading of the weights included.
 
     Raises:
-        GLMImageError: the latent is not an image's, a node needs another network, or memory ran
-            out.
+        GLMImageError: the latent is not an image's, a node needs another network, or memory is
+            short or ran out.
     """
-    if noise.ndim != 4:
-        raise GLMImageError(
-            f"The latent has {noise.ndim} dimensions, as a video's, and an image's has 4; "
-            "use the LATENT of GLM-Image Apply Tokens."
-        )
     guider = executor.class_obj
     patcher = guider.model_patcher
+    require_size(patcher, noise.shape)
     refuse_recorded_attention(guider.model_options)
     guided = getattr(guider, "cfg", 1.0) != 1.0
     patcher.model.notices.begin()
     patcher.model.notices.say(about_conditions(guider.conds, guided))
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
-    devices = (patcher.load_device, *(part.compute_device for part in patcher.model.segments))
-    needs = dict.fromkeys(devices, need)
+    needs = dict.fromkeys(_devices(patcher), need)
     with explain_out_of_memory("The decoder", needs, SMALLER_RUN, split="decoder_split"):
         return executor(noise, *args, **kwargs)
+
+
+def require_size(patcher: Any, latent: torch.Size) -> None:
+    """
+    Raises:
+        GLMImageError: a latent [B, C, H, W] is not an image's, or no step over it fits into memory.
+    """
+    if len(latent) != 4:
+        raise GLMImageError(
+            f"The latent has {len(latent)} dimensions, as a video's, and an image's has 4; "
+            "use the LATENT of GLM-Image Apply Tokens."
+        )
+    need = patcher.model.memory_required(list(latent))
+    require_room("The decoder", dict.fromkeys(_devices(patcher), need), SMALLER_RUN)
+
+
+def _devices(patcher: Any) -> list[torch.device]:
+    return [patcher.load_device, *(part.compute_device for part in patcher.model.segments)]
 
 
 def _block_segments(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import torch
 
+from ...glm_core.errors import shown
 from ...glm_core.placement.plan import AUTO, CPU, Device, Part, Plan
 from ...glm_core.placement.splits import NAME
 
@@ -88,23 +89,22 @@ def device_names() -> list[str]:
 
 def check_device(stage: str, name: str | None) -> bool | str:
     """For `validate_inputs`: a device that only another machine has passes, and counts as auto."""
-    if name is None or name == AUTO or NAME.fullmatch(name):
+    if name is None or name == AUTO or (isinstance(name, str) and NAME.fullmatch(name)):
         return True
-    return f"{stage} is set to '{name}'; devices are called auto, cpu, gpu:0, gpu:1 ..."
+    return f"{stage} is set to '{shown(name)}'; devices are called auto, cpu, gpu:0, gpu:1 ..."
 
 
 def rooms(reserve: int) -> list[Device]:
-    """The machine's devices with the bytes that a plan may use of each.
-
-    Models that ComfyUI has loaded count as free, since it unloads them when others need room.
-    """
+    """The machine's devices with the bytes that a plan may use of each."""
     return [
-        Device(name, _free(device) - (0 if name == CPU else reserve))
+        Device(name, usable(device) - (0 if name == CPU else reserve))
         for name, device in machine().items()
     ]
 
 
-def _free(device: torch.device) -> int:
+def usable(device: torch.device) -> int:
+    """Free bytes. Models that ComfyUI has loaded count as free, since it unloads them when others
+    need room."""
     loaded = (
         entry.model_loaded_memory()
         for entry in comfy.model_management.current_loaded_models

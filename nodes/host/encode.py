@@ -11,10 +11,14 @@ from ...glm_core.data.grids import PIXELS_PER_TOKEN, Size, preview_grid, token_g
 from ...glm_core.data.references import Reference, References
 from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import GLMImageError
+from ...glm_core.placement import memory
 from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size
 from .ar import HostAR
+from .out_of_memory import require_room
 
 THUMBNAIL_SIDE = 128
+COPIES = 3
+"""Of resized images: as they are, as bytes of integers while they are halved, as vision pixels."""
 
 
 def encode_references(
@@ -27,8 +31,9 @@ def encode_references(
     """
     if not len(images):
         raise GLMImageError("There is no image in the batch; connect at least one.")
-    images = opaque(images)
     size = reference_size(*images.shape[1:3], ar.vision.image_config)
+    _require_room(images, size, "use fewer images")
+    images = opaque(images)
     images = bring_to_size(images, size)
     tokens, latents = ar.vision.encode(images), vae.encode(images)
     added = [
@@ -50,6 +55,7 @@ def encode_tokens(
     """
     grid = token_grid(height, width)
     preview = preview_grid(grid)
+    _require_room(images, (height, width), "use a smaller size or fewer images")
     images = _crop_to_aspect(opaque(images), height / width)
     tokens = ar.vision.encode(bring_to_size(images, (height, width)))
     small = tuple(side * PIXELS_PER_TOKEN for side in preview)
@@ -59,6 +65,15 @@ def encode_tokens(
         SemanticTokens(tokens, info={"made_from": "image"}, **size),
         Layout(preview_tokens, torch.zeros(preview, dtype=torch.bool), **size),
     )
+
+
+def _require_room(images: Tensor, size: Size, helps: str) -> None:
+    """
+    Raises:
+        GLMImageError: images [B, H, W, C] do not fit into memory at a size.
+    """
+    needed = COPIES * memory.pixels(len(images), *size)
+    require_room("Resizing the images", {images.device: needed}, helps)
 
 
 def _crop_to_aspect(images: Tensor, aspect: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement.plan import gib
-from .devices import name_of
+from .devices import name_of, usable
 
 ALL = 1e30
 """More bytes than any device has: to free so many, the host unloads every model."""
@@ -45,6 +45,27 @@ def explain_out_of_memory(
             comfy.model_management.free_memory(ALL, device)
         comfy.model_management.soft_empty_cache()
         raise GLMImageError(_sentence(stage, needs, free, helps, split)) from None
+
+
+def require_room(stage: str, needs: Mapping[torch.device, float], helps: str) -> None:
+    """Refuses what no device has room for, before anything is allocated.
+
+    Host memory is not refused by the system when it is asked for, but when it is used: then the
+    whole server dies.
+
+    Args:
+        stage, needs, helps: as in `explain_out_of_memory`.
+
+    Raises:
+        GLMImageError: a device has less memory than is needed, even without any model on it.
+    """
+    for device, need in needs.items():
+        free = usable(device)
+        if need > free:
+            raise GLMImageError(
+                f"{stage} needs {gib(need)} on {name_of(device)}, and {gib(free)} are free; "
+                f"{helps}."
+            )
 
 
 def _sentence(

@@ -7,13 +7,15 @@ from pathlib import Path
 import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import GLMImageError, first_few, shown
 from ...glm_core.files.component import COMPONENTS
 from ...glm_core.files.saved import read_parts
+from .snapshots import find_snapshots
 
 SNAPSHOTS = "glm_image"
 CHECKPOINTS = "checkpoints"
 """ComfyUI's folder for files of several components, where Save Checkpoint writes them."""
+MAX_NAMES = 20  # that a sentence lists
 
 
 def register() -> None:
@@ -25,8 +27,8 @@ def register() -> None:
 
 def model_names(component: str) -> list[str]:
     """Names of snapshot folders that hold the component, then of single files of it."""
-    parts = _snapshot_parts(COMPONENTS[component].folder)
-    snapshots = sorted({path.parent.name for path in parts})
+    part = COMPONENTS[component].folder
+    snapshots = sorted(name for name, path in _snapshots().items() if (path / part).is_dir())
     files = dict.fromkeys(
         name
         for folder in (MODEL_FOLDERS[component], CHECKPOINTS)
@@ -44,19 +46,46 @@ def find_model(component: str, name: str) -> Path:
         GLMImageError: none has that name; says where to put one.
     """
     kind = COMPONENTS[component]
-    for root in folder_paths.get_folder_paths(SNAPSHOTS):
-        snapshot = Path(root) / name
-        if name in _children(Path(root)) and snapshot.is_dir():
+    for spelling in spellings("model_name", name):
+        snapshot = _snapshots().get(spelling) or _child(spelling)
+        if snapshot is not None:
             return snapshot
-    files = _single_files(component, name) if name else []
-    if files:
-        return next(iter(_holding(component, files) or files))
+        files = _single_files(component, spelling) if spelling else []
+        if files:
+            return next(iter(_holding(component, files) or files))
     names = model_names(component)
-    known = f"installed are: {', '.join(names)}" if names else "none is installed"
+    known = f"installed are: {first_few(names, MAX_NAMES)}" if names else "none is installed"
     raise GLMImageError(
-        f"No {kind.title} is called '{name}' ({known}); put a snapshot of zai-org/GLM-Image into "
-        f"models/{SNAPSHOTS}/<name>/ or a single file into models/{MODEL_FOLDERS[component]}/."
+        f"No {kind.title} is called '{shown(name)}' ({known}); put a snapshot of zai-org/GLM-Image "
+        f"into models/{SNAPSHOTS}/<name>/ or a single file into models/{MODEL_FOLDERS[component]}/."
     )
+
+
+def spellings(input_name: str, name: object) -> list[str]:
+    """A file's name as a graph has it, and with `/` where a graph of Windows has a backslash.
+
+    Windows itself takes both.
+
+    Raises:
+        GLMImageError: it is no text.
+    """
+    if not isinstance(name, str):
+        raise GLMImageError(
+            f"{input_name} is {shown(name)} and not a name; choose one from the list."
+        )
+    return list(dict.fromkeys((name, name.replace("\\", "/"))))
+
+
+def as_listed(input_name: str, name: object, names: list[str]) -> str | None:
+    """The name as a list has it, whichever slashes either has; None if it is not in the list.
+
+    Raises:
+        GLMImageError: it is no text.
+    """
+    if name in names:
+        return name
+    plain = spellings(input_name, name)[-1]
+    return next((listed for listed in names if listed.replace("\\", "/") == plain), None)
 
 
 def _single_files(component: str, name: str) -> list[Path]:
@@ -86,10 +115,12 @@ def _read_components(file: Path, modified_ns: int) -> frozenset[str]:
         return frozenset()
 
 
-def _children(root: Path) -> set[str]:
-    return set(os.listdir(root)) if root.is_dir() else set()
+def _snapshots() -> dict[str, Path]:
+    return find_snapshots(folder_paths.get_folder_paths(SNAPSHOTS))
 
 
-def _snapshot_parts(folder: str) -> list[Path]:
+def _child(name: str) -> Path | None:
+    """A folder right below a root that is no snapshot; opening it says what is missing."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(SNAPSHOTS)]
-    return [part for root in roots if root.is_dir() for part in root.glob(f"*/{folder}")]
+    children = (root / name for root in roots if root.is_dir() and name in os.listdir(root))
+    return next((child for child in children if child.is_dir()), None)

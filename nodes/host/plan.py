@@ -1,11 +1,10 @@
 """A device plan for the checkpoint and the machine at hand."""
 
-import math
 from collections.abc import Mapping
 
 import comfy.model_management
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import GLMImageError, shown
 from ...glm_core.files.component import COMPONENTS, Component
 from ...glm_core.files.opening import open_component
 from ...glm_core.placement.plan import GIB, plan_stages
@@ -13,7 +12,7 @@ from ...glm_core.placement.splits import parse_split
 from ...glm_core.placement.stages import Request, stages
 from ...glm_core.placement.table import plan_table
 from .devices import DevicePlan, default_placement, machine, rooms
-from .paths import find_model, model_names
+from .paths import as_listed, find_model, model_names
 from .vae import working_dtype
 from .weights import choose_precision
 
@@ -21,6 +20,17 @@ from .weights import choose_precision
 def plannable_names() -> list[str]:
     """The names of snapshots and single files that hold any stage."""
     return list(dict.fromkeys(name for kind in COMPONENTS for name in model_names(kind)))
+
+
+def require_plannable(model_name: object) -> None:
+    """
+    Raises:
+        GLMImageError: no model has that name.
+    """
+    if as_listed("model_name", model_name, plannable_names()) is None:
+        raise GLMImageError(
+            f"No model is called '{shown(model_name)}'; choose one that the loaders list."
+        )
 
 
 def make_plan(
@@ -38,11 +48,9 @@ def make_plan(
     """The plan, and its table.
 
     Raises:
-        GLMImageError: the model is missing or broken, a split is wrong, a stage is both pinned and
-            split, or the reserve is nan.
+        GLMImageError: the model is missing or broken, a split is wrong, or a stage is both pinned
+            and split.
     """
-    if math.isnan(reserve_gb):
-        raise GLMImageError("reserve_gb is nan; use GiB from 0 on.")
     components = _open(model_name)
     main = components.get("decoder") or next(iter(components.values()))
     compute = choose_precision(main, weight_dtype, default_placement().load).compute
@@ -63,7 +71,10 @@ def make_plan(
 
 
 def _open(model_name: str) -> dict[str, Component]:
-    kinds = [kind for kind in COMPONENTS if model_name in model_names(kind)]
-    if not kinds:
-        raise GLMImageError(f"No model is called '{model_name}'; choose one that is installed.")
-    return {kind: open_component(find_model(kind, model_name), kind) for kind in kinds}
+    require_plannable(model_name)
+    listed = {kind: as_listed("model_name", model_name, model_names(kind)) for kind in COMPONENTS}
+    return {
+        kind: open_component(find_model(kind, name), kind)
+        for kind, name in listed.items()
+        if name is not None
+    }

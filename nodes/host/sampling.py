@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from .conditioning import with_numbers
-from .decoder import GLMImageModel, require_decoder
+from .decoder import GLMImageModel, require_decoder, require_size
 
 
 class ResolutionShift(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -57,6 +57,7 @@ def decode(
     `batch_index` known for certain, so that a part of a batch gets its own tokens.
     """
     levels = sigmas(model, latent, steps, denoise)
+    require_size(model, latent["samples"].shape)  # before there is noise of that size
     numbers = latent.get("batch_index")
     positive, negative = (with_numbers(given, numbers) for given in (positive, negative))
     if "model_sampling" not in model.object_patches:

@@ -7,7 +7,13 @@ import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder, relative_position_buckets
-from glm_image.glm_core.glyph.texts import byte_ids, encode_texts, glyph_ids, texts_to_render
+from glm_image.glm_core.glyph.texts import (
+    byte_ids,
+    encode_texts,
+    glyph_ids,
+    texts_that_fit,
+    texts_to_render,
+)
 from reference import SHAPES, reference_pipeline
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -66,6 +72,15 @@ def test_ids_equal_the_tokenizers(text):
 def test_control_tokens_in_a_text_are_bytes():
     assert byte_ids("</s>") == [*(b + 3 for b in b"</s>"), 1]
     assert byte_ids("<pad>") == [*(b + 3 for b in b"<pad>"), 1]
+
+
+def test_the_number_of_texts_and_their_bytes_are_bounded():
+    assert texts_that_fit(texts_to_render("'" * 10**5)) == [""] * 256
+    lines = [f"line {i}" for i in range(300)]
+    assert texts_that_fit(lines) == lines[:256]
+    assert texts_that_fit(["x" * 10**6] * 50) == ["x" * 10**6] * 8  # each is cut to 2048 ids
+    assert texts_that_fit(["x" * 2047, *["龙" * 500] * 20]) == ["x" * 2047, *["龙" * 500] * 9]
+    assert texts_that_fit([]) == []
 
 
 def test_truncation_keeps_eos():

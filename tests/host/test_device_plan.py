@@ -156,7 +156,7 @@ def test_bad_inputs_are_one_sentence(nodes, inputs: dict, sentence: str) -> None
     [
         ({"decoder_split": "gpu:0"}, "decoder_split holds 'gpu:0', which is not of the form"),
         ({"ar_split": "gpu:0=1-2"}, "ar_split gives gpu:0 the layers from 1 on where 0 is next"),
-        ({"reserve_gb": float("nan")}, "reserve_gb is nan; use GiB from 0 on."),
+        ({"reserve_gb": float("nan")}, "reserve_gb is nan; use a value from 0.0 to 1024.0."),
         ({"weight_dtype": "fp16"}, "weight_dtype is 'fp16'; choose one of"),
         ({"strategy": "slowest"}, "strategy is 'slowest'; choose one of"),
     ],

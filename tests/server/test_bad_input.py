@@ -58,6 +58,21 @@ def test_unknown_model(refused, loader):
     refused(prompt, loader, r"'No Such Model'.*models/glm_image")
 
 
+@pytest.mark.parametrize(
+    ("node_type", "name", "value", "sentence"),
+    [
+        ("GLMImageLoadVAE", "model_name", 3, "model_name is 3 and not a name"),
+        ("GLMImageSampleTokens", "ar", "x", 'ar is "x" and not an AR model; connect'),
+        ("GLMImageApplyTokens", "tokens", {"a": 1}, "and not semantic tokens; connect"),
+        ("GLMImageDecode", "latent", None, "latent is null and not a LATENT; connect"),
+    ],
+)
+def test_a_value_of_another_type(refused, node_type, name, value, sentence):
+    prompt = fresh()
+    prompt[the(prompt, node_type)]["inputs"][name] = value
+    refused(prompt, node_type, sentence)
+
+
 @contextmanager
 def _moved_away(folder):
     elsewhere = folder.with_name("elsewhere")

@@ -1,0 +1,75 @@
+"""The base of the pack's nodes: every input is checked before a node sees it.
+
+ComfyUI compares the types that a graph gives its links. It lets pass a literal where a link
+belongs, what comes through a link of any type, and a linked number beyond its range.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..glm_core.errors import GLMImageError, shown
+from .host.kinds import KINDS, Kind
+
+WIDGETS = {
+    "INT": Kind(lambda value: isinstance(value, Integral), "a whole number", "type one"),
+    "FLOAT": Kind(lambda value: isinstance(value, Real), "a number", "type one"),
+    "STRING": Kind(lambda value: isinstance(value, str), "text", "type some"),
+    "COMBO": Kind(lambda value: isinstance(value, str), "one of its names", "choose one"),
+}
+
+
+class Node(io.ComfyNode):
+    """A node whose `execute` gets only values of the types and ranges in its schema."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        execute = cls.__dict__["execute"].__func__
+        # ComfyUI runs a node as a copy of its class, which has the checked method already.
+        if not hasattr(execute, "__wrapped__"):
+            cls.execute = classmethod(_checked(execute))
+
+
+def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    signature = inspect.signature(execute)
+
+    @wraps(execute)
+    def checked(cls: type[Node], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        values = signature.bind(cls, *args, **kwargs).arguments
+        schema = cls.SCHEMA or cls.define_schema()
+        for given in schema.inputs:
+            if given.id in values:
+                require_input(given, values[given.id])
+        return execute(cls, *args, **kwargs)
+
+    return checked
+
+
+def require_input(given: io.Input, value: Any) -> None:
+    """
+    Raises:
+        GLMImageError: the value is not of the input's type, or beyond its range.
+    """
+    if value is None and given.optional:
+        return
+    kind = (WIDGETS | KINDS)[given.io_type]
+    if not kind.fits(value):
+        raise GLMImageError(
+            f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}."
+        )
+    low, high = getattr(given, "min", None), getattr(given, "max", None)
+    if low is not None and not low <= value <= high:  # nan is in no range
+        raise GLMImageError(f"{given.id} is {value}; use a value from {low} to {high}.")
+
+
+def _described(value: Any) -> str:
+    """A literal as JSON writes it; anything else by its type."""
+    try:
+        return shown(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        return f"of the type {type(value).__name__}"
