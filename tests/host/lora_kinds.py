@@ -183,7 +183,7 @@ def loha_with_cores(w, t):
 
 KINDS = [
     lora, lora_of_kohya, dora_of_peft, dora_by_rows, dora_by_columns, loha, lokr,
-    lokr_of_a_split_first, lokr_of_whole_matrices, glora, glora_of_older_lycoris, oft, boft, difference, norm_difference,
-    whole_weight, lora_with_core, loha_with_cores,
+    lokr_of_a_split_first, lokr_of_whole_matrices, glora, glora_of_older_lycoris, oft, boft,
+    difference, norm_difference, whole_weight, lora_with_core, loha_with_cores,
 ]  # fmt: skip
 UNSCALED = (difference, norm_difference, whole_weight)
