@@ -9,7 +9,7 @@ import folder_paths
 from ...glm_core.convert import MODEL_FOLDERS
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import COMPONENTS, FORMAT
-from ...glm_core.files.headers import read_header
+from ...glm_core.files.headers import read_metadata
 
 SNAPSHOTS = "glm_image"
 
@@ -57,16 +57,18 @@ def find_model(component: str, name: str) -> Path:
 
 def _component_in(file: Path) -> str | None:
     """The component in a single file of GLM-Image, None for any other file."""
-    return _read_component(file, file.stat().st_mtime_ns) if file.suffix == ".safetensors" else None
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        return _read_component(file, file.stat().st_mtime_ns)
+    except (GLMImageError, OSError):
+        return None
 
 
 @lru_cache(maxsize=1024)
 def _read_component(file: Path, modified_ns: int) -> str | None:
     """`modified_ns` is part of the cache's key, so that a changed file is read again."""
-    try:
-        metadata = read_header(file)[1]
-    except (GLMImageError, OSError):
-        return None
+    metadata = read_metadata(file, FORMAT)
     return metadata.get("component") if metadata.get("format") == FORMAT else None
 
 
