@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import GLMImageError, cut
+from .errors import GLMImageError, shown
 
 MAX_ELEMENTS = 4_000_000
 """Values in one JSON text. A tokenizer with 170,000 tokens has about a million."""
@@ -27,7 +27,7 @@ def wall(what: str, advice: str = "download it again") -> Iterator[None]:
     except (GLMImageError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise GLMImageError(f"{cut(what)}; {advice}.") from error
+        raise GLMImageError(f"{shown(what)}; {advice}.") from error
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:

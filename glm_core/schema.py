@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import GLMImageError, shown
+from .errors import GLMImageError, quoted
 
 REQUIRED = object()
 
@@ -109,5 +109,5 @@ def _fitting(
     if value is None:
         raise GLMImageError(f"{source} has no '{path}'; {advice}.")
     if not kind.fits(value):
-        raise GLMImageError(f"{source}'s {path} is {shown(value)}, {kind.wanted}; {advice}.")
+        raise GLMImageError(f"{source}'s {path} is {quoted(value)}, {kind.wanted}; {advice}.")
     return value

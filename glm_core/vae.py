@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import GLMImageError, shown
+from .errors import GLMImageError, quoted
 from .layers import Layers
 from .schema import TEXT, exactly, many, number, read, whole
 
@@ -81,7 +81,7 @@ class VAEConfig:
         for name, block in BLOCKS.items():
             if values[name] != [block] * blocks:
                 raise GLMImageError(
-                    f"The VAE's {name} is {shown(values[name])}, but only {blocks} of {block} are "
+                    f"The VAE's {name} is {quoted(values[name])}, but only {blocks} of {block} are "
                     f"supported; {ADVICE}."
                 )
         values = {field.name: values[field.name] for field in fields(cls)}

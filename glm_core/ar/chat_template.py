@@ -16,7 +16,7 @@ from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from ..errors import GLMImageError, cut
+from ..errors import GLMImageError, shown
 from ..foreign import wall
 
 ADVICE = "take chat_template.jinja from the original checkpoint"
@@ -145,7 +145,7 @@ class Environment(ImmutableSandboxedEnvironment):
         known = isinstance(called, Macro) or called in self.globals.values()
         if not known and not (isinstance(owner, str | dict | LoopContext) and name in METHODS):
             raise GLMImageError(
-                f"The AR model's chat template calls {cut(str(name))}, which is not supported: "
+                f"The AR model's chat template calls {shown(str(name))}, which is not supported: "
                 f"{ADVICE}."
             )
         self.pay([owner, *args, *kwargs.values()])
@@ -163,7 +163,7 @@ def _paid(environment: Environment, function: Callable) -> Callable:
 
 
 def _refuse(message: str) -> None:
-    raise GLMImageError(f"The AR model's chat template says: {cut(str(message))}; {ADVICE}.")
+    raise GLMImageError(f"The AR model's chat template says: {shown(str(message))}; {ADVICE}.")
 
 
 def _require_plain(tree: nodes.Template) -> None:
@@ -177,7 +177,7 @@ def _require_plain(tree: nodes.Template) -> None:
             plain = isinstance(node, (*STATEMENTS, *EXPRESSIONS))
         if not plain or getattr(node, "dyn_args", None) or getattr(node, "dyn_kwargs", None):
             raise GLMImageError(
-                f"The AR model's chat template has a {cut(name)} in line {node.lineno}, which is "
+                f"The AR model's chat template has a {shown(name)} in line {node.lineno}, which is "
                 f"not supported: {ADVICE}."
             )
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.grids import Grid, grid_positions, preview_grid, text_positions
-from ..errors import GLMImageError, shown
+from ..errors import GLMImageError, quoted
 from ..foreign import parse_json, wall
 from ..schema import OBJECT, Kind, many, read, whole
 from .chat_template import ChatTemplate
@@ -210,7 +210,7 @@ def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, st
         token = token.get("content") if isinstance(token, dict) else token
         if not _is_token(token) or tokenizer.token_to_id(token) is None:
             raise GLMImageError(
-                f"The AR model's tokenizer has no {name} ({shown(token)}): this is not the "
+                f"The AR model's tokenizer has no {name} ({quoted(token)}): this is not the "
                 "processor of a GLM-Image checkpoint; download the processor folder again."
             )
         names[name] = token

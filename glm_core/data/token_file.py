@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import GLMImageError, cut
+from ..errors import GLMImageError, shown
 from ..foreign import parse_json, wall
 from ..schema import Kind, optional, read
 from .grids import preview_grid, token_grid
@@ -120,7 +120,7 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
         raise GLMImageError(f"{path.name} holds no semantic tokens (its format is not {FORMAT}).")
     if metadata.get("version") != str(VERSION):
         raise GLMImageError(
-            f"{path.name} is of version {cut(metadata.get('version', 'none'))}, but this pack "
+            f"{path.name} is of version {shown(metadata.get('version', 'none'))}, but this pack "
             f"reads version {VERSION}: update the pack or save the tokens again."
         )
     values = read(metadata, METADATA, path.name, "save the tokens again")

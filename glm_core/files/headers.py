@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import GLMImageError, cut
+from ..errors import GLMImageError, shown
 from ..foreign import depth, require_few_elements, wall
 from .json_files import is_file
 
@@ -133,7 +133,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _natural(digits: str) -> int:
     if digits.startswith("-") or len(digits) > 20:
-        raise BrokenHeaderError(f"{cut(digits)} is no size")
+        raise BrokenHeaderError(f"{shown(digits)} is no size")
     return int(digits)
 
 
@@ -184,7 +184,7 @@ def _check_bytes(file: Path, tensors: dict[str, TensorInfo], begin: int, size: i
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin != end or info.nbytes != _nbytes(info):
             raise GLMImageError(
-                f"The header of {file} is broken at {cut(info.key)}; download it again."
+                f"The header of {file} is broken at {shown(info.key)}; download it again."
             )
         end = info.end
     if end > size:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import GLMImageError, cut, first_few, shown
+from ..errors import GLMImageError, first_few, quoted, shown
 from ..foreign import parse_json, wall
 from ..schema import OBJECT, TEXT, Kind, optional, read
 from ..vae import VAEConfig
@@ -150,7 +150,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise GLMImageError(
-                f"{index} gives {shown(name)} as the file of {cut(key)}; download it again."
+                f"{index} gives {quoted(name)} as the file of {shown(key)}; download it again."
             )
     for name in sorted(set(weight_map.values())):
         stored = _read_shard(index, name)
@@ -178,10 +178,12 @@ def _read_shard(index: Path, name: str) -> dict[str, TensorInfo]:
     shard = index.parent / name
     if Path(name).name != name:
         raise GLMImageError(
-            f"{index} names a file outside its folder, {shown(name)}; download it again."
+            f"{index} names a file outside its folder, {quoted(name)}; download it again."
         )
     if not is_file(shard):
-        raise GLMImageError(f"{cut(str(shard))} is missing, which {index.name} names; download it.")
+        raise GLMImageError(
+            f"{shown(str(shard))} is missing, which {index.name} names; download it."
+        )
     return read_header(shard)[0]
 
 
@@ -226,7 +228,7 @@ def _check_component(file: Path, metadata: Mapping[str, str], component: str) ->
         )
     stored, title = metadata.get("component", ""), COMPONENTS[component].title
     if stored != component:
-        other = COMPONENTS[stored].title if stored in COMPONENTS else f"component {shown(stored)}"
+        other = COMPONENTS[stored].title if stored in COMPONENTS else f"component {quoted(stored)}"
         raise GLMImageError(f"{file} holds the {other}, not the {title}; choose another file.")
 
 
@@ -258,7 +260,7 @@ def _check_identity(config: Mapping[str, Any], kind: ComponentKind, source: Path
     if config.get(key) != value:
         raise GLMImageError(
             f"{source} does not belong to GLM-Image's {kind.title}: "
-            f"its {key} is {shown(config.get(key))} and not {value!r}; choose a GLM-Image "
+            f"its {key} is {quoted(config.get(key))} and not {value!r}; choose a GLM-Image "
             "checkpoint."
         )
 

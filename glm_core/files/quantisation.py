@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import GLMImageError, cut, first_few
+from ..errors import GLMImageError, first_few, shown
 from ..foreign import parse_json
 from ..quant.packing import FORMATS
 from .headers import TensorInfo
@@ -73,7 +73,7 @@ def _format_of(file: Path, layers: Mapping[str, dict[str, Any]]) -> str:
     loadable = {stored: name for name, stored in LAYER_FORMATS.items()}
     if len(found) > 1 or found[0] not in loadable:
         raise GLMImageError(
-            f"{file} holds layers quantised as {cut(' and '.join(found))}; use a file that is all "
+            f"{file} holds layers quantised as {shown(' and '.join(found))}; use a file that is all "
             f"in one of {', '.join(loadable)}."
         )
     return loadable[found[0]]

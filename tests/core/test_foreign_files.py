@@ -9,7 +9,7 @@ import pytest
 import torch
 from glm_image.glm_core.ar.chat_template import ChatTemplate
 from glm_image.glm_core.ar.prompt import PromptTokenizer
-from glm_image.glm_core.errors import GLMImageError, cut, shown
+from glm_image.glm_core.errors import GLMImageError, quoted, shown
 from glm_image.glm_core.files.headers import read_header, read_metadata
 from glm_image.glm_core.files.opening import open_component
 from glm_image.glm_core.foreign import wall
@@ -71,8 +71,8 @@ def test_an_interrupt_passes(error) -> None:
 
 
 def test_values_are_cut_in_sentences() -> None:
-    assert shown("x" * 10**6) == "'" + "x" * 199 + "..."
-    assert cut("short") == "short"
+    assert quoted("x" * 10**6) == "'" + "x" * 199 + "..."
+    assert shown("short") == "short"
 
 
 # ---- headers -------------------------------------------------------------------------------------
