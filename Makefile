@@ -3,6 +3,7 @@
 #   make serve  [PORT=8188]
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
+#   make fuzz   [TIMES=200]             the readers' property tests, for about an hour
 #   make bench  [PRESET="small medium"]     full on a GPU
 #   make simulated-cards [ARGS="24 16"]     memory of full-size networks, counted
 #   make train-tiny [ARGS="decoder --minutes 60"]
@@ -11,7 +12,7 @@
 # COMFYUI_PATH=folder runs any of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows pictures bench simulated-cards soak train-tiny eval clean python
+.PHONY: demo serve test lint workflows pictures bench simulated-cards soak fuzz train-tiny eval clean python
 
 demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
@@ -27,6 +28,9 @@ bench: python
 
 simulated-cards: python
 	@$(PYTHON) -m scripts simulated-cards $(ARGS)
+
+fuzz: python
+	@$(PYTHON) -m scripts fuzz $(TIMES)
 
 train-tiny: python
 	@$(PYTHON) -m scripts train $(ARGS)

@@ -65,6 +65,12 @@ def main() -> None:
             sys.stderr.write(f"\n{file}\n")
     except GLMImageError as error:
         raise SystemExit(f"\n{error}") from error
+    except OSError as error:
+        raise SystemExit(
+            f"\n{arguments.out} cannot be written ({error.strerror}); run again to continue."
+        ) from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted; run again to continue.") from None
 
 
 if __name__ == "__main__":

@@ -8,19 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import GLMImageError
+from .errors import GLMImageError, quoted
 from .layers import Layers
+from .schema import TEXT, exactly, many, number, read, whole
 
 EPS = 1e-6  # of every GroupNorm; AutoencoderKL has no config for it
 
-# What this file does not build, and the config value that turns it off. A missing key is refused:
-# it means diffusers' default, which turns most of these on.
-FIXED = {
-    "mid_block_add_attention": False,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "act_fn": "silu",
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+CONFIG = {
+    # What this file does not build is turned off. A missing key is refused: it means diffusers'
+    # default, which turns most of these on.
+    "mid_block_add_attention": exactly(False),
+    "use_quant_conv": exactly(False),
+    "use_post_quant_conv": exactly(False),
+    "act_fn": exactly("silu"),
+    "block_out_channels": many(whole(1, 2**14), 1, 8),
+    "down_block_types": many(TEXT, 1, 8),
+    "up_block_types": many(TEXT, 1, 8),
+    "in_channels": exactly(3),
+    "out_channels": exactly(3),
+    "layers_per_block": whole(1, 64),
+    "latent_channels": whole(1, 1024),
+    "norm_num_groups": whole(1, 2**14),
+    "latents_mean": many(number(-1e6, 1e6), 1, 1024),
+    "latents_std": many(number(1e-6, 1e6), 1, 1024),
 }
+"""What this file reads and supports of `vae/config.json`."""
+ADVICE = "choose GLM-Image's VAE, or download its config.json again"
 
 
 @dataclass(frozen=True)
@@ -60,24 +74,17 @@ class VAEConfig:
         """Read the checkpoint's config.
 
         Raises:
-            GLMImageError: a value is missing, or the config describes another kind of VAE.
+            GLMImageError: a value is missing or out of range, or it is another kind of VAE.
         """
-        blocks = len(config.get("block_out_channels", ()))
-        fixed = {
-            **FIXED,
-            "down_block_types": ["DownEncoderBlock2D"] * blocks,
-            "up_block_types": ["UpDecoderBlock2D"] * blocks,
-        }
-        for name, value in fixed.items():
-            if config.get(name) != value:
+        values = read(config, CONFIG, "The VAE's config", ADVICE)
+        blocks = len(values["block_out_channels"])
+        for name, block in BLOCKS.items():
+            if values[name] != [block] * blocks:
                 raise GLMImageError(
-                    f"The VAE's {name} is {config.get(name)!r} and not {value!r}; "
-                    "choose GLM-Image's VAE."
+                    f"The VAE's {name} is {quoted(values[name])}, but only {blocks} of {block} are "
+                    f"supported; {ADVICE}."
                 )
-        missing = [field.name for field in fields(cls) if config.get(field.name) is None]
-        if missing:
-            raise GLMImageError(f"The VAE's config lacks {', '.join(missing)}; download it again.")
-        values = {field.name: config[field.name] for field in fields(cls)}
+        values = {field.name: values[field.name] for field in fields(cls)}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -11,7 +11,10 @@ MODULES = {  # these need the tests' environment but no browser
     "bench": "bench", "train": "training", "evaluate": "evaluation.run",
     "pictures": "scripts.pictures", "simulated-cards": "scripts.simulated_cards",
 }  # fmt: skip
-COMMANDS = ("demo", "serve", "soak", "test", "lint", "workflows", *MODULES)
+COMMANDS = ("demo", "serve", "soak", "test", "fuzz", "lint", "workflows", *MODULES)
+
+FUZZED = "tests/core/test_readers.py"
+FUZZ_TIMES = "200"  # as many inputs as in the suite: about an hour
 
 # The tests of one file share a server or a training run, so they stay in one process.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
@@ -27,6 +30,9 @@ def main(command: str, arguments: list[str]) -> None:
         _become(python, "ruff", ["format", "--check", "."])
     if module := MODULES.get(command):
         _become(python, module, arguments)
+    if command == "fuzz":
+        os.environ["FUZZ_TIMES"] = arguments[0] if arguments else FUZZ_TIMES
+        _become(python, "pytest", [FUZZED])
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)

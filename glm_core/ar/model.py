@@ -14,9 +14,48 @@ from torch import Tensor, nn
 
 from ..errors import GLMImageError
 from ..layers import Layers
+from ..schema import (
+    EPSILON,
+    FLAG,
+    HEADS,
+    LAYERS,
+    WIDTH,
+    exactly,
+    many,
+    number,
+    optional,
+    read,
+    whole,
+)
 from ..split import LayerSegment, on_device, own_layers
 from .cache import AttentionPass, KVCache
 from .row_linear import RowOperations
+
+VOCABULARY = whole(1, 2**20)
+TOKEN = whole(0, 2**20)
+CONFIG = {
+    "text_config.vocab_size": VOCABULARY,
+    "text_config.vision_vocab_size": VOCABULARY,
+    "vq_config.num_embeddings": VOCABULARY,
+    "text_config.hidden_size": WIDTH,
+    "text_config.intermediate_size": WIDTH,
+    "text_config.num_hidden_layers": LAYERS,
+    "text_config.num_attention_heads": HEADS,
+    "text_config.num_key_value_heads": HEADS,
+    "text_config.head_dim": optional(WIDTH),
+    "text_config.rms_norm_eps": EPSILON,
+    "text_config.attention_bias": optional(FLAG, True),  # the hub's file omits it
+    "text_config.hidden_act": optional(exactly("silu")),
+    "text_config.rope_parameters.rope_type": optional(exactly("default")),
+    "text_config.rope_parameters.rope_theta": number(1, 1e12),
+    "text_config.rope_parameters.partial_rotary_factor": optional(number(0, 1), 1.0),
+    "text_config.rope_parameters.mrope_section": many(WIDTH, 1, 16),
+    "image_start_token_id": TOKEN,
+    "image_end_token_id": TOKEN,
+    "image_token_id": TOKEN,
+}
+"""What this network reads of `vision_language_encoder/config.json`."""
+ADVICE = "download the vision_language_encoder folder of a GLM-Image checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -43,44 +82,29 @@ class ARConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ARConfig":
-        """Read a checkpoint's config; GLMImageError names what is missing or contradictory."""
-        try:
-            text = config["text_config"]
-            rope = text["rope_parameters"]
-            head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-            parsed = cls(
-                vocab_size=text["vocab_size"],
-                visual_size=text["vision_vocab_size"],
-                codebook=config["vq_config"]["num_embeddings"],
-                hidden_size=text["hidden_size"],
-                intermediate_size=text["intermediate_size"],
-                layers=text["num_hidden_layers"],
-                heads=text["num_attention_heads"],
-                kv_heads=text["num_key_value_heads"],
-                head_dim=head_dim,
-                rms_eps=text["rms_norm_eps"],
-                attention_bias=text.get("attention_bias", True),  # the hub's file omits it
-                rope_theta=rope["rope_theta"],
-                rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
-                mrope_section=tuple(rope["mrope_section"]),
-                image_start=config["image_start_token_id"],
-                image_end=config["image_end_token_id"],
-                image_token=config["image_token_id"],
-            )
-        except KeyError as missing:
-            raise GLMImageError(
-                f"The AR model's config.json has no {missing}: this is not a GLM-Image "
-                "vision_language_encoder."
-            ) from missing
-        for name, value, expected in (
-            ("hidden_act", text.get("hidden_act", "silu"), "silu"),
-            ("rope_type", rope.get("rope_type", "default"), "default"),
-        ):
-            if value != expected:
-                raise GLMImageError(
-                    f"The AR model's {name} is {value!r}, but only {expected!r} is supported."
-                )
-        return parsed
+        """Read a checkpoint's config; GLMImageError names what is missing or does not fit."""
+        values = read(config, CONFIG, "The AR model's config.json", ADVICE)
+        heads, hidden_size = values["num_attention_heads"], values["hidden_size"]
+        head_dim = values["head_dim"] or max(1, hidden_size // heads)
+        return cls(
+            vocab_size=values["vocab_size"],
+            visual_size=values["vision_vocab_size"],
+            codebook=values["num_embeddings"],
+            hidden_size=hidden_size,
+            intermediate_size=values["intermediate_size"],
+            layers=values["num_hidden_layers"],
+            heads=heads,
+            kv_heads=values["num_key_value_heads"],
+            head_dim=head_dim,
+            rms_eps=values["rms_norm_eps"],
+            attention_bias=values["attention_bias"],
+            rope_theta=values["rope_theta"],
+            rotary_dim=int(head_dim * values["partial_rotary_factor"]),
+            mrope_section=tuple(values["mrope_section"]),
+            image_start=values["image_start_token_id"],
+            image_end=values["image_end_token_id"],
+            image_token=values["image_token_id"],
+        )
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -97,6 +121,12 @@ class ARConfig:
                 f"The AR model's codebook {self.codebook}, visual vocabulary {self.visual_size} "
                 f"and vocabulary {self.vocab_size} must not decrease in this order."
             )
+        for name in ("image_start", "image_end", "image_token"):
+            if getattr(self, name) >= self.vocab_size:
+                raise GLMImageError(
+                    f"The AR model's {name} is the id {getattr(self, name)}, and its vocabulary "
+                    f"has only {self.vocab_size}; {ADVICE}."
+                )
 
 
 def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,35 @@ import torch
 from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from ..data.grids import Grid, grid_positions, preview_grid, text_positions
-from ..errors import GLMImageError
+from ..errors import GLMImageError, quoted
+from ..foreign import parse_json, wall
+from ..schema import OBJECT, Kind, many, read, whole
+from .chat_template import ChatTemplate
 
 _PROMPT = "\ue000prompt\ue000"  # replaced by the prompt after rendering; private-use characters
+_FILE = "The AR model's tokenizer.json"
+_ADVICE = "download the processor folder again"
+MAX_ID = 2**20  # GLM-Image's vocabulary has 168,064 ids
+_ID = whole(0, MAX_ID)
+_VOCABULARY = Kind(
+    f"but must be an object of ids up to {MAX_ID}",
+    lambda value: isinstance(value, dict) and all(map(_ID.fits, value.values())),
+)
+_ADDED = Kind(
+    f"but must be an object with a content and an id up to {MAX_ID}",
+    lambda value: (
+        isinstance(value, dict)
+        and isinstance(value.get("content"), str)
+        and _ID.fits(value.get("id"))
+    ),
+)
+_TOKENIZER = {
+    "model": OBJECT,
+    "model.vocab": _VOCABULARY,
+    "added_tokens": many(_ADDED, 1, MAX_ID),
+}
 _CONTROL_TOKENS = ("bos_token", "eos_token", "image_token", "grid_bos_token", "grid_eos_token")
 
 
@@ -58,7 +81,8 @@ class PromptTokenizer:
     def __init__(
         self, tokenizer_json: str, tokenizer_config: dict[str, Any], chat_template: str | None
     ) -> None:
-        full = _load(tokenizer_json)
+        data = _parse(tokenizer_json)
+        full = _load(data)
         self._names = _control_names(full, tokenizer_config)
         self._ids = {name: full.token_to_id(token) for name, token in self._names.items()}
         self._control = {t.content: i for i, t in full.get_added_tokens_decoder().items()}
@@ -66,11 +90,10 @@ class PromptTokenizer:
         # Visual tokens are named like bos_token, with other numbers.
         visual = re.compile(re.sub(r"\d+", r"\\d+", re.escape(self._names["bos_token"])))
         reserved = self._control.keys() | set(filter(visual.fullmatch, full.get_vocab()))
-        self._text = _load(_without(reserved, tokenizer_json))
+        self._text = _load(_without(reserved, data))
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self._template = chat_template
-        self._renderer = PreTrainedTokenizerFast(tokenizer_object=full)
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
 
     def text_to_image(self, prompt: str, grid: Grid) -> Prompt:
         """`{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
@@ -126,12 +149,8 @@ class PromptTokenizer:
             reference = self._names["bos_token"] + image + self._names["eos_token"]
             return references * reference + prompt
         images = [{"type": "image"}] * references
-        rendered: str = self._renderer.apply_chat_template(
-            [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}],
-            chat_template=self._template,
-            tokenize=False,
-            **self._names,
-        )
+        content = [*images, {"type": "text", "text": prompt}]
+        rendered = self._template.render([{"role": "user", "content": content}], self._names)
         if rendered.count(_PROMPT) != 1 or rendered.count(image) != references:
             raise GLMImageError(
                 "The AR model's chat template does not carry the prompt and every reference image "
@@ -151,7 +170,8 @@ class PromptTokenizer:
 
     def _text_ids(self, text: str) -> list[int]:
         """Ids of text. Half a surrogate pair, which the tokenizer refuses, becomes `?`."""
-        ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
+        with wall("The AR model's tokenizer fails at this prompt", _ADVICE):
+            ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
         return ids
 
 
@@ -170,11 +190,16 @@ def _joined(pieces: list[list[int] | Tensor]) -> Prompt:
     return Prompt(torch.cat(ids), torch.cat(positions, dim=1))
 
 
-def _load(tokenizer_json: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the only class that tokenizers raises
-        raise GLMImageError(f"The AR model's tokenizer.json cannot be read: {error}") from error
+def _parse(tokenizer_json: str) -> dict[str, Any]:
+    """tokenizer.json without what would pad, cut or add to a prompt."""
+    data = parse_json(tokenizer_json, _FILE)
+    read(data, _TOKENIZER, _FILE, _ADVICE)
+    return data | {"padding": None, "truncation": None, "post_processor": None}
+
+
+def _load(data: dict[str, Any]) -> Tokenizer:
+    with wall(f"{_FILE} cannot be read", _ADVICE):
+        return Tokenizer.from_str(json.dumps(data))
 
 
 def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, str]:
@@ -182,21 +207,22 @@ def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, st
     names = {}
     for name in _CONTROL_TOKENS:
         token = config.get(name)
-        token = token["content"] if isinstance(token, dict) else token
-        if token is None or tokenizer.token_to_id(token) is None:
+        token = token.get("content") if isinstance(token, dict) else token
+        if not _is_token(token) or tokenizer.token_to_id(token) is None:
             raise GLMImageError(
-                f"The AR model's tokenizer has no {name} ({token!r}): this is not the "
+                f"The AR model's tokenizer has no {name} ({quoted(token)}): this is not the "
                 "processor of a GLM-Image checkpoint; download the processor folder again."
             )
         names[name] = token
     return names
 
 
-def _without(reserved: set[str], tokenizer_json: str) -> str:
+def _is_token(token: Any) -> bool:
+    """Whether the tokenizer may be asked for a token: half a surrogate pair would be refused."""
+    return isinstance(token, str) and token == token.encode(errors="replace").decode()
+
+
+def _without(reserved: set[str], data: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer without the reserved tokens, so that their names are plain text."""
-    data = json.loads(tokenizer_json)
-    data["added_tokens"] = []
-    data["post_processor"] = None  # it only adds tokens, some of which are removed
-    vocab = data["model"]["vocab"]
-    data["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in reserved}
-    return json.dumps(data)
+    vocab = {token: i for token, i in data["model"]["vocab"].items() if token not in reserved}
+    return data | {"added_tokens": [], "model": data["model"] | {"vocab": vocab}}

@@ -6,20 +6,36 @@ Tensors `tokens` int32 [B, h, w], optionally `preview` int32 [B, ph, pw] and `lo
 
 import json
 import os
+import re
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import GLMImageError, shown
+from ..foreign import parse_json, wall
+from ..schema import Kind, optional, read
 from .grids import preview_grid, token_grid
 from .tokens import Layout, SemanticTokens
 
 FORMAT = "glm_image_tokens"
 VERSION = 1
+_NUMBER = Kind(
+    "but must be a whole number below 10,000,000",
+    lambda value: re.fullmatch("[0-9]{1,7}", value) is not None,
+)
+METADATA = {
+    "codebook": _NUMBER,
+    "width": _NUMBER,
+    "height": _NUMBER,
+    "info": optional(Kind("but must be JSON", bool), "{}"),
+}
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
 MAX_FILE_BYTES = 64 * 2**20  # a 2048x2048 image takes 17 KiB
 
 
@@ -40,16 +56,34 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
         "width": str(tokens.width),
         "height": str(tokens.height),
         "codebook": str(tokens.codebook),
-        "info": json.dumps(tokens.info),
+        "info": json.dumps(tokens.info, sort_keys=True),
     }
     # Copied, as safetensors refuses tensors that share memory: a layout's tokens are its preview.
     data = save({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
+    data = _in_one_order(data)
+    _remove_unfinished(path.parent)
     unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, as file systems limit names
     try:
         unfinished.write_bytes(data)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _in_one_order(data: bytes) -> bytes:
+    """The file with a sorted header, as safetensors writes metadata in a random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what saves left that were killed more than an hour ago."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another save may remove it too
+            if UNFINISHED.fullmatch(file.name) and time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
 
 
 def _require_match(tokens: SemanticTokens, layout: Layout) -> None:
@@ -86,37 +120,35 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
         raise GLMImageError(f"{path.name} holds no semantic tokens (its format is not {FORMAT}).")
     if metadata.get("version") != str(VERSION):
         raise GLMImageError(
-            f"{path.name} is of version {metadata.get('version')}, but this pack reads version "
-            f"{VERSION}: update the pack or save the tokens again."
+            f"{path.name} is of version {shown(metadata.get('version', 'none'))}, but this pack "
+            f"reads version {VERSION}: update the pack or save the tokens again."
         )
+    values = read(metadata, METADATA, path.name, "save the tokens again")
+    size_and_codebook = {name: int(values[name]) for name in ("codebook", "height", "width")}
+    info = parse_json(values["info"], f"The info of {path.name}")
     try:
-        size_and_codebook = {name: int(metadata[name]) for name in ("codebook", "height", "width")}
-        info = dict(json.loads(metadata.get("info", "{}")))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise GLMImageError(f"{path.name} has broken metadata: {error}.") from error
-    try:
-        tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codebook)
-        return tokens, _layout(tensors, size_and_codebook)
+        with wall("the tensors are not those of a token file", "save the tokens again"):
+            tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codebook)
+            return tokens, _layout(tensors, size_and_codebook)
     except GLMImageError as error:
         raise GLMImageError(f"{path.name}: {error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file of at most `MAX_FILE_BYTES`."""
-    if not path.is_file():
+    with wall(f"{path.name} cannot be read", "choose another file"):
+        size = path.stat().st_size if path.is_file() else None
+    if size is None:
         raise GLMImageError(f"There is no token file {path.name}.")
-    size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise GLMImageError(
             f"{path.name} has {size / 2**20:.0f} MiB, but a token file has at most "
             f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise GLMImageError(f"{path.name} is corrupt or no safetensors file: {error}.") from error
+    corrupt = f"{path.name} is corrupt or no safetensors file"
+    with wall(corrupt, "save the tokens again"), safe_open(path, framework="pt") as file:
+        names = set(file.keys()).intersection(("tokens", "preview", "locked"))
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def _layout(tensors: dict[str, Tensor], size_and_codebook: dict[str, int]) -> Layout | None:

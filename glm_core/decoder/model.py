@@ -4,7 +4,7 @@ Keys and formulas are those of diffusers' `GlmImageTransformer2DModel`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..errors import GLMImageError
 from ..layers import Layers
+from ..schema import HEADS, LAYERS, WIDTH, read, whole
 from ..split import LayerSegment, Segment, all_segments, on_device, own_layers
 from .embeddings import Rope, TimeSizeEmbedding, rotary, rotate
 from .feed_forward import FeedForward, Projection, gelu_tanh
@@ -30,6 +31,22 @@ class ReferenceKeysValues(Protocol):
     """For block i, the keys and values of references, as `Attention.forward` takes them."""
 
     def __getitem__(self, block: int) -> Sequence[KeysValues]: ...
+
+
+CONFIG = {
+    "patch_size": whole(1, 64),
+    "in_channels": whole(1, 1024),
+    "out_channels": whole(1, 1024),
+    "num_layers": LAYERS,
+    "attention_head_dim": WIDTH,
+    "num_attention_heads": HEADS,
+    "text_embed_dim": WIDTH,
+    "time_embed_dim": WIDTH,
+    "condition_dim": WIDTH,
+    "prior_vq_quantizer_codebook_size": whole(1, 2**20),
+}
+"""What this network reads of `transformer/config.json`."""
+ADVICE = "take it from the transformer folder of a GLM-Image checkpoint"
 
 
 @dataclass(frozen=True)
@@ -49,13 +66,8 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-        missing = [f.name for f in fields(cls) if f.name not in config]
-        if missing:
-            raise GLMImageError(
-                f"The decoder's config.json lacks {', '.join(missing)}; "
-                "take it from the snapshot's transformer folder."
-            )
-        return cls(**{f.name: config[f.name] for f in fields(cls)})
+        """Read a checkpoint's config; GLMImageError names what is missing or does not fit."""
+        return cls(**read(config, CONFIG, "The decoder's config.json", ADVICE))
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 4:
@@ -67,6 +79,11 @@ class DecoderConfig:
             raise GLMImageError(
                 f"time_embed_dim {self.time_embed_dim} and condition_dim {self.condition_dim} "
                 "hold cosines and sines, so both must be even."
+            )
+        if self.in_channels != self.out_channels:
+            raise GLMImageError(
+                f"The decoder's in_channels is {self.in_channels} and its out_channels "
+                f"{self.out_channels}, but both are the latent's; {ADVICE}."
             )
 
     @property

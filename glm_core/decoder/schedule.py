@@ -11,8 +11,20 @@ from torch import Tensor
 
 from ..data.grids import PIXELS_PER_LATENT
 from ..errors import GLMImageError
+from ..schema import exactly, number, read, whole
 
 MIN_DENOISE = 1e-9  # below it, every step has the last noise level
+
+CONFIG = {
+    "time_shift_type": exactly("linear"),
+    "use_dynamic_shifting": exactly(True),
+    "num_train_timesteps": whole(1, 10**6),
+    "base_shift": number(0, 1000),
+    "max_shift": number(0.001, 1000),
+    "base_image_seq_len": whole(1, 2**20),
+}
+"""What this file reads and supports of `scheduler/scheduler_config.json`."""
+ADVICE = "take scheduler_config.json from a GLM-Image snapshot"
 
 
 @dataclass(frozen=True)
@@ -26,14 +38,9 @@ class ScheduleConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ScheduleConfig":
-        kind = config.get("time_shift_type")
-        if kind != "linear" or not config.get("use_dynamic_shifting"):
-            raise GLMImageError(
-                f"The scheduler config asks for time_shift_type={kind!r} with use_dynamic_shifting="
-                f"{config.get('use_dynamic_shifting')!r}; GLM-Image uses 'linear' with dynamic "
-                "shifting, so take scheduler_config.json from a GLM-Image snapshot."
-            )
-        return cls(*(config[name] for name in cls.__dataclass_fields__))
+        """Read a checkpoint's config; GLMImageError names what is missing or does not fit."""
+        values = read(config, CONFIG, "The scheduler config", ADVICE)
+        return cls(*(values[name] for name in cls.__dataclass_fields__))
 
     def shift(self, height: int, width: int, patch_size: int = 2) -> float:
         """mu of an image: 0.75 * sqrt(seq / 256) + 0.25 with the checkpoint's numbers.

@@ -122,7 +122,7 @@ class Component:
         for key, info in self.tensors.items():
             if layer_of(key) not in self.quantised:
                 nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
-        return max(nbytes, key=nbytes.__getitem__)
+        return max(nbytes, key=nbytes.__getitem__, default=torch.bfloat16)
 
     def check(
         self, expected: Mapping[str, torch.Size], ignored_prefixes: tuple[str, ...] = ()

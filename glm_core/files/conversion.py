@@ -1,9 +1,10 @@
 """Writing a component as one safetensors file, quantised if asked.
 
 The file is written tensor by tensor under another name and renamed once it is complete. A run that
-follows an interrupted one continues after the last complete tensor.
+follows an interrupted one continues after the last complete tensor, see `journal`.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from ..errors import GLMImageError
 from ..quant.packing import ALIGNMENT, FORMATS, SLICE, packing, quantise
 from .component import COMPONENTS, FORMAT, Component
 from .headers import DTYPES, TensorInfo
+from .journal import Journal
 from .quantisation import FP8, SCALE, layer_of, write_quantisation
 from .weight_dtypes import is_layer_matrix
 
@@ -60,42 +62,30 @@ def convert(component: Component, dtype: str, folder: Path, progress: Progress) 
     file = folder / _file_name(component, dtype)
     partial = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = _resume(partial, header, tensors, component)
     total = len(header) + sum(tensor.nbytes for tensor in tensors)
-    _require_space(file.parent, total - (partial.stat().st_size if done else 0))
-    with partial.open("r+b" if done else "wb") as stream:
-        if not done:
-            stream.write(header)
-        stream.seek(0, os.SEEK_END)
-        for tensor in tensors[done:]:
-            for chunk in tensor.chunks():
-                stream.write(chunk.contiguous().flatten().view(torch.uint8).numpy())
-                progress(stream.tell(), total)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    with Journal(partial, header, changed=max(map(_modified, _sources(component)))) as journal:
+        done = journal.resume([tensor.nbytes for tensor in tensors])
+        _require_space(file.parent, total - (partial.stat().st_size if done else 0))
+        with partial.open("r+b" if done else "wb") as stream:
+            if not done:
+                stream.write(header)
+            stream.seek(0, os.SEEK_END)
+            for tensor in tensors[done:]:
+                written = hashlib.sha256()
+                for chunk in tensor.chunks():
+                    data = chunk.contiguous().flatten().view(torch.uint8).numpy()
+                    stream.write(data)
+                    written.update(data)
+                    progress(stream.tell(), total)
+                stream.flush()
+                journal.add(written)
+            os.fsync(stream.fileno())
+        partial.replace(file)
     return file
 
 
-def _resume(partial: Path, header: bytes, tensors: list[OutputTensor], component: Component) -> int:
-    """Count the complete tensors of an interrupted run's file, and cut off what follows them.
-
-    The count is 0 if the file's header differs, or if the source is younger than the file.
-    """
-    changed = max(file.stat().st_mtime for file in _sources(component))
-    if not partial.is_file() or partial.stat().st_mtime < changed:
-        return 0
-    with partial.open("r+b") as stream:
-        if stream.read(len(header)) != header:
-            return 0
-        size, end, done = partial.stat().st_size, len(header), 0
-        for tensor in tensors:
-            if end + tensor.nbytes > size:
-                break
-            end += tensor.nbytes
-            done += 1
-        stream.truncate(end)
-    return done
+def _modified(file: Path) -> float:
+    return file.stat().st_mtime
 
 
 def _sources(component: Component) -> list[Path]:
@@ -146,6 +136,8 @@ def _read(info: TensorInfo) -> Iterator[Tensor]:
         remaining = info.nbytes
         while remaining:
             chunk = stream.read(min(remaining, SLICE * info.dtype.itemsize))
+            if not chunk:
+                raise GLMImageError(f"{info.file} became shorter while it was read; start again.")
             remaining -= len(chunk)
             yield torch.frombuffer(bytearray(chunk), dtype=info.dtype)
 

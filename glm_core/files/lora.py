@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GLMImageError, first_few
+from ..foreign import parse_json
 from .adapter_config import AdapterConfigs
 from .headers import map_file, read_header
-from .json_files import parse_json, read_json
+from .json_files import read_json
 
 # Prefixes of dotted module names: "" by a model's save_lora_adapter, "base_model.model." by PEFT,
 # "pipe.dit." by DiffSynth.

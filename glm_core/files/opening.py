@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import GLMImageError, first_few
+from ..errors import GLMImageError, first_few, quoted, shown
+from ..foreign import parse_json, wall
+from ..schema import OBJECT, TEXT, Kind, optional, read
+from ..vae import VAEConfig
 from .component import COMPONENTS, Component, ComponentKind, Processor
 from .headers import TensorInfo, read_header
-from .json_files import parse_json, read_json, read_text
+from .json_files import is_file, read_json, read_text
 from .quantisation import read_quantisation
 from .saved import Part, read_parts
 
@@ -29,10 +32,11 @@ def open_component(path: Path | str, component: str) -> Component:
         GLMImageError: anything is missing, broken or of another model.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_snapshot(path, component)
-    if path.is_file():
-        return _open_single_file(path, component)
+    with wall(f"{path} cannot be read"):
+        if path.is_dir():
+            return _open_snapshot(path, component)
+        if path.is_file():
+            return _open_single_file(path, component)
     raise GLMImageError(
         f"{path} does not exist; put the {COMPONENTS[component].title} there, or choose another."
     )
@@ -65,8 +69,14 @@ def _read_companions(snapshot: Path) -> dict[str, Any]:
     """The configs that the decoder needs beside its own: the scheduler's and the VAE's."""
     return {
         "scheduler": read_json(snapshot / "scheduler" / "scheduler_config.json"),
-        "vae": read_json(snapshot / COMPONENTS["vae"].folder / "config.json"),
+        "vae": _of_vae(read_json(snapshot / COMPONENTS["vae"].folder / "config.json")),
     }
+
+
+def _of_vae(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which is checked here, as the decoder needs only some of its values."""
+    VAEConfig.from_dict(config)
+    return config
 
 
 def _read_processor(snapshot: Path, weights: Path) -> Processor:
@@ -74,20 +84,28 @@ def _read_processor(snapshot: Path, weights: Path) -> Processor:
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     generation = weights / "generation_config.json"
     template = folder / "chat_template.jinja"
-    chat_template = tokenizer_config.get("chat_template")
-    if template.is_file():
+    if is_file(template):
         chat_template = read_text(template)
+    else:
+        chat_template = _value(tokenizer_config, "chat_template", TEXT, "tokenizer_config.json")
     # The hub has preprocessor_config.json; newer libraries save processor_config.json instead.
-    image = {}
-    if (folder / "processor_config.json").is_file():
-        image = read_json(folder / "processor_config.json").get("image_processor", {})
+    image = None
+    if is_file(folder / "processor_config.json"):
+        saved = read_json(folder / "processor_config.json")
+        image = _value(saved, "image_processor", OBJECT, "processor_config.json")
     return Processor(
         tokenizer=read_text(folder / "tokenizer.json"),
         tokenizer_config=tokenizer_config,
         chat_template=chat_template,
-        generation_config=read_json(generation) if generation.is_file() else {},
+        generation_config=read_json(generation) if is_file(generation) else {},
         image=_with_pixel_limits(image or read_json(folder / "preprocessor_config.json")),
     )
+
+
+def _value(config: Mapping[str, Any], key: str, kind: Kind, source: str) -> Any:
+    """An optional value of a file in the processor folder."""
+    advice = "download the processor folder again"
+    return read(config, {key: optional(kind)}, source, advice)[key]
 
 
 def _with_pixel_limits(image: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +113,7 @@ def _with_pixel_limits(image: dict[str, Any]) -> dict[str, Any]:
 
     Newer libraries save the same pixel counts as `size.shortest_edge` and `size.longest_edge`.
     """
-    size = image.get("size") or {}
+    size = _value(image, "size", OBJECT, "The processor's image config") or {}
     if "shortest_edge" in size and "longest_edge" in size:
         low, high = size["shortest_edge"], size["longest_edge"]
     else:
@@ -111,13 +129,13 @@ def _with_pixel_limits(image: dict[str, Any]) -> dict[str, Any]:
 def _read_weights(folder: Path, kind: ComponentKind) -> dict[str, TensorInfo]:
     index = folder / f"{kind.stem}.safetensors.index.json"
     single = folder / f"{kind.stem}.safetensors"
-    if index.is_file() and single.is_file():
+    if is_file(index) and is_file(single):
         raise GLMImageError(
             f"{folder} holds both {index.name} and {single.name}; remove the one that is stale."
         )
-    if index.is_file():
+    if is_file(index):
         return _read_shards(index)
-    if single.is_file():
+    if is_file(single):
         return read_header(single)[0]
     raise GLMImageError(
         f"{folder} holds neither {single.name} nor {index.name}; "
@@ -130,7 +148,12 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise GLMImageError(f"{index} has no weight_map; download it again.")
     tensors: dict[str, TensorInfo] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise GLMImageError(
+                f"{index} gives {quoted(name)} as the file of {shown(key)}; download it again."
+            )
+    for name in sorted(set(weight_map.values())):
         stored = _read_shard(index, name)
         twice = [key for key in stored if key in tensors]
         if twice:
@@ -155,9 +178,13 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 def _read_shard(index: Path, name: str) -> dict[str, TensorInfo]:
     shard = index.parent / name
     if Path(name).name != name:
-        raise GLMImageError(f"{index} names a file outside its folder, {name}; download it again.")
-    if not shard.is_file():
-        raise GLMImageError(f"{shard} is missing, which {index.name} names; download it.")
+        raise GLMImageError(
+            f"{index} names a file outside its folder, {quoted(name)}; download it again."
+        )
+    if not is_file(shard):
+        raise GLMImageError(
+            f"{shown(str(shard))} is missing, which {index.name} names; download it."
+        )
     return read_header(shard)[0]
 
 
@@ -177,14 +204,19 @@ def _open_single_file(file: Path, component: str) -> Component:
             f"{file} holds the {kind.title} in {quantisation}, which only the AR model and the "
             "decoder may have; convert the snapshot again."
         )
-    decoder_configs = ("scheduler", "vae") if component == "decoder" else ()
+    companions = {}
+    if component == "decoder":
+        companions = {
+            "scheduler": _parsed(metadata, "scheduler", file),
+            "vae": _of_vae(_parsed(metadata, "vae", file)),
+        }
     return Component(
         name=component,
         path=file,
         config=config,
         tensors=_tie(tensors, kind),
         processor=_parse_processor(metadata, file) if component == "ar" else None,
-        **{key: _parsed(metadata, key, file) for key in decoder_configs},
+        **companions,
         quantisation=quantisation,
         quantised=quantised,
     )
@@ -234,7 +266,8 @@ def _check_identity(config: Mapping[str, Any], kind: ComponentKind, source: Path
     if config.get(key) != value:
         raise GLMImageError(
             f"{source} does not belong to GLM-Image's {kind.title}: "
-            f"its {key} is {config.get(key)!r} and not {value!r}; choose a GLM-Image checkpoint."
+            f"its {key} is {quoted(config.get(key))} and not {value!r}; choose a GLM-Image "
+            "checkpoint."
         )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..errors import GLMImageError, first_few
+from ..errors import GLMImageError, first_few, shown
+from ..foreign import parse_json
 from ..quant.packing import FORMATS
 from .headers import TensorInfo
-from .json_files import parse_json
 
 QUANTISATION = "_quantization_metadata"
 """ComfyUI's metadata key for quantised layers: {"layers": {name: {"format": ...}}}."""
@@ -73,8 +73,8 @@ def _format_of(file: Path, layers: Mapping[str, dict[str, Any]]) -> str:
     loadable = {stored: name for name, stored in LAYER_FORMATS.items()}
     if len(found) > 1 or found[0] not in loadable:
         raise GLMImageError(
-            f"{file} holds layers quantised as {' and '.join(found)}; use a file that is all in "
-            f"one of {', '.join(loadable)}."
+            f"{file} holds layers quantised as {shown(' and '.join(found))}; use a file that is "
+            f"all in one of {', '.join(loadable)}."
         )
     return loadable[found[0]]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import GLMImageError
+from ..foreign import parse_json
 from .component import FORMAT, Component
 from .headers import TensorInfo, read_header
-from .json_files import parse_json
 
 CONFIG = "glm_image_config"
 """The tensor's key, after the prefix of its component."""

@@ -12,9 +12,24 @@ from torch import Tensor, nn
 
 from ..errors import GLMImageError
 from ..layers import Layers
+from ..schema import EPSILON, HEADS, LAYERS, WIDTH, exactly, read, whole
 from .texts import BYTE_OFFSET
 
-FEED_FORWARD = "gated-gelu"  # T5's name for a gate with the tanh approximation of GELU
+CONFIG = {
+    # T5's name for a gate with the tanh approximation of GELU.
+    "feed_forward_proj": exactly("gated-gelu"),
+    "d_model": WIDTH,
+    "d_ff": WIDTH,
+    "d_kv": WIDTH,
+    "num_heads": HEADS,
+    "num_layers": LAYERS,
+    "vocab_size": whole(1, 2**20),
+    "relative_attention_num_buckets": whole(1, 4096),
+    "relative_attention_max_distance": whole(1, 2**20),
+    "layer_norm_epsilon": EPSILON,
+}
+"""What this network reads and supports of `text_encoder/config.json`."""
+ADVICE = "choose GLM-Image's glyph encoder, or download its config.json again"
 
 
 @dataclass(frozen=True)
@@ -53,19 +68,10 @@ class GlyphConfig:
         """Read the checkpoint's config.
 
         Raises:
-            GLMImageError: a size is missing, or it is a T5 of another kind.
+            GLMImageError: a size is missing or out of range, or it is a T5 of another kind.
         """
-        if config.get("feed_forward_proj") != FEED_FORWARD:
-            raise GLMImageError(
-                f"The glyph encoder's feed_forward_proj is {config.get('feed_forward_proj')!r} and "
-                f"not {FEED_FORWARD!r}; choose GLM-Image's glyph encoder."
-            )
-        missing = [field.name for field in fields(cls) if field.name not in config]
-        if missing:
-            raise GLMImageError(
-                f"The glyph encoder's config lacks {', '.join(missing)}; download it again."
-            )
-        return cls(**{field.name: config[field.name] for field in fields(cls)})
+        values = read(config, CONFIG, "The glyph encoder's config", ADVICE)
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 class GlyphEncoder(nn.Module):

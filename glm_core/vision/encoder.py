@@ -17,12 +17,32 @@ from ..attention import sdpa
 from ..data.grids import Grid
 from ..errors import GLMImageError
 from ..layers import Layers
+from ..schema import EPSILON, FLAG, HEADS, LAYERS, WIDTH, exactly, optional, read, whole
 
 VISION_PREFIXES = ("model.visual.", "model.vqmodel.")
 """Prefixes of this network's keys in the AR model's checkpoint."""
 
 # Prefixes of the other keys: the text model, and a layer from codes to features, which is unused.
 OTHER_PREFIXES = ("model.language_model.", "lm_head.", "model.vqmodel.post_quant_conv.")
+
+CONFIG = {
+    "vision_config.hidden_size": WIDTH,
+    "vision_config.intermediate_size": WIDTH,
+    "vision_config.depth": LAYERS,
+    "vision_config.num_heads": HEADS,
+    "vision_config.layer_norm_eps": EPSILON,
+    "vision_config.attention_bias": optional(FLAG, True),
+    "vision_config.in_channels": exactly(3),
+    "vision_config.patch_size": whole(1, 1024),
+    "vision_config.image_size": whole(1, 2**15),
+    "vision_config.hidden_act": optional(exactly("gelu")),
+    "vision_config.spatial_merge_size": optional(exactly(1)),
+    "vq_config.num_embeddings": whole(1, 2**20),
+    "vq_config.embed_dim": WIDTH,
+    "vq_config.latent_channels": WIDTH,
+}
+"""What this network reads of `vision_language_encoder/config.json`."""
+ADVICE = "download the vision_language_encoder folder of a GLM-Image checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -43,44 +63,38 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """Read a checkpoint's config; GLMImageError names what is missing or contradictory."""
-        try:
-            vision, vq = config["vision_config"], config["vq_config"]
-            features = vq["latent_channels"]
-            parsed = cls(
-                hidden_size=vision["hidden_size"],
-                intermediate_size=vision["intermediate_size"],
-                layers=vision["depth"],
-                heads=vision["num_heads"],
-                eps=vision["layer_norm_eps"],
-                attention_bias=vision.get("attention_bias", True),
-                channels=vision["in_channels"],
-                patch_size=vision["patch_size"],
-                position_side=vision["image_size"] // vision["patch_size"],
-                codebook=vq["num_embeddings"],
-                code_dim=vq["embed_dim"],
-            )
-        except KeyError as missing:
+        """Read a checkpoint's config; GLMImageError names what is missing or does not fit."""
+        values = read(config, CONFIG, "The AR model's config.json", ADVICE)
+        features, width = values["latent_channels"], values["hidden_size"]
+        if features != width:
             raise GLMImageError(
-                f"The AR model's config.json has no {missing}: this is not a GLM-Image "
-                "vision_language_encoder."
-            ) from missing
-        for name, value, expected in (
-            ("hidden_act", vision.get("hidden_act", "gelu"), "gelu"),
-            ("spatial_merge_size", vision.get("spatial_merge_size", 1), 1),
-            ("latent_channels", features, parsed.hidden_size),
-        ):
-            if value != expected:
-                raise GLMImageError(
-                    f"The vision encoder's {name} is {value!r}, but only {expected!r} is supported."
-                )
-        return parsed
+                f"The vision encoder's latent_channels is {features}, but only {width} is "
+                "supported, its hidden_size."
+            )
+        return cls(
+            hidden_size=width,
+            intermediate_size=values["intermediate_size"],
+            layers=values["depth"],
+            heads=values["num_heads"],
+            eps=values["layer_norm_eps"],
+            attention_bias=values["attention_bias"],
+            channels=values["in_channels"],
+            patch_size=values["patch_size"],
+            position_side=values["image_size"] // values["patch_size"],
+            codebook=values["num_embeddings"],
+            code_dim=values["embed_dim"],
+        )
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
             raise GLMImageError(
                 f"The vision encoder's hidden_size {self.hidden_size} is no multiple of its "
                 f"{self.heads} heads."
+            )
+        if self.position_side < 1:
+            raise GLMImageError(
+                f"The vision encoder's patch_size {self.patch_size} is larger than its image_size; "
+                f"{ADVICE}."
             )
 
 

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from ..data.grids import PIXELS_PER_TOKEN, Size, token_grid
 from ..errors import GLMImageError
+from ..schema import exactly, many, number, optional, read, whole
 
 MAX_ASPECT = 4  # the checkpoint's processor refuses longer images
 
-# Config values that this file supports. The first two differ from transformers' defaults, so a
-# config always has them.
-FIXED = {
-    "merge_size": 1,
-    "temporal_patch_size": 1,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "resample": 3,  # bicubic, by Pillow's number
+CONFIG = {
+    # The first two differ from transformers' defaults, so a config always has them.
+    "merge_size": optional(exactly(1)),
+    "temporal_patch_size": optional(exactly(1)),
+    "do_resize": optional(exactly(True)),
+    "do_rescale": optional(exactly(True)),
+    "do_normalize": optional(exactly(True)),
+    "resample": optional(exactly(3)),  # bicubic, by Pillow's number
+    "patch_size": whole(1, 1024),
+    "min_pixels": whole(1, 2**32),
+    "max_pixels": whole(1, 2**32),
+    "rescale_factor": number(1e-9, 1e9),
+    "image_mean": many(number(-1e9, 1e9), 3, 3),
+    "image_std": many(number(1e-9, 1e9), 3, 3),
 }
+"""What this file reads and supports of the processor's image config."""
+ADVICE = "download the processor folder again"
 
 
 @dataclass(frozen=True)
@@ -46,27 +54,16 @@ class ImageConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ImageConfig":
         """Read a processor's config; a GLMImageError names what is missing or not supported."""
-        for name, value in FIXED.items():
-            if config.get(name, value) != value:
-                raise GLMImageError(
-                    f"The image processor's {name} is {config[name]!r}, but only {value!r} is "
-                    "supported."
-                )
-        try:
-            return cls(
-                patch_size=config["patch_size"],
-                min_side=math.ceil(round(config["min_pixels"] ** 0.5) / PIXELS_PER_TOKEN)
-                * PIXELS_PER_TOKEN,
-                max_side=round(config["max_pixels"] ** 0.5) // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN,
-                rescale_factor=config["rescale_factor"],
-                mean=tuple(config["image_mean"]),
-                std=tuple(config["image_std"]),
-            )
-        except KeyError as missing:
-            raise GLMImageError(
-                f"The image processor's config has no {missing}; download the processor folder "
-                "again."
-            ) from missing
+        values = read(config, CONFIG, "The image processor's config", ADVICE)
+        smallest = math.ceil(round(values["min_pixels"] ** 0.5) / PIXELS_PER_TOKEN)
+        return cls(
+            patch_size=values["patch_size"],
+            min_side=smallest * PIXELS_PER_TOKEN,
+            max_side=round(values["max_pixels"] ** 0.5) // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN,
+            rescale_factor=values["rescale_factor"],
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
+        )
 
     def __post_init__(self) -> None:
         # The processor halves an image. A patch of the half is a token.

@@ -8,8 +8,9 @@ import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
 from ...glm_core.errors import GLMImageError, first_few, shown
-from ...glm_core.files.component import COMPONENTS
-from ...glm_core.files.saved import read_parts
+from ...glm_core.files.component import COMPONENTS, FORMAT
+from ...glm_core.files.headers import mentions
+from ...glm_core.files.saved import CONFIG, read_parts
 from .snapshots import find_snapshots
 
 SNAPSHOTS = "glm_image"
@@ -110,7 +111,8 @@ def _components_in(file: Path) -> frozenset[str]:
 def _read_components(file: Path, modified_ns: int) -> frozenset[str]:
     """`modified_ns` is part of the cache's key, so that a changed file is read again."""
     try:
-        return frozenset(read_parts(file))
+        ours = mentions(file, FORMAT, CONFIG)
+        return frozenset(read_parts(file)) if ours else frozenset()
     except (GLMImageError, OSError):
         return frozenset()
 

@@ -281,6 +281,49 @@ def test_complete_tensors_are_not_written_again(snapshot, tmp_path) -> None:
     assert file.read_bytes() == whole
 
 
+def interrupted(component: Component, dtype: str, out: Path) -> Path:
+    """The file of a run that was stopped half way."""
+
+    def stop_half_way(done: int, total: int) -> None:
+        if done > total // 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(component, dtype, out, stop_half_way)
+    return next(out.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["a byte", "zeros", "shorter", "longer"])
+def test_a_damaged_part_is_written_again(snapshot, tmp_path, damage) -> None:
+    source = open_component(snapshot, "decoder")
+    whole = convert(source, "int8", tmp_path / "whole", quiet).read_bytes()
+    partial = interrupted(source, "int8", tmp_path)
+    data = bytearray(partial.read_bytes())
+    if damage == "a byte":
+        data[len(data) // 2] ^= 1
+    elif damage == "zeros":  # as a power cut leaves it, in its whole length
+        data[len(data) // 2 :] = bytes(len(whole) - len(data) // 2)
+    else:
+        data = data[: len(data) // 3] if damage == "shorter" else data + whole
+    partial.write_bytes(data)
+    assert convert(source, "int8", tmp_path, quiet).read_bytes() == whole
+    assert [file.suffix for file in tmp_path.iterdir() if file.is_file()] == [".safetensors"]
+
+
+def test_a_second_run_of_one_file_is_refused_and_harms_nothing(snapshot, tmp_path) -> None:
+    source = open_component(snapshot, "vae")
+    whole = convert(source, "bf16", tmp_path / "whole", quiet).read_bytes()
+    refusals = []
+
+    def again(done: int, total: int) -> None:
+        with pytest.raises(GLMImageError, match=r"Another run writes .*; wait until") as error:
+            convert(source, "bf16", tmp_path, quiet)
+        refusals.append(error)
+
+    assert convert(source, "bf16", tmp_path, again).read_bytes() == whole
+    assert refusals
+
+
 def test_a_changed_source_or_header_starts_anew(snapshot, tmp_path) -> None:
     source = open_component(snapshot, "ar")
     file = convert(source, "int8", tmp_path, quiet)

@@ -168,7 +168,7 @@ def test_full_size_keys_and_shapes_equal_the_reference() -> None:
 
 
 def test_config_errors_name_the_value() -> None:
-    with pytest.raises(GLMImageError, match="lacks num_layers"):
+    with pytest.raises(GLMImageError, match="no 'num_layers'"):
         DecoderConfig.from_dict({k: v for k, v in SHAPES["small"].items() if k != "num_layers"})
     with pytest.raises(GLMImageError, match="attention_head_dim is 18"):
         DecoderConfig.from_dict({**SHAPES["small"], "attention_head_dim": 18})

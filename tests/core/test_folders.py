@@ -7,6 +7,8 @@ from pathlib import Path
 GLM_CORE = Path(__file__).resolve().parents[2] / "glm_core"
 ORDER = (
     "errors",
+    "foreign",
+    "schema",
     "attention",
     "layers",
     "split",

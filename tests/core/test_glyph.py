@@ -148,7 +148,7 @@ def test_full_size_keys_and_shapes_equal_the_references():
     [
         ({"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
         ({"vocab_size": 128}, "vocab_size is 128"),
-        ({"d_kv": None}, "lacks d_kv"),
+        ({"d_kv": None}, "no 'd_kv'"),
         ({"relative_attention_max_distance": 4}, "max_distance 4 do not fit"),
     ],
 )

@@ -83,7 +83,7 @@ def test_files_that_hold_no_weights(file, data, sentence):
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "is broken at w"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "is broken at w"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "is broken at w"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "of an unknown format"),
         ({"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "is truncated"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "its header describes"),
         ({"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}, "of an unknown format"),

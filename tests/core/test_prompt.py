@@ -97,7 +97,7 @@ def test_a_tokenizer_of_another_model_is_refused(processor, tmp_path):
         PromptTokenizer(text, config | {"grid_bos_token": "<nope>"}, None)
     with pytest.raises(GLMImageError, match="image_token"):
         PromptTokenizer(text, {k: v for k, v in config.items() if k != "image_token"}, None)
-    with pytest.raises(GLMImageError, match="cannot be read"):
+    with pytest.raises(GLMImageError, match=r"tokenizer\.json is not valid JSON"):
         PromptTokenizer(text[:-9], config, None)
 
 

@@ -72,5 +72,5 @@ def test_a_denoise_that_is_nan_is_refused() -> None:
 
 
 def test_other_schedules_are_refused() -> None:
-    with pytest.raises(GLMImageError, match="time_shift_type='exponential'"):
+    with pytest.raises(GLMImageError, match="time_shift_type is 'exponential'"):
         ScheduleConfig.from_dict({**CONFIG, "time_shift_type": "exponential"})

@@ -83,6 +83,30 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_equal_content_is_equal_bytes(tmp_path):
+    """safetensors itself writes metadata in a random order."""
+    files = set()
+    for number in range(12):
+        info = {"a": 1, "b": [2]} if number % 2 else {"b": [2], "a": 1}
+        tokens = SemanticTokens(torch.zeros(1, 2, 3, dtype=torch.int32), 64, 64, 96, info)
+        save_tokens(tmp_path / f"{number}.safetensors", tokens)
+        files.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(files) == 1
+
+
+def test_a_save_removes_what_killed_saves_left(saved, tmp_path):
+    old, young = (saved.with_name(f".{letter * 32}.tmp") for letter in "ab")
+    foreign = saved.with_name(".mine.tmp")
+    for file in (old, young, foreign):
+        file.write_bytes(b"half")
+    for file in (old, foreign):
+        os.utime(file, (0, 0))
+    save_tokens(saved, load_tokens(saved)[0])
+    assert not old.exists()
+    assert young.exists()  # another save may be writing it
+    assert foreign.exists()
+
+
 def test_a_failed_write_leaves_only_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
@@ -128,15 +152,18 @@ def test_tensors_that_do_not_fit(saved, case):
     [
         ({"format": "other"}, "holds no semantic tokens"),
         ({"version": "2"}, "version 2, but this pack reads version 1"),
-        ({"width": "wide"}, "broken metadata"),
-        ({"info": "{"}, "broken metadata"),
-        ({"info": "[1]"}, "broken metadata"),
-        ({"info": "[" * 100_000}, "broken metadata"),
+        ({"width": "wide"}, "width is 'wide', but must be a whole number"),
+        ({"height": "9" * 400}, r"height is '9{199}\.\.\., but must be a whole number"),
+        ({"height": "-64"}, "height is '-64', but must be"),
+        ({"info": "{"}, "info of .* is not valid JSON"),
+        ({"info": "[1]"}, "info of .* is not a JSON object"),
+        ({"info": "[" * 100_000}, "info of .* nested too deeply"),
+        ({"info": '{"a": ' + "[" * 100 + "]" * 100 + "}"}, "nested more than 64 deep"),
         ({"width": "65"}, "65x96 .*multiples of 32"),
-        ({"codebook": "-5"}, "have -5 ids, but one has 1 to 65536"),
+        ({"codebook": "-5"}, "codebook is '-5', but must be"),
         ({"codebook": "0"}, "have 0 ids"),
-        ({"codebook": str(10**8)}, "have 100000000 ids"),
-        ({"codebook": str(10**12)}, "have 1000000000000 ids"),
+        ({"codebook": "65537"}, "have 65537 ids, but one has 1 to 65536"),
+        ({"codebook": str(10**12)}, "codebook is '1000000000000', but must be"),
     ],
 )
 def test_metadata_that_does_not_fit(saved, metadata, said):

@@ -86,11 +86,11 @@ def test_full_size_keys_and_shapes_equal_the_references():
     ("change", "sentence"),
     [
         ({"mid_block_add_attention": True}, "mid_block_add_attention is True"),
-        ({"use_quant_conv": None}, "use_quant_conv is None"),
+        ({"use_quant_conv": None}, "no 'use_quant_conv'"),
         ({"use_post_quant_conv": True}, "use_post_quant_conv is True"),
         ({"act_fn": "relu"}, "act_fn is 'relu'"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types is"),
-        ({"latents_mean": None}, "lacks latents_mean"),
+        ({"latents_mean": None}, "no 'latents_mean'"),
         ({"latents_std": [1.0] * 4}, "latents_std has 4 values and latent_channels is 16"),
         ({"norm_num_groups": 48}, "128 is no multiple of norm_num_groups 48"),
     ],
