@@ -7,10 +7,11 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import GLMImageError, shown
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
+from .host.paths import spellings
 from .inputs import validate
 from .node import Node
 from .types import AR, CATEGORY
@@ -28,20 +29,16 @@ def _strength(name: str, model: str) -> io.Float.Input:
 
 
 def _find(lora_name: str) -> Path:
-    """The file of that name, whose folders a graph of another system may separate otherwise.
+    """The file of that name.
 
     Raises:
         GLMImageError: there is none, or the name is no text.
     """
-    if not isinstance(lora_name, str):
-        raise GLMImageError(
-            f"lora_name is {repr(lora_name)[:200]}; choose the name of a file in models/loras."
-        )
-    for name in (lora_name, lora_name.replace("\\", "/"), lora_name.replace("/", "\\")):
+    for name in spellings("lora_name", lora_name):
         path = folder_paths.get_full_path("loras", name)
         if path is not None:
             return Path(path)
-    raise GLMImageError(f"No LoRA is called '{lora_name[:200]}'; put the file into models/loras.")
+    raise GLMImageError(f"No LoRA is called '{shown(lora_name)}'; put the file into models/loras.")
 
 
 class LoadLora(Node):

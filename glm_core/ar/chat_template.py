@@ -94,10 +94,15 @@ class Environment(ImmutableSandboxedEnvironment):
         self.round_cost, self.remaining = round_cost, BUDGET
         self.filters = {name: _paid(self, self.filters[name]) for name in FILTERS}
         self.filters["tojson"] = _paid(self, lambda value: json.dumps(value, ensure_ascii=False))
+        self.filters["join"] = self.join
         self.filters["paid"], self.filters["counted"] = self.pay, self.counted
         self.filters["concatenated"] = lambda parts: "".join(str(self.pay(part)) for part in parts)
         namespace = self.globals["namespace"]
-        self.globals = {"namespace": namespace, "raise_exception": _refuse}
+        self.globals = {
+            "namespace": namespace,
+            "range": self.globals["range"],  # of bounded length; its numbers are paid by the round
+            "raise_exception": _refuse,
+        }
 
     def pay(self, value: Any) -> Any:
         """Charge for a value's characters and elements, and return it."""
@@ -112,6 +117,15 @@ class Environment(ImmutableSandboxedEnvironment):
             elif type(part) is int and abs(part) > MAX_NUMBER:
                 raise GLMImageError(f"The AR model's chat template counts too far: {ADVICE}.")
         return value
+
+    def join(self, parts: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+        if attribute is not None:
+            parts = (part[attribute] for part in parts)
+        texts = []
+        for part in parts:
+            self.pay([part, separator])
+            texts.append(str(part))
+        return separator.join(texts)
 
     def charge(self, cost: int) -> None:
         self.remaining -= cost
@@ -170,7 +184,7 @@ def _require_plain(tree: nodes.Template) -> None:
     for node in [tree, *tree.find_all(nodes.Node)]:
         name = type(node).__name__
         if isinstance(node, nodes.Filter):
-            plain, name = node.name in (*FILTERS, "tojson"), f"filter {node.name}"
+            plain, name = node.name in (*FILTERS, "join", "tojson"), f"filter {node.name}"
         elif isinstance(node, nodes.For):
             plain, name = not node.recursive, "recursive loop"
         else:
