@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.scripts import environment
 
 REVISION = "5d1f2a"
 
@@ -101,15 +103,15 @@ def test_an_entry_may_name_a_hub_folder(paths, snapshot, tmp_path, monkeypatch, 
 
 def test_what_the_yaml_names_is_found(paths, snapshot, tmp_path, root) -> None:
     """Read by ComfyUI's own code: a snapshot, and a folder of folders."""
-    from utils.extra_config import load_extra_path_config
-
     put(snapshot, tmp_path / "disk" / "Whole")
     put(snapshot, tmp_path / "disk" / "more" / "org" / "Nested")
     put(snapshot, root / "Local")
     config = tmp_path / "extra_model_paths.yaml"
     entries = f"{tmp_path}/disk/Whole\n{tmp_path}/disk/more\n"
     config.write_text(json.dumps({"glm": {"glm_image": entries}}))
-    load_extra_path_config(str(config))
+    # By its path: another module called utils may be loaded already.
+    reader = runpy.run_path(str(environment.host().path / "utils" / "extra_config.py"))
+    reader["load_extra_path_config"](str(config))
     assert {"Whole", "org/Nested", "Local"} <= set(paths.model_names("glyph"))
 
 
