@@ -9,7 +9,7 @@ from ..ar.cache import span_of
 from ..ar.model import ARConfig
 from ..data.grids import PATCHES_PER_TOKEN
 from ..data.references import References
-from ..decoder.model import DecoderConfig
+from ..decoder.config import DecoderConfig
 from ..vae import VAEConfig
 from ..vision.encoder import VisionConfig
 

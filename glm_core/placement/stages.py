@@ -8,7 +8,7 @@ import torch
 
 from ..ar.model import ARConfig
 from ..data.grids import PATCHES_PER_TOKEN, PIXELS_PER_LATENT, preview_grid, token_grid
-from ..decoder.model import DecoderConfig
+from ..decoder.config import DecoderConfig
 from ..files.component import Component
 from ..files.weight_dtypes import stored_bytes
 from ..vae import VAEConfig

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 from ...glm_core.data.references import References
-from ...glm_core.decoder.model import DecoderConfig
+from ...glm_core.decoder.config import DecoderConfig
 from ...glm_core.decoder.reference_cache import FP8, ReferenceCache, make_cache
 from ...glm_core.errors import GLMImageError
 from ...glm_core.placement.memory import whole_reference_cache

@@ -16,7 +16,7 @@ from glm_image.glm_core.ar.chat_template import ChatTemplate
 from glm_image.glm_core.ar.model import ARConfig
 from glm_image.glm_core.ar.prompt import PromptTokenizer
 from glm_image.glm_core.data.token_file import load_tokens
-from glm_image.glm_core.decoder.model import DecoderConfig
+from glm_image.glm_core.decoder.config import DecoderConfig
 from glm_image.glm_core.decoder.schedule import ScheduleConfig
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.headers import map_file, read_header
