@@ -50,11 +50,12 @@ class Journal:
             ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | Any) -> None:
-        if kind is None and os.name != "nt":  # while it is locked, as another run may follow
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        over = not self.partial.is_file()  # complete, or never begun
+        if over and os.name != "nt":  # while it is locked, as another run may follow
             self.path.unlink()
         self.stream.close()
-        if kind is None and os.name == "nt":  # which removes no open file
+        if over and os.name == "nt":  # which removes no open file
             self.path.unlink(missing_ok=True)
 
     def resume(self, sizes: list[int]) -> int:

@@ -63,9 +63,7 @@ def find_model(component: str, name: str) -> Path:
 
 
 def spellings(input_name: str, name: object) -> list[str]:
-    """A file's name as a graph has it, and with `/` where a graph of Windows has a backslash.
-
-    Windows itself takes both.
+    """A file's name as a graph has it, then with backslashes and with `/` between its folders.
 
     Raises:
         GLMImageError: it is no text.
@@ -74,7 +72,7 @@ def spellings(input_name: str, name: object) -> list[str]:
         raise GLMImageError(
             f"{input_name} is {shown(name)} and not a name; choose one from the list."
         )
-    return list(dict.fromkeys((name, name.replace("\\", "/"))))
+    return list(dict.fromkeys((name, name.replace("/", "\\"), name.replace("\\", "/"))))
 
 
 def as_listed(input_name: str, name: object, names: list[str]) -> str | None:
@@ -85,7 +83,7 @@ def as_listed(input_name: str, name: object, names: list[str]) -> str | None:
     """
     if name in names:
         return name
-    plain = spellings(input_name, name)[-1]
+    plain = spellings(input_name, name)[0].replace("\\", "/")
     return next((listed for listed in names if listed.replace("\\", "/") == plain), None)
 
 

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from ar_pair import pair, run
+from glm_image.glm_core.ar.chat_template import ChatTemplate
 from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
 from glm_image.glm_core.ar.sampler import sample_from_references
 from glm_image.glm_core.ar.step import SamplingOptions
@@ -165,7 +166,7 @@ def test_a_template_that_drops_a_reference_is_an_error():
     both = pair("small")
     processor = both.pipeline.processor
     tokenizer = without_template(both, processor)
-    tokenizer._template = "{{ messages[0].content[-1].text }}"
+    tokenizer._template = ChatTemplate("{{ messages[0].content[-1].text }}")
     assert len(tokenizer.text_to_image("a cat", GRID))
     with pytest.raises(GLMImageError, match="every reference image"):
         tokenizer.image_to_image("a cat", GRID, [torch.zeros(2, 2)])
