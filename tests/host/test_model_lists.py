@@ -25,7 +25,7 @@ HEADERS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A folder for VAEs, which holds one of GLM-Image."""
-    for name in ("vae", paths.SNAPSHOTS):
+    for name in ("vae", paths.SNAPSHOTS, paths.CHECKPOINTS):
         places = ([str(tmp_path)], {".safetensors"})
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, places)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
