@@ -16,7 +16,6 @@ from ...glm_core.decoder.model import (
     ReferenceKeysValues,
     StepInvariants,
 )
-from ...glm_core.errors import GLMImageError
 from ...glm_core.split import LayerSegment
 
 MAX_ENTRIES = 16
@@ -71,6 +70,7 @@ class HostDecoder(Decoder):
             x: latents [B, C, H, W].
             timesteps: [B], unshifted.
             context: the glyph encoder's states [B, T, D].
+            control: always None; `notices` refuses a ControlNet before the run.
             tokens: [B, 1, H, W], each token repeated over the cells of its patch.
         """
         options = {} if transformer_options is None else transformer_options
@@ -94,10 +94,6 @@ class HostDecoder(Decoder):
         size: tuple[int, int],
         references: ReferenceKeysValues | None,
     ) -> Tensor:
-        if control is not None:
-            raise GLMImageError(
-                "GLM-Image's decoder takes no ControlNet; remove the Apply ControlNet node."
-            )
         p = self.config.patch_size
         tokens = tokens[:, 0, ::p, ::p]
         invariants = self.step_invariants.get(self, context, tokens, size, x.dtype)

@@ -46,9 +46,9 @@ def find_model(component: str, name: str) -> Path:
     Raises:
         GLMImageError: none has that name; says where to put one.
     """
-    kind = COMPONENTS[component]
+    kind, snapshots = COMPONENTS[component], _snapshots()
     for spelling in spellings("model_name", name):
-        snapshot = _snapshots().get(spelling) or _child(spelling)
+        snapshot = snapshots.get(spelling) or _child(spelling)
         if snapshot is not None:
             return snapshot
         files = _single_files(component, spelling) if spelling else []
