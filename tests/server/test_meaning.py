@@ -8,21 +8,21 @@ from glm_image.scripts.client import Client
 
 from evaluation import run as evaluation
 
-STEPS, CASES = 10, 6
+STEPS, CASES = 8, 4
 # Of CASES: the share that the model's card measures on many more, less a margin. A picture that
 # shows nothing passes none of them.
 LEAST = {
-    "colours and places of shapes match": 4,
-    "kinds of shapes match as well": 4,
-    "Latin word read": 5,
-    "two Chinese characters read": 4,
-    "... the new word read": 4,
-    "... the rest unchanged": 5,
-    "locked layout, another seed: centres kept": 5,
-    "edit keeps the unchanged shapes": 5,
-    "edit does what was wished": 4,
+    "colours and places of shapes match": 3,
+    "kinds of shapes match as well": 3,
+    "Latin word read": 3,
+    "two Chinese characters read": 3,
+    "... the new word read": 3,
+    "... the rest unchanged": 3,
+    "locked layout, another seed: centres kept": 4,
+    "edit keeps the unchanged shapes": 3,
+    "edit does what was wished": 3,
 }
-MOST = {"no lock, another seed: centres kept": 3}
+MOST = {"no lock, another seed: centres kept": 2}
 
 Counts = dict[str, tuple[int, int]]
 
