@@ -7,10 +7,12 @@ from .decode import Decode, ModelSampling, Scheduler
 from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
 from .host import paths
+from .keep_best import KeepBest
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
 from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
+from .score_tokens import ScoreTokens
 from .semantic import SampleLayout, SampleTokens
 from .show_tokens import ShowTokens
 from .token_files import LoadTokens, SaveTokens
@@ -38,6 +40,8 @@ NODES: list[type[io.ComfyNode]] = [
     ModelSampling,
     Decode,
     MakeDevicePlan,
+    ScoreTokens,
+    KeepBest,
 ]
 
 

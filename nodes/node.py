@@ -43,8 +43,10 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
         values = signature.bind(cls, *args, **kwargs).arguments
         schema = cls.SCHEMA or cls.define_schema()
         for given in schema.inputs:
+            value = values.get(given.id)
             if given.id in values:
-                require_input(given, values[given.id])
+                for one in value if schema.is_input_list and value is not None else [value]:
+                    require_input(given, one)
         return execute(cls, *args, **kwargs)
 
     return checked

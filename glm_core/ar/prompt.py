@@ -95,18 +95,21 @@ class PromptTokenizer:
         self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._template = None if chat_template is None else ChatTemplate(chat_template)
 
-    def text_to_image(self, prompt: str, grid: Grid) -> Prompt:
+    def text_to_image(self, prompt: str, grid: Grid, *, may_be_empty: bool = False) -> Prompt:
         """`{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
 
         The next ids are the preview's (h, w) in raster order, then the large grid's.
 
         Raises:
-            GLMImageError: the prompt is empty.
+            GLMImageError: the prompt is empty and may not be.
         """
         grids = self._grid_ids(grid) + self._grid_ids(preview_grid(grid))
-        return _joined([*self._turn(prompt, []), grids, [self._ids["bos_token"]]])
+        turn = self._turn(prompt, [], may_be_empty)
+        return _joined([*turn, grids, [self._ids["bos_token"]]])
 
-    def image_to_image(self, prompt: str, grid: Grid, references: Sequence[Tensor]) -> Prompt:
+    def image_to_image(
+        self, prompt: str, grid: Grid, references: Sequence[Tensor], *, may_be_empty: bool = False
+    ) -> Prompt:
         """`<start>codes<end>` per reference, then `{prompt}<sop>H W<eop><start>`.
 
         The next ids are the large grid's (H, W): there is no preview.
@@ -115,24 +118,27 @@ class PromptTokenizer:
             references: each one's semantic tokens, int [h, w].
 
         Raises:
-            GLMImageError: the prompt is empty, or there are no references.
+            GLMImageError: the prompt is empty and may not be, or there are no references.
         """
         if not references:
             raise GLMImageError("There are no reference images: encode one, or connect none.")
-        turn = self._turn(prompt, references)
+        turn = self._turn(prompt, references, may_be_empty)
         return _joined([*turn, self._grid_ids(grid), [self._ids["bos_token"]]])
 
-    def _turn(self, prompt: str, references: Sequence[Tensor]) -> list[list[int] | Tensor]:
+    def _turn(
+        self, prompt: str, references: Sequence[Tensor], may_be_empty: bool
+    ) -> list[list[int] | Tensor]:
         """The chat template's user turn with `references` and `prompt`.
 
         Returns:
             Pieces in order: ids of text, and the references.
         """
         core = prompt.strip()
-        if not core:
+        if not core and not may_be_empty:
             raise GLMImageError("The prompt is empty: write what the image should show.")
         # The template sees the space around the prompt, as it may trim it.
-        rendered = self._render(prompt.replace(core, _PROMPT, 1), len(references))
+        marked = prompt.replace(core, _PROMPT, 1) if core else _PROMPT
+        rendered = self._render(marked, len(references))
         before, after = rendered.split(_PROMPT)
         *head, last = self._control_pattern.split(before)
         first, *tail = self._control_pattern.split(after)
@@ -173,6 +179,15 @@ class PromptTokenizer:
         with wall("The AR model's tokenizer fails at this prompt", _ADVICE):
             ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
         return ids
+
+
+def positions_with_grids(prompt: Prompt, grids: Sequence[Grid]) -> Tensor:
+    """int64 [3, L] of a prompt and of the grids after it."""
+    positions, base = [prompt.positions], prompt.end
+    for grid in grids:
+        positions.append(grid_positions(grid, base))
+        base += max(grid)
+    return torch.cat(positions, dim=1)
 
 
 def _joined(pieces: list[list[int] | Tensor]) -> Prompt:

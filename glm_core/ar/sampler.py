@@ -13,14 +13,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..data.grids import Grid, grid_positions, preview_grid
+from ..data.cells import ranges_of
+from ..data.grids import Grid, preview_grid
 from ..data.tokens import UNKNOWN, Forced
 from ..errors import GLMImageError
 from .cache import span_of
 from .lookahead import guess_row
 from .model import ARModel, rope_table
 from .philox import sample_keys
-from .prompt import Prompt
+from .prompt import Prompt, positions_with_grids
 from .replay import EagerRunner, Runner
 from .step import (
     SamplingOptions,
@@ -166,21 +167,10 @@ def _write(
         for row, free in enumerate(plan.free()):
             if free.any():
                 writer.begin_row(plan, row, free)
-            for columns in _free_ranges(free.tolist()):
+            for columns in ranges_of(free.tolist()):
                 for cell, count in writer.write(columns):
                     report.wrote(cell, count)
     return _grids(writer.tokens.clone(), plans)
-
-
-def _free_ranges(free: list[bool]) -> Iterator[range]:
-    """The columns of free cells in a row, each unbroken range on its own."""
-    start = None
-    for column, is_free in enumerate([*free, False]):
-        if is_free and start is None:
-            start = column
-        elif not is_free and start is not None:
-            yield range(start, column)
-            start = None
 
 
 def _grids(cells: Tensor, plans: list[_GridPlan]) -> list[Tensor]:
@@ -204,7 +194,7 @@ class _Writer:
         self._prompt = prompt.ids[None].to(run.device)
         self._keys = sample_keys(run.seed, run.batch_size, run.device)
         cells = torch.cat([plan.tokens(run.batch_size) for plan in plans], dim=1)
-        positions = _positions(prompt, plans).to(run.device)
+        positions = positions_with_grids(prompt, [plan.grid for plan in plans]).to(run.device)
         shape = StepShape(
             run.batch_size,
             cells.shape[1],
@@ -290,15 +280,6 @@ class _Writer:
         model, buffers, runner = self._model, self._buffers, self._run.runner
         runner.run(lambda: step(model, buffers, span), span)
         return 1 if self._run.lookahead == 1 else int(buffers.final)  # waits for the device
-
-
-def _positions(prompt: Prompt, plans: list[_GridPlan]) -> Tensor:
-    """int64 [3, L] of the prompt and of the grids after it."""
-    positions, base = [prompt.positions], prompt.end
-    for plan in plans:
-        positions.append(grid_positions(plan.grid, base))
-        base += max(plan.grid)
-    return torch.cat(positions, dim=1)
 
 
 class _Report:

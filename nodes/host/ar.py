@@ -16,6 +16,7 @@ from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.replay import CudaGraphs
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
+from ...glm_core.data.cells import format_cells
 from ...glm_core.data.grids import preview_grid, token_grid
 from ...glm_core.data.layout import (
     cells_outside,
@@ -113,6 +114,7 @@ class HostAR:
         layouts = 1 if layout is None else len(layout.preview)
         images = 1 if tokens is None else len(tokens.tokens)
         samples = batch_size * common_batch("layouts", layouts, "images in tokens", images)
+        large = None if tokens is None else cells_outside(mask, tokens, samples)
         written, preview = self._run(
             sample_tokens,
             self._text_to_image(prompt, height, width),
@@ -122,10 +124,10 @@ class HostAR:
             options,
             lookahead,
             preview=self._locked(layout, samples, height, width),
-            large=None if tokens is None else cells_outside(mask, tokens, samples),
+            large=large,
         )
         return (
-            self._tokens(written, prompt, seed, options, height, width),
+            self._tokens(written, prompt, seed, options, height, width, large),
             self._layout(preview, layout, height, width),
         )
 
@@ -173,7 +175,7 @@ class HostAR:
             )
             for run in runs
         ]
-        return self._tokens(torch.cat(written), prompt, seed, options, height, width)
+        return self._tokens(torch.cat(written), prompt, seed, options, height, width, large)
 
     def sample_layout(
         self,
@@ -287,8 +289,11 @@ class HostAR:
         options: SamplingOptions,
         height: int,
         width: int,
+        forced: Forced | None,
     ) -> SemanticTokens:
         info = {"prompt": prompt, "seed": seed, **vars(options)}
+        if forced is not None:
+            info["forced"] = format_cells(forced.mask)
         return SemanticTokens(_stored(tokens), self.config.codebook, height, width, info)
 
     def _layout(self, preview: Tensor, given: Layout | None, height: int, width: int) -> Layout:

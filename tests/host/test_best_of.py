@@ -1,0 +1,158 @@
+"""Score Tokens and Keep Best, called as ComfyUI calls them."""
+
+import math
+
+import pytest
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from glm_image.glm_core.errors import GLMImageError
+
+PROMPT, WIDTH, HEIGHT = "a cat", 192, 128
+
+
+@pytest.fixture(scope="module")
+def ar(models):
+    return models[1]
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    return lambda name, *args, **inputs: nodes[f"GLMImage{name}"].execute(*args, **inputs).result
+
+
+@pytest.fixture(scope="module")
+def sample(run, ar):
+    """Tokens and layouts of a batch of `count`."""
+
+    def sample(count: int = 3, seed: int = 5, **inputs):
+        size = (PROMPT, WIDTH, HEIGHT, seed, 1.0, 1.0, 0, count)
+        return run("SampleTokens", ar, *size, **inputs)
+
+    return sample
+
+
+@pytest.fixture(scope="module")
+def score(run, ar):
+    return lambda prompt=PROMPT, against="", **inputs: run(
+        "ScoreTokens", ar, prompt, against, **inputs
+    )
+
+
+def test_a_batch_has_the_scores_of_its_images(score, sample) -> None:
+    tokens, layout = sample()
+    scores, table, picture = score(tokens=tokens, layout=layout)
+    assert len(set(scores)) == 3
+    for i in range(3):
+        one = sample(1, seed=5 + i)
+        (single,), _, _ = score(tokens=one[0], layout=one[1])
+        assert single == pytest.approx(scores[i], abs=1e-5)
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == sorted(range(3), key=lambda i: -scores[i])
+    assert [float(row[1]) for row in rows] == sorted((round(x, 4) for x in scores), reverse=True)
+    assert picture.shape[0] == 1
+    assert picture.shape[3] == 3
+    assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_a_layout_alone_and_against_itself(score, sample) -> None:
+    _, layout = sample()
+    assert any(score(layout=layout)[0])
+    assert score(against=PROMPT, layout=layout)[0] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_locked_and_forced_cells_do_not_count(run, score, sample) -> None:
+    tokens, layout = sample(1)
+    locked = run("LockLayout", layout, "whole", 0)[0]
+    assert math.isnan(score(layout=locked)[0][0])
+    mask = torch.zeros(4, 6)
+    mask[1, 2] = 1
+    redone, same = sample(1, seed=9, tokens=tokens, mask=mask, layout=locked)
+    assert redone.info["forced"] == "0:0-5; 1:0-1; 1:3-5; 2-3:0-5"
+    (of_cell,), _, _ = score(tokens=redone, layout=same)
+    (of_all,), _, _ = score(tokens=tokens, layout=locked)
+    assert of_cell != pytest.approx(of_all, abs=1e-3)
+    _, _, picture = score(tokens=redone, layout=same)
+    light = (picture[0].amax(-1) > 0.13).reshape(4, 16, 6, 16).float().mean((1, 3))
+    assert light.nonzero().tolist() == [[1, 2]]
+
+
+def test_what_does_not_belong_together(run, score, sample) -> None:
+    tokens, layout = sample(2)
+    with pytest.raises(GLMImageError, match="nothing to score"):
+        score()
+    with pytest.raises(GLMImageError, match="connect the layout that"):
+        score(tokens=tokens)
+    with pytest.raises(GLMImageError, match="The prompt is empty"):
+        score(" ", layout=layout)
+    three = sample(3)[1]
+    with pytest.raises(GLMImageError, match="2 images in tokens and 3 layouts"):
+        score(tokens=tokens, layout=three)
+
+
+def keep(nodes, scores, count=1, **connected):
+    defaults = {"weight": [1.0], "weight_2": [1.0], "weight_3": [1.0], "count": [count]}
+    node = nodes["GLMImageKeepBest"]
+    return node.execute(scores=scores, **{**defaults, **connected}).result
+
+
+def test_the_best_of_lists_and_batches(nodes, sample) -> None:
+    (first, above), (second, below) = sample(2), sample(1, seed=30)
+    images = torch.rand(3, 8, 8, 3)
+    latent = {"samples": torch.rand(3, 16, 8, 8), "batch_index": [4, 7, 9]}
+    tokens, layout, kept, latents, table = keep(
+        nodes,
+        [0.5, math.nan, 2.0],
+        count=2,
+        tokens=[first, second],
+        layout=[above, below],
+        images=[images],
+        latent=[latent],
+    )
+    assert torch.equal(tokens.tokens, torch.cat([second.tokens, first.tokens[:1]]))
+    assert torch.equal(layout.preview, torch.cat([below.preview, above.preview[:1]]))
+    assert torch.equal(kept, images[[2, 0]])
+    assert torch.equal(latents["samples"], latent["samples"][[2, 0]])
+    assert latents["batch_index"] == [9, 4]
+    assert tokens.info["seeds"] == [30, 5]
+    assert [line.split()[1] for line in table.splitlines()[1:]] == ["2", "0", "1"]
+
+
+def test_one_of_a_batch_keeps_its_seed(nodes, sample) -> None:
+    tokens = keep(nodes, [0.0, 1.0, 0.0], tokens=[sample(3)[0]])[0]
+    assert tokens.info["seed"] == 6
+    assert torch.equal(tokens.tokens, sample(1, seed=6)[0].tokens)
+
+
+def test_noise_masks_go_with_their_latents(nodes) -> None:
+    masked = {"samples": torch.zeros(1, 16, 4, 4), "noise_mask": torch.zeros(1, 16, 16)}
+    plain = {"samples": torch.ones(1, 16, 4, 4)}
+    latent = keep(nodes, [2.0, 1.0], count=2, latent=[masked, plain])[3]
+    assert latent["noise_mask"].shape == (2, 1, 32, 32)
+    assert latent["noise_mask"].mean((1, 2, 3)).tolist() == [0, 1]
+
+
+def test_what_is_not_connected_blocks_with_a_sentence(nodes, sample) -> None:
+    _, layout, *_ = keep(nodes, [1.0], tokens=[sample(1)[0]])
+    assert isinstance(layout, ExecutionBlocker)
+    assert "no layout to give" in layout.message
+
+
+@pytest.mark.parametrize(
+    ("scores", "inputs", "sentence"),
+    [
+        ([1.0, 2.0], {}, "2 scores, 3 images"),
+        ([1.0, 2.0, 3.0], {"scores_2": [1.0]}, "3 scores, 1 scores_2"),
+        ([1.0, 2.0, 3.0], {"count": 4}, "count is 4 and there are 3"),
+        ([1.0, 2.0, "x"], {}, 'scores is "x" and not a number'),
+    ],
+)
+def test_counts_and_types_are_checked(nodes, scores, inputs, sentence) -> None:
+    with pytest.raises(GLMImageError, match=sentence):
+        keep(nodes, scores, images=[torch.rand(3, 8, 8, 3)], **inputs)
+
+
+def test_sizes_that_make_no_batch(nodes) -> None:
+    images = [torch.rand(1, 8, 8, 3), torch.rand(1, 8, 16, 3)]
+    assert keep(nodes, [0.0, 1.0], images=images)[2].shape == (1, 8, 16, 3)
+    with pytest.raises(GLMImageError, match="16x8 and 8x8"):
+        keep(nodes, [0.0, 1.0], count=2, images=images)
