@@ -11,7 +11,7 @@ from itertools import combinations
 
 import cv2
 import numpy as np
-from rapidocr_onnxruntime import RapidOCR
+from rapidocr import RapidOCR
 
 from training.render import SLOT, signed_distance
 from training.scene import ANCHORS, COLOURS, SHAPES, Item, Scene, Text, free_band
@@ -118,7 +118,8 @@ def read_text(image: np.ndarray, box: Box) -> str:
     """The text that an OCR model reads in and just around a box, without spaces."""
     ink = _close_up(_ink(image, box))
     picture = np.uint8(255 * (1 - ink))
-    ((words, _),) = _reader().text_rec(np.repeat(picture[..., None], 3, axis=-1))[0]
+    line = np.repeat(picture[..., None], 3, axis=-1)
+    (words,) = _reader()(line, use_det=False, use_cls=False, use_rec=True).txts or ("",)
     return "".join(unicodedata.normalize("NFKC", words).split())
 
 
@@ -269,4 +270,6 @@ def _close_up(ink: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _reader() -> RapidOCR:
-    return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
+    one_thread = ("intra_op_num_threads", "inter_op_num_threads")
+    settings = {f"EngineConfig.onnxruntime.{name}": 1 for name in one_thread}
+    return RapidOCR(params={"Global.log_level": "critical", **settings})

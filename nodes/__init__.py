@@ -11,6 +11,7 @@ from .keep_best import KeepBest
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
 from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
+from .read_text import ReadText
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
 from .score_tokens import ScoreTokens
 from .semantic import SampleLayout, SampleTokens
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     Decode,
     MakeDevicePlan,
     ScoreTokens,
+    ReadText,
     KeepBest,
 ]
 

@@ -65,12 +65,6 @@ def host() -> Host:
 
 def test_python() -> Path:
     """The interpreter that runs the tests against `host()`."""
-    if sys.version_info >= (3, 13):
-        raise SystemExit(
-            "Tests, benchmarks, training and evaluation need Python 3.10 to 3.12, because"
-            " rapidocr-onnxruntime has no release for newer versions. This is"
-            f" {sys.version.split()[0]}: name another interpreter with PYTHON=."
-        )
     base = host()
     requirements = [ROOT / name / "requirements.txt" for name in ("tests", "training")]
 

@@ -1,11 +1,18 @@
-"""Score Tokens and Keep Best, called as ComfyUI calls them."""
+"""Score Tokens, Read Text and Keep Best, called as ComfyUI calls them."""
 
 import math
+import sys
+from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.nodes.host import ocr
+from PIL import Image, ImageDraw, ImageFont
+
+FONT = files("font_roboto") / "files/Roboto-Bold.ttf"
 
 PROMPT, WIDTH, HEIGHT = "a cat", 192, 128
 
@@ -156,3 +163,41 @@ def test_sizes_that_make_no_batch(nodes) -> None:
     assert keep(nodes, [0.0, 1.0], images=images)[2].shape == (1, 8, 16, 3)
     with pytest.raises(GLMImageError, match="16x8 and 8x8"):
         keep(nodes, [0.0, 1.0], count=2, images=images)
+
+
+def written(*lines: str) -> torch.Tensor:
+    """A picture [256, 512, 3] with black lines of text on white."""
+    image = Image.new("RGB", (512, 256), "white")
+    for i, line in enumerate(lines):
+        font = ImageFont.truetype(str(FONT), 56)
+        ImageDraw.Draw(image).text((40, 40 + 100 * i), line, "black", font)
+    return torch.from_numpy(np.array(image)).float() / 255
+
+
+def test_texts_are_read_and_outlined(run) -> None:
+    images = torch.stack([written("OPEN", "LATE"), written("OPEN"), written()])
+    scores, table, shown = run("ReadText", images, prompt="a sign 'LATE' and 'OPEN'")
+    assert scores == pytest.approx([1, 0.5, 0])
+    assert "image 1: 0.500" in table
+    assert "'LATE' read as ''" in table
+    changed = (shown - images).abs().sum(-1) > 0.2
+    assert changed[1, 30:120].any()
+    assert not changed[1, 130:].any()
+    assert not changed[2].any()
+
+
+def test_texts_of_ones_own_go_before_the_prompts(run) -> None:
+    scores, _, _ = run("ReadText", written("OPEN")[None], prompt="'LATE'", texts="OPEN\n\n")
+    assert scores == [1]
+
+
+def test_a_prompt_without_texts(run) -> None:
+    with pytest.raises(GLMImageError, match="'a cat' has no text in quotes"):
+        run("ReadText", written()[None], prompt="a cat")
+
+
+def test_without_the_ocr_packages_a_sentence_says_how_to_get_them(run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)  # as if it were not installed
+    ocr._reader.cache_clear()
+    with pytest.raises(GLMImageError, match=r"pip install -r .*requirements-ocr\.txt"):
+        run("ReadText", written("OPEN")[None], texts="OPEN")

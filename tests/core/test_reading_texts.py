@@ -1,0 +1,46 @@
+"""What was read against what should be there."""
+
+import pytest
+from glm_image.glm_core.glyph.reading import levenshtein, match_texts, score
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2), ("你好", "你们好", 1)],
+)
+def test_the_distance_counts_edits(a, b, distance) -> None:
+    assert levenshtein(a, b) == levenshtein(b, a) == distance
+
+
+def of(wanted: list[str], read: list[str]) -> float:
+    return score(match_texts(wanted, read))
+
+
+def test_one_where_every_text_is_there_in_any_order() -> None:
+    assert of(["OPEN", "今日"], ["今日", "noise", "OPEN"]) == 1
+    assert of(["HELLO WORLD"], ["HELLO", "WORLD"]) == 1
+    assert of(["ＡＢ１"], ["AB1"]) == 1
+
+
+def test_each_wrong_character_counts_over_all_texts() -> None:
+    assert of(["HELLO", "WORLD"], ["HELLO", "W0RLD"]) == pytest.approx(0.9)
+    assert of(["HELLO", "WORLD"], ["WORLD"]) == pytest.approx(0.5)
+    assert of(["hello"], ["HELLO"]) == 0
+
+
+def test_nothing_read_and_nonsense_are_zero() -> None:
+    assert of(["HELLO"], []) == 0
+    assert of(["HI"], ["COMPLETELY DIFFERENT"]) == 0
+
+
+def test_what_was_read_counts_once() -> None:
+    assert of(["SALE", "SALE"], ["SALE"]) == pytest.approx(0.5)
+    assert of(["SALE", "SALE"], ["SALE", "SALE"]) == 1
+
+
+def test_the_best_match_is_taken_first() -> None:
+    matches = match_texts(["CAT", "CAR"], ["CAR"])
+    assert [(one.wanted, one.read, one.distance) for one in matches] == [
+        ("CAT", "", 3),
+        ("CAR", "CAR", 0),
+    ]
