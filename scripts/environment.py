@@ -102,6 +102,7 @@ def _reference_venv() -> Path:
         _host_requirements(_reference_comfyui()),
         (ROOT / "scripts" / "requirements.txt").read_text(),
         (ROOT / "requirements.txt").read_text(),
+        (ROOT / "requirements-ocr.txt").read_text(),
         CONSTRAINTS.read_text(),
         SCHEMAS.read_text(),
     ]
@@ -110,7 +111,7 @@ def _reference_venv() -> Path:
         torch, torchvision = TORCH
         _pip(python, torch)
         _pip(python, "--no-deps", torchvision)
-        with _file("\n".join(lists[:3])) as requirements:
+        with _file("\n".join(lists[:4])) as requirements:
             _pip(python, "-c", str(CONSTRAINTS), "-r", requirements)
         _fix_torchvision(python)
 

@@ -47,6 +47,16 @@ CONTRACT = {
         " ar_split decoder_split reserve_gb",
         "GLM_DEVICE_PLAN STRING",
     ),
+    "GLMImageScoreTokens": (
+        "ar prompt [tokens] [layout] [references] against",
+        "FLOAT STRING IMAGE",
+    ),
+    "GLMImageReadText": ("images [prompt] [texts]", "FLOAT STRING IMAGE"),
+    "GLMImageKeepBest": (
+        "scores weight [scores_2] weight_2 [scores_3] weight_3"
+        " [tokens] [layout] [images] [latent] count",
+        "GLM_TOKENS GLM_LAYOUT IMAGE LATENT STRING",
+    ),
 }
 SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
 DEFAULTS = {
@@ -73,6 +83,8 @@ DEFAULTS = {
         "decoder_split": "",
         "reserve_gb": 1.0,
     },
+    "GLMImageScoreTokens": {"against": ""},
+    "GLMImageKeepBest": {"weight": 1.0, "weight_2": 1.0, "weight_3": 1.0, "count": 1},
 }
 
 
