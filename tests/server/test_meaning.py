@@ -6,7 +6,8 @@ import pytest
 from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client
 
-from evaluation import run as evaluation
+from evaluation import cases as evaluation
+from evaluation.run import MODEL, totals
 
 STEPS, CASES = 8, 4
 # Of CASES: the share that the model's card measures on many more, less a margin. A picture that
@@ -31,12 +32,12 @@ Counts = dict[str, tuple[int, int]]
 def count(tmp_path_factory) -> Iterator[Callable[..., Counts]]:
     """Runs a kind of cases on a server with the trained model and counts those that passed."""
     base = host.make_base(tmp_path_factory.mktemp("meaning"))
-    settings = evaluation.Settings(host.add_model(base, evaluation.MODEL), steps=STEPS)
+    settings = evaluation.Settings(host.add_model(base, MODEL), steps=STEPS)
     with host.serve(environment.host(), base, threads=1) as address:
         client = Client(address, timeout_s=300)
 
         def of(cases: Callable) -> Counts:
-            return evaluation.totals(
+            return totals(
                 case.check(evaluation.paint(client, base / "input", case))
                 for case in cases(settings, CASES)
             )

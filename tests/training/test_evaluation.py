@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation import run as evaluation
+from evaluation import best_of
+from evaluation import cases as evaluation
+from evaluation.run import read_size
 from training.render import render
 from training.scene import HELD_OUT_WORDS, draw_content
 
@@ -93,10 +95,41 @@ def test_graphs_have_the_settings_size() -> None:
     ("given", "size"), [("768", (768, 768)), ("512x768", (512, 768)), ("1152x768", (1152, 768))]
 )
 def test_sizes_are_parsed(given, size) -> None:
-    assert evaluation.read_size(given) == size
+    assert read_size(given) == size
 
 
 @pytest.mark.parametrize("given", ["640", "768x1024", "768x0", "large"])
 def test_an_unknown_size_is_refused(given) -> None:
     with pytest.raises(ArgumentTypeError, match="768x512"):
-        evaluation.read_size(given)
+        read_size(given)
+
+
+def test_the_best_is_the_first_of_equal_ones() -> None:
+    assert best_of.chosen([0.1, 0.7, 0.7, -1.0]) == 1
+
+
+def test_right_above_wrong_counts_pairs_of_one_case() -> None:
+    assert best_of.right_above_wrong([([3, 2, 1], [True, False, False])]) == 1
+    assert best_of.right_above_wrong([([3, 2, 1], [False, True, True])]) == 0
+    assert best_of.right_above_wrong([([3, 2, 2], [False, True, False])]) == 0.25
+    assert best_of.right_above_wrong([([3, 2], [True, True])]) is None
+
+
+def test_the_table_compares_single_chosen_and_oracle() -> None:
+    measure = "colours and places of shapes match"
+
+    def found(held, scores):
+        return best_of.Candidates(
+            [{measure: one} for one in held], {"tokens": scores}, {"tokens": 1.0, "picture": 4.0}
+        )
+
+    rows = best_of.table(
+        [
+            found([False, True], [1.0, 2.0]),
+            found([True, True], [2.0, 1.0]),
+            found([False, False], [2.0, 1.0]),
+            found([False, True], [2.0, 1.0]),
+        ]
+    )
+    assert f"| {measure} | 4 | 25% | tokens | 50% | 75% | 0.50 |" in rows
+    assert "tokens: 1.00 s to score a batch" in rows

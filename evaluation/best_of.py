@@ -1,0 +1,140 @@
+"""Is the best of several by its score better than a single one?
+
+Each case is written several times in one batch, and all are painted. The first is what a single run
+gives. An oracle that knows which are right picks one of them if there is any.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from scripts.client import Client, Prompt
+
+from .cases import Case, Results, Settings, chinese_cases, latin_cases, node, painted, shape_cases
+
+SCORES, READ = "scores", "read"  # ids of nodes that show scores
+BY_TOKENS, BY_OCR = "tokens", "OCR"
+JUDGES = {
+    "colours and places of shapes match": BY_TOKENS,
+    "kinds of shapes match as well": BY_TOKENS,
+    "Latin word read": BY_OCR,
+    "two Chinese characters read": BY_OCR,
+}
+"""The score that chooses, by measure."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of a case.
+
+    held: what each shows of what was asked.
+    scores: by judge, one for each candidate.
+    seconds: of the server, by judge, and "picture": one candidate's share of all other nodes.
+    """
+
+    held: list[Results]
+    scores: dict[str, list[float]]
+    seconds: dict[str, float]
+
+
+def cases_of(settings: Settings, count: int, candidates: int) -> Iterator[Case]:
+    """Cases of shapes and of texts whose graph writes `candidates` and scores them."""
+    for cases, reads in ((shape_cases, False), (latin_cases, True), (chinese_cases, True)):
+        for case in cases(settings, count):
+            (graph,) = case.graphs
+            yield replace(case, graphs=(_scored(graph, candidates, reads),))
+
+
+def _scored(graph: Prompt, candidates: int, reads: bool) -> Prompt:
+    """The graph with a batch of candidates, and nodes that show their scores."""
+    node(graph, "GLMImageSampleTokens")["batch_size"] = candidates
+    ids = {one["class_type"]: key for key, one in graph.items()}
+    sampler = ids["GLMImageSampleTokens"]
+    ar, prompt = (graph[sampler]["inputs"][name] for name in ("ar", "prompt"))
+    judge = {"ar": ar, "prompt": prompt, "tokens": [sampler, 0], "layout": [sampler, 1]}
+    graph[BY_TOKENS] = _node("GLMImageScoreTokens", **judge, against="")
+    graph[SCORES] = _node("PreviewAny", source=[BY_TOKENS, 0])
+    if reads:
+        pictures = [ids["VAEDecode"], 0]
+        graph[BY_OCR] = _node("GLMImageReadText", images=pictures, prompt=prompt)
+        graph[READ] = _node("PreviewAny", source=[BY_OCR, 0])
+    return graph
+
+
+def _node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
+
+
+def paint_candidates(client: Client, case: Case) -> Candidates:
+    (graph,) = case.graphs
+    run = client.run(graph)
+    held = [case.check([picture]) for picture in painted(client, run, graph)]
+    shown = {BY_TOKENS: SCORES, BY_OCR: READ}
+    scores = {
+        judge: [float(score) for score in run.outputs[key]["text"]]
+        for judge, key in shown.items()
+        if key in run.outputs
+    }
+    seconds = {judge: run.seconds.get(judge, 0.0) for judge in scores}
+    others = sum(run.seconds.values()) - sum(seconds.values())
+    return Candidates(held, scores, seconds | {"picture": others / len(held)})
+
+
+def chosen(scores: list[float]) -> int:
+    """The index of the best score, the lowest of equal ones."""
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))
+
+
+def right_above_wrong(cases: Iterable[tuple[list[float], list[bool]]]) -> float | None:
+    """How often a right candidate scores above a wrong one of its own case; ties count half.
+
+    0.5 is chance, 1 is always; None if no case has both.
+    """
+    wins = [
+        (right > wrong) + (right == wrong) / 2
+        for scores, held in cases
+        for right, is_right in zip(scores, held, strict=True)
+        for wrong, is_wrong in zip(scores, held, strict=True)
+        if is_right and not is_wrong
+    ]
+    return sum(wins) / len(wins) if wins else None
+
+
+def table(found: list[Candidates]) -> str:
+    lines = [
+        "| measure | cases | single | best by | its share | oracle | right above wrong |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for measure, judge in JUDGES.items():
+        own = [one for one in found if measure in one.held[0]]
+        if not own:
+            continue
+        held = [[result[measure] for result in one.held] for one in own]
+        scores = [one.scores[judge] for one in own]
+        single = _share(right[0] for right in held)
+        best = _share(right[chosen(score)] for score, right in zip(scores, held, strict=True))
+        above = right_above_wrong(zip(scores, held, strict=True))
+        lines.append(
+            f"| {measure} | {len(own)} | {single:.0%} | {judge} | {best:.0%} | "
+            f"{_share(map(any, held)):.0%} | {'-' if above is None else f'{above:.2f}'} |"
+        )
+    return "\n".join([*lines, "", *_costs(found)])
+
+
+def _share(held: Iterable[bool]) -> float:
+    held = list(held)
+    return sum(held) / len(held)
+
+
+def _costs(found: list[Candidates]) -> Iterator[str]:
+    for what in ("picture", BY_TOKENS, BY_OCR):
+        seconds = [one.seconds[what] for one in found if what in one.seconds]
+        if seconds:
+            mean = sum(seconds) / len(seconds)
+            unit = "a picture" if what == "picture" else "to score a batch"
+            yield f"{what}: {mean:.2f} s {unit}"
+
+
+def record(case: Case, found: Candidates) -> dict:
+    """As JSON."""
+    return {"case": case.name, "prompt": case.prompt, **json.loads(json.dumps(vars(found)))}
