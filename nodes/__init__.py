@@ -7,6 +7,7 @@ from .decode import Decode, ModelSampling, Scheduler
 from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
 from .host import paths
+from .join import CellsToMask, JoinTokens, PromptLines
 from .keep_best import KeepBest
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
 from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
@@ -44,6 +45,9 @@ NODES: list[type[io.ComfyNode]] = [
     ScoreTokens,
     ReadText,
     KeepBest,
+    JoinTokens,
+    CellsToMask,
+    PromptLines,
 ]
 
 

@@ -41,6 +41,7 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
     @wraps(execute)
     def checked(cls: type[Node], *args: Any, **kwargs: Any) -> io.NodeOutput:
         values = signature.bind(cls, *args, **kwargs).arguments
+        values = {**values, **kwargs}  # of a node that takes any number of inputs, too
         schema = cls.SCHEMA or cls.define_schema()
         for given in schema.inputs:
             value = values.get(given.id)

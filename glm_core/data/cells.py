@@ -1,4 +1,4 @@
-"""Cells of a grid as text: `0-7:0-3; 9:2` is rows 0 to 7 of columns 0 to 3, and one cell more.
+"""Cells and indices as text: `0-7:0-3; 9:2` is rows 0 to 7 of columns 0 to 3, and one cell more.
 
 Entries `rows:columns`, joined by `;`, are numbers or ranges counted from 0; `*` is every cell.
 """
@@ -47,6 +47,31 @@ def format_cells(cells: Tensor) -> str:
     for rows, columns in _equal_rows(cells):
         entries += [f"{_span(rows)}:{_span(one)}" for one in columns]
     return "; ".join(entries)
+
+
+def parse_indices(text: str, count: int) -> list[int]:
+    """The indices that a text such as `0,2,5-7` names, in its order; all of `count` if it is empty.
+
+    Raises:
+        GLMImageError: an entry cannot be read, or is beyond the batch.
+    """
+    if len(text) > MAX_LENGTH:
+        raise GLMImageError(f"indices has {len(text)} characters and may have {MAX_LENGTH}.")
+    indices: list[int] = []
+    for entry in filter(str.strip, text.split(",")):
+        match = re.fullmatch(rf"\s*{_RANGE}\s*", entry, re.ASCII)
+        if match is None:
+            raise GLMImageError(
+                f"indices has the entry '{shown(entry.strip())}': write numbers and ranges, such "
+                "as 0,2,5-7."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise GLMImageError(f"indices has {first}-{last}: write {last}-{first}.")
+        if last >= count:
+            raise GLMImageError(f"indices names {last}, and there are {count}, from 0.")
+        indices += range(first, last + 1)
+    return indices or list(range(count))
 
 
 def ranges_of(marked: list[bool]) -> list[range]:

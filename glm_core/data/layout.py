@@ -36,6 +36,18 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     return rows @ pixels @ columns.T >= 0.5 - 1e-9  # rounding may leave an exact half below 0.5
 
 
+def grid_to_mask(cells: Tensor, size: Size) -> Tensor:
+    """Cells as a mask of `size`: float32 [height, width], 1 in the cells and 0 outside.
+
+    Args:
+        cells: bool [rows, columns].
+    """
+    row, column = (
+        torch.arange(side) * n // side for side, n in zip(size, cells.shape, strict=True)
+    )
+    return cells[row][:, column].float()
+
+
 def _shares(pixels: int, cells: int) -> Tensor:
     """The share of each cell that each pixel covers along a side: float64 [cells, pixels]."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells

@@ -57,6 +57,13 @@ CONTRACT = {
         " [tokens] [layout] [images] [latent] count",
         "GLM_TOKENS GLM_LAYOUT IMAGE LATENT STRING",
     ),
+    "GLMImageJoinTokens": (
+        " ".join(f"[{kind}_{i}]" for kind in ("tokens", "layout") for i in range(1, 9))
+        + " indices",
+        "GLM_TOKENS GLM_LAYOUT",
+    ),
+    "GLMImageCellsToMask": ("cells width height [layout] [tokens]", "MASK"),
+    "GLMImagePromptLines": ("text split", "STRING"),
 }
 SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
 DEFAULTS = {
@@ -85,6 +92,8 @@ DEFAULTS = {
     },
     "GLMImageScoreTokens": {"against": ""},
     "GLMImageKeepBest": {"weight": 1.0, "weight_2": 1.0, "weight_3": 1.0, "count": 1},
+    "GLMImageJoinTokens": {"indices": ""},
+    "GLMImageCellsToMask": {"cells": "", "width": 0, "height": 0},
 }
 
 
