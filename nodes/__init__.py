@@ -8,7 +8,7 @@ from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
 from .host import paths
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
-from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
+from .loaders import LoadAR, LoadCheckpoint, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
 from .semantic import SampleLayout, SampleTokens
@@ -16,6 +16,7 @@ from .show_tokens import ShowTokens
 from .token_files import LoadTokens, SaveTokens
 
 NODES: list[type[io.ComfyNode]] = [
+    LoadCheckpoint,
     LoadAR,
     LoadDecoder,
     LoadGlyphEncoder,
