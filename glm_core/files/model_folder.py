@@ -22,7 +22,10 @@ SUFFIX = ".safetensors"
 
 
 def components_in(file: Path) -> frozenset[str]:
-    """The components in a single file of GLM-Image; none in any other file."""
+    """The components in a single file of GLM-Image; none in any other file.
+
+    A truncated file is one too: opening it says what is wrong.
+    """
     if file.suffix.lower() != SUFFIX:
         return frozenset()
     try:
@@ -36,7 +39,7 @@ def _read_components(file: Path, modified_ns: int) -> frozenset[str]:
     """`modified_ns` is part of the cache's key, so that a changed file is read again."""
     try:
         ours = mentions(file, FORMAT, CONFIG)
-        return frozenset(read_parts(file)) & COMPONENTS.keys() if ours else frozenset()
+        return frozenset(read_parts(file, whole=False)) & COMPONENTS.keys() if ours else frozenset()
     except GLMImageError:
         return frozenset()
 
