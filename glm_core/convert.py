@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         source = _model_folder(given.source)
         if given.check:
-            raise SystemExit(_check(source))
-        _convert(source, given)
+            _check(source)
+        else:
+            _convert(source, given)
     except GLMImageError as error:
         raise SystemExit(f"\n{error}") from error
     except OSError as error:
@@ -185,8 +186,8 @@ def _say(line: str) -> None:
 # ---- checking ----------------------------------------------------------------------------------
 
 
-def _check(path: Path) -> int:
-    """Print what was found; the exit status: 1 if anything is missing or broken."""
+def _check(path: Path) -> None:
+    """Print what was found. The exit status is 1 if anything is missing or broken."""
     report = check_model(path)
     lines = [*report.good, *report.problems]
     if report.problems:
@@ -201,7 +202,8 @@ def _check(path: Path) -> int:
         lines += [f"{file} is left of an interrupted download." for file in report.leftovers]
         lines.append(f"OK: {report.nbytes / 1e9:.1f} GB of weights, all of them there.")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return int(bool(report.problems))
+    if report.problems:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def test_a_whole_snapshot(snapshot, capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([str(snapshot), "--check"])
-    assert end.value.code == 0
+    main([str(snapshot), "--check"])
     lines = capsys.readouterr().out.splitlines()
     weights = sum(file.stat().st_size for file in snapshot.rglob("*.safetensors"))
     assert lines[-1].startswith("OK: 0.0 GB of weights")
@@ -58,9 +56,7 @@ def test_a_hub_folder_files_alone_and_one_file(original, files, tmp_path, capsys
     repository = tmp_path / "models--zai-org--GLM-Image"
     shutil.copytree(original, repository / "snapshots" / "5d1f")
     for path in (repository, files[0].parent, files[0]):
-        with pytest.raises(SystemExit) as end:
-            main([str(path), "--check"])
-        assert end.value.code == 0
+        main([str(path), "--check"])
     assert "int8" in capsys.readouterr().out
 
 

@@ -27,8 +27,10 @@ from glm_image.glm_core.quant.packing import FORMATS, dequantise, packing, quant
 from reference import reference_snapshot
 from safetensors.torch import load_file, save_file
 
-COMMAND = [sys.executable, str(Path(__file__).parents[2] / "convert.py")]
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-I", str(ROOT / "convert.py")]
+"""With a Python that searches neither the script's folder nor the current one, as that of ComfyUI's
+portable version does."""
 QUANTISED = ("ar", "decoder")
 FOLDERS = {
     "ar": "text_encoders",
