@@ -67,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None takes this process's.
     """
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if not given.check and given.dtype is None:
+        parser.error(f"say what to convert to: --dtype {{{','.join(CHOICES)}}}")
     try:
         source = _model_folder(given.source)
         if given.check:
@@ -77,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except GLMImageError as error:
         raise SystemExit(f"\n{error}") from error
     except OSError as error:
+        path = error.filename or given.models or given.out or given.source  # none on a full disk
         raise SystemExit(
-            f"\n{error.filename} cannot be read or written ({error.strerror}); run again to "
-            "continue."
+            f"\n{path} cannot be read or written ({error.strerror}); run again to continue."
         ) from error
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted; run again to continue.") from None
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ComfyUI's models folder, in place of out: each file goes to text_encoders, "
         "diffusion_models or vae in it",
     )
-    parser.add_argument("--dtype", choices=CHOICES, default="bf16", help="of the layers' matrices")
+    parser.add_argument("--dtype", choices=CHOICES, help="of the layers' matrices")
     parser.add_argument(
         "--component", choices=COMPONENTS, action="append", help="this one only; may be repeated"
     )

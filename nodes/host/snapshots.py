@@ -53,9 +53,10 @@ def _below(root: Path) -> Iterator[tuple[str, Path]]:
             continue
         listed = list_folder(folder, min(left, MAX_IN_FOLDER))
         left -= 1 + listed.count
-        if any(child.name in FOLDERS for child in listed.folders) or headers.name_ours(listed):
+        is_snapshot = any(child.name in FOLDERS for child in listed.folders)
+        if is_snapshot or headers.name_ours(listed):
             yield folder.relative_to(root).as_posix(), folder
-        elif len(above) < MAX_DEPTH:
+        if not is_snapshot and len(above) < MAX_DEPTH:
             waiting.extend((child, (*above, real)) for child in listed.folders)
 
 

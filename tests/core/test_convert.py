@@ -352,6 +352,7 @@ def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -
     """SIGKILL at some moment while the command writes."""
     big_snapshot(tmp_path / "big", matrices=12, width=1024)
     command = [*COMMAND, str(tmp_path / "big"), str(tmp_path / "out"), "--component", "glyph"]
+    command += ["--dtype", "bf16"]
     file = tmp_path / "out" / "big_glyph_f32.safetensors"
     partial = file.with_name(f"{file.name}.partial")
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -400,7 +401,7 @@ def test_the_command_writes_into_the_models_own_folder(snapshot, tmp_path, capsy
 
 
 def test_the_command_does_not_write_a_complete_file_again(snapshot, tmp_path, capsys) -> None:
-    run = [str(snapshot), str(tmp_path), "--component", "vae"]
+    run = [str(snapshot), str(tmp_path), "--component", "vae", "--dtype", "bf16"]
     main(run)
     (file,) = tmp_path.iterdir()
     before = file.stat().st_ino
@@ -425,6 +426,23 @@ def test_the_command_sorts_files_into_comfyuis_folders(snapshot, tmp_path) -> No
         assert open_component(file, name).name == name
     with pytest.raises(SystemExit, match=r"is ComfyUI's models folder; give .*NAME, or"):
         main([str(snapshot), str(tmp_path), "--dtype", "int8"])
+
+
+def test_the_command_asks_for_a_format(snapshot, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([str(snapshot)])
+    assert end.value.code == 2
+    assert "--dtype {bf16,fp8,int8,int4}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_is_said_with_the_folder(snapshot, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion.os, "fsync", full)
+    with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be .* \(No space left .*; run again"):
+        main([str(snapshot), str(tmp_path), "--component", "vae", "--dtype", "bf16"])
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_second_format_in_one_folder_is_said(snapshot, tmp_path, capsys) -> None:

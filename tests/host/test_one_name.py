@@ -98,6 +98,14 @@ def test_files_may_lie_in_a_hub_folder_and_in_what_a_yaml_names(
     assert paths.checkpoint_names() == ["Mine"]
 
 
+def test_a_stray_file_hides_no_model(paths, converted, snapshot, root) -> None:
+    put(root / "org" / "GLM", beside=snapshot)
+    for folder in (root, root / "org"):
+        os.link(converted["vae", "int8"], folder / "stray.safetensors")
+    assert paths.model_names("vae")[:3] == ["org", "org/GLM", root.name]
+    assert paths.checkpoint_names() == ["org/GLM"]
+
+
 def test_the_file_is_loaded_and_the_log_says_so(
     nodes, paths, converted, snapshot, root, caplog
 ) -> None:
