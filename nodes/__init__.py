@@ -10,7 +10,7 @@ from .host import paths
 from .join import CellsToMask, JoinTokens, PromptLines
 from .keep_best import KeepBest
 from .layout import ComposeLayouts, LayoutToTokens, LockLayout
-from .loaders import LoadAR, LoadDecoder, LoadGlyphEncoder, LoadVAE
+from .loaders import LoadAR, LoadCheckpoint, LoadDecoder, LoadGlyphEncoder, LoadVAE
 from .lora import LoadLora
 from .read_text import ReadText
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
@@ -20,6 +20,7 @@ from .show_tokens import ShowTokens
 from .token_files import LoadTokens, SaveTokens
 
 NODES: list[type[io.ComfyNode]] = [
+    LoadCheckpoint,
     LoadAR,
     LoadDecoder,
     LoadGlyphEncoder,

@@ -1,14 +1,17 @@
-"""Loaders: one node for each component of a checkpoint."""
+"""Loaders: one node for each component of a checkpoint, and one for all of them."""
+
+from typing import Any
 
 from comfy_api.latest import io
 
+from ..glm_core.files.component import COMPONENTS
 from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from .host.ar import load_ar
 from .host.decoder import load_decoder
 from .host.devices import DevicePlan as Plan
 from .host.devices import Placement
 from .host.glyph import load_glyph_encoder
-from .host.paths import find_model, model_names
+from .host.paths import checkpoint_names, find_place, fingerprint, model_names
 from .host.vae import load_vae
 from .inputs import require_choices, validate
 from .node import Node
@@ -29,8 +32,8 @@ def _weight_dtype() -> io.Combo.Input:
         options=list(WEIGHT_DTYPES),
         default="default",
         tooltip="Format of the weights in memory; default: that of the file. Against bf16, fp8 and "
-        "int8 halve the layers' matrices, and int4 quarters them. `python -m glm_core.convert` "
-        "writes files that load without quantising.",
+        "int8 halve the layers' matrices, and int4 quarters them. This pack's convert.py writes "
+        "files that load without quantising.",
     )
 
 
@@ -47,7 +50,12 @@ def _placement(plan: Plan | None, stage: str) -> Placement | None:
 
 
 def _check_model_name(component: str, model_name: str | None) -> bool | str:
-    return model_name is None or validate(find_model, component, model_name)
+    return model_name is None or validate(find_place, component, model_name)
+
+
+def _fingerprint(component: str, inputs: dict[str, Any]) -> str:
+    """The component's files: the nodes run again when one of them has changed."""
+    return fingerprint(component, inputs.get("model_name"), inputs.get("weight_dtype") or "default")
 
 
 class LoadAR(Node):
@@ -66,6 +74,10 @@ class LoadAR(Node):
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         return _check_model_name("ar", model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _fingerprint("ar", inputs)
 
     @classmethod
     def execute(
@@ -91,6 +103,10 @@ class LoadDecoder(Node):
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         return _check_model_name("decoder", model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _fingerprint("decoder", inputs)
 
     @classmethod
     def execute(
@@ -120,6 +136,10 @@ class LoadGlyphEncoder(Node):
         return _check_model_name("glyph", model_name)
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _fingerprint("glyph", inputs)
+
+    @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
         return io.NodeOutput(load_glyph_encoder(model_name, _placement(device_plan, "glyph")))
 
@@ -142,5 +162,59 @@ class LoadVAE(Node):
         return _check_model_name("vae", model_name)
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _fingerprint("vae", inputs)
+
+    @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
         return io.NodeOutput(load_vae(model_name, _placement(device_plan, "vae")))
+
+
+class LoadCheckpoint(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GLMImageLoadCheckpoint",
+            display_name="GLM-Image Load Checkpoint",
+            category=f"{CATEGORY}/loaders",
+            description="Loads the whole model under one name: AR model, decoder, glyph encoder "
+            "and VAE, as the four loaders do. Weights stay in their files until a stage runs, "
+            "except those that weight_dtype quantises.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=checkpoint_names(),
+                    tooltip="The model to load: a folder in models/glm_image with all of it.",
+                ),
+                _weight_dtype(),
+                _device_plan(),
+            ],
+            outputs=[
+                AR.Output(display_name="ar"),
+                io.Model.Output(),
+                io.Clip.Output(),
+                io.Vae.Output(),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        answers = (_check_model_name(component, model_name) for component in COMPONENTS)
+        return next((answer for answer in answers if answer is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return "\n".join(_fingerprint(component, inputs) for component in COMPONENTS)
+
+    @classmethod
+    def execute(
+        cls, model_name: str, weight_dtype: str, device_plan: Plan | None = None
+    ) -> io.NodeOutput:
+        require_choices(("weight_dtype", weight_dtype, WEIGHT_DTYPES))
+        places = {component: _placement(device_plan, component) for component in COMPONENTS}
+        return io.NodeOutput(
+            load_ar(model_name, weight_dtype, places["ar"]),
+            load_decoder(model_name, weight_dtype, places["decoder"]),
+            load_glyph_encoder(model_name, places["glyph"]),
+            load_vae(model_name, places["vae"]),
+        )

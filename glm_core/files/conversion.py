@@ -19,6 +19,7 @@ from ..errors import GLMImageError
 from ..quant.packing import ALIGNMENT, FORMATS, SLICE, packing, quantise
 from .component import COMPONENTS, FORMAT, Component
 from .headers import DTYPES, TensorInfo
+from .hub_cache import hub_name, repository_of
 from .journal import Journal
 from .quantisation import FP8, SCALE, layer_of, write_quantisation
 from .weight_dtypes import is_layer_matrix
@@ -42,6 +43,47 @@ class OutputTensor(NamedTuple):
     chunks: Callable[[], Iterator[Tensor]]
 
 
+class Output(NamedTuple):
+    """The file that a component becomes."""
+
+    name: str
+    header: bytes
+    tensors: list[OutputTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def output(component: Component, dtype: str) -> Output:
+    """
+    Args:
+        dtype: one of `CHOICES`. fp8, int8 and int4 apply to the layers of the AR and the decoder.
+
+    Raises:
+        GLMImageError: the component is quantised already, or has layers of a width that int4 does
+            not take.
+    """
+    if component.quantisation is not None:
+        raise GLMImageError(
+            f"{component.path} is {component.quantisation} already; convert from the snapshot."
+        )
+    tensors = _output_tensors(component, dtype)
+    header = _header(tensors, _metadata(component, dtype, tensors))
+    return Output(_file_name(component, dtype), header, tensors)
+
+
+def is_converted(component: Component, output: Output, folder: Path) -> bool:
+    """Whether an earlier run has written the file from the component as it is now."""
+    file = folder / output.name
+    if not file.is_file() or file.stat().st_size != output.nbytes:
+        return False
+    if _modified(file) < max(map(_modified, _sources(component))):
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(output.header)) == output.header
+
+
 def convert(component: Component, dtype: str, folder: Path, progress: Progress) -> Path:
     """Write a component as one file in `folder`, and return its path.
 
@@ -53,16 +95,12 @@ def convert(component: Component, dtype: str, folder: Path, progress: Progress) 
         GLMImageError: the component is quantised already, has layers of a width that int4 does not
             take, or the disk is too small.
     """
-    if component.quantisation is not None:
-        raise GLMImageError(
-            f"{component.path} is {component.quantisation} already; convert from the snapshot."
-        )
-    tensors = _output_tensors(component, dtype)
-    header = _header(tensors, _metadata(component, dtype, tensors))
-    file = folder / _file_name(component, dtype)
+    out = output(component, dtype)
+    _, header, tensors = out
+    file = folder / out.name
     partial = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    total = len(header) + sum(tensor.nbytes for tensor in tensors)
+    total = out.nbytes
     with Journal(partial, header, changed=max(map(_modified, _sources(component)))) as journal:
         done = journal.resume([tensor.nbytes for tensor in tensors])
         _require_space(file.parent, total - (partial.stat().st_size if done else 0))
@@ -226,9 +264,12 @@ def _metadata(component: Component, dtype: str, tensors: list[OutputTensor]) -> 
 
 
 def _source_name(component: Component) -> str:
-    """The name of the snapshot, or of the single file."""
+    """The name of the snapshot, as on the hub if it lies in a hub's cache, or of the file."""
     path = component.path
-    return path.stem if path.is_file() else path.parent.name
+    if path.is_file():
+        return path.stem
+    repository = repository_of(path.parent)
+    return hub_name(repository).split("/")[-1] if repository else path.parent.name
 
 
 def _file_name(component: Component, dtype: str) -> str:

@@ -56,10 +56,13 @@ class BrokenHeaderError(ValueError):
     """What the header holds is not of the safetensors format."""
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(file: Path, *, whole: bool = True) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a safetensors file, from its header and its size alone.
 
     The format: 8 bytes little-endian header length, JSON, then the tensors' bytes without gaps.
+
+    Args:
+        whole: whether the file must hold the tensors' bytes.
 
     Raises:
         GLMImageError: the file is truncated, broken, without weights or no safetensors file, or
@@ -75,7 +78,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = _parse(raw, str(file))
         metadata = _metadata(header.pop("__metadata__", {}))
         tensors = {key: _tensor_info(file, key, entry, begin) for key, entry in header.items()}
-    _check_bytes(file, tensors, begin, size)
+    if whole:
+        _check_bytes(file, tensors, begin, size)
     return tensors, metadata
 
 

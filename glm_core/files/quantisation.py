@@ -63,7 +63,7 @@ def _require_named(file: Path, tensors: Mapping[str, TensorInfo], layers: Collec
     if unnamed:
         raise GLMImageError(
             f"{file} holds {len(unnamed)} quantised weights ({first_few(unnamed)}) and does not "
-            "say in which format; convert the snapshot with `python -m glm_core.convert`."
+            "say in which format; convert the snapshot with this pack's convert.py."
         )
 
 

@@ -39,13 +39,16 @@ def config_tensor(component: Component) -> Tensor:
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
-def read_parts(file: Path) -> dict[str, Part]:
+def read_parts(file: Path, *, whole: bool = True) -> dict[str, Part]:
     """The components in a single file by name; none in a file of another model.
+
+    Args:
+        whole: whether the file must hold the tensors' bytes.
 
     Raises:
         GLMImageError: the file or a config in it is broken.
     """
-    tensors, metadata = read_header(file)
+    tensors, metadata = read_header(file, whole=whole)
     if metadata.get("format") == FORMAT:
         return {metadata.get("component", ""): Part(tensors, metadata)}
     parts = {}

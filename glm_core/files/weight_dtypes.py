@@ -43,3 +43,9 @@ def stored_bytes(component: Component, key: str, weight_dtype: str) -> int:
     if weight_dtype in FORMATS:
         return packing(tuple(info.shape), weight_dtype).nbytes
     return info.shape.numel() * dtype.itemsize
+
+
+def stored_format(component: Component) -> str:
+    """The name in `WEIGHT_DTYPES` of the format that a component's layers are stored in."""
+    names = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+    return component.quantisation or names.get(component.dtype, str(component.dtype))

@@ -331,7 +331,7 @@ def load_ar(
     Raises:
         GLMImageError: the component is missing or broken.
     """
-    component = open_model("ar", model_name)
+    component = open_model("ar", model_name, weight_dtype, tell=True)
     processor = component.processor
     tokenizer = PromptTokenizer(
         processor.tokenizer, processor.tokenizer_config, processor.chat_template
@@ -354,7 +354,7 @@ def load_ar_patcher(
     disable_dynamic: bool = False,
 ):
     """The AR's patcher. Current hosts call this again to build it on another device."""
-    component = open_model("ar", model_name)
+    component = open_model("ar", model_name, weight_dtype)
     config = ARConfig.from_dict(component.config)
     check_keys(component, ARModel, config, VISION_PREFIXES)
 

@@ -223,7 +223,7 @@ def load_decoder(
     Raises:
         GLMImageError: the component is missing or broken, or the plan is another model's.
     """
-    component = open_model("decoder", model_name)
+    component = open_model("decoder", model_name, weight_dtype, tell=True)
     config = DecoderConfig.from_dict(component.config)
     check_keys(component, Decoder, config)
 

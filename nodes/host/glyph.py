@@ -134,7 +134,7 @@ def load_glyph_patcher(
 def _load_clip(
     model_name: str, placement: Placement | None, disable_dynamic: bool = False
 ) -> comfy.sd.CLIP:
-    component = open_model("glyph", model_name)
+    component = open_model("glyph", model_name, tell=True)
     config = GlyphConfig.from_dict(component.config)
     check_keys(component, GlyphEncoder, config)
 

@@ -1,21 +1,25 @@
 """Finds checkpoints: snapshot folders in models/glm_image, single files in ComfyUI's folders."""
 
+import logging
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
 from ...glm_core.errors import GLMImageError, first_few, shown
-from ...glm_core.files.component import COMPONENTS, FORMAT
-from ...glm_core.files.headers import mentions
-from ...glm_core.files.saved import CONFIG, read_parts
+from ...glm_core.files.component import COMPONENTS
+from ...glm_core.files.listing import list_folder
+from ...glm_core.files.model_folder import components_in, find_component, places
 from .snapshots import find_snapshots
+
+log = logging.getLogger(__name__)
 
 SNAPSHOTS = "glm_image"
 CHECKPOINTS = "checkpoints"
 """ComfyUI's folder for files of several components, where Save Checkpoint writes them."""
+COMPANIONS = {"ar": ("processor",), "decoder": ("scheduler", "vae")}
+"""Folders of a snapshot that a component is loaded with, beside its own."""
 MAX_NAMES = 20  # that a sentence lists
 
 
@@ -28,8 +32,7 @@ def register() -> None:
 
 def model_names(component: str) -> list[str]:
     """Names of snapshot folders that hold the component, then of single files of it."""
-    part = COMPONENTS[component].folder
-    snapshots = sorted(name for name, path in _snapshots().items() if (path / part).is_dir())
+    snapshots = sorted(name for name, path in _snapshots().items() if places(path, component))
     files = dict.fromkeys(
         name
         for folder in (MODEL_FOLDERS[component], CHECKPOINTS)
@@ -40,8 +43,35 @@ def model_names(component: str) -> list[str]:
     ]
 
 
-def find_model(component: str, name: str) -> Path:
+def checkpoint_names() -> list[str]:
+    """The names under which every component is found."""
+    first, *others = (model_names(component) for component in COMPONENTS)
+    return [name for name in first if all(name in names for names in others)]
+
+
+def find_model(
+    component: str, name: str, weight_dtype: str = "default", *, tell: bool = False
+) -> Path:
     """The snapshot folder or the single file of a loader's `model_name`.
+
+    Args:
+        weight_dtype: chooses among several files in one folder.
+        tell: log which file is loaded where a folder holds the component more than once.
+
+    Raises:
+        GLMImageError: none has that name, or several files do.
+    """
+    place = find_place(component, name)
+    if not place.is_dir():
+        return place
+    found = find_component(place, component, weight_dtype)
+    if tell:
+        _tell(component, place, found)
+    return found
+
+
+def find_place(component: str, name: str) -> Path:
+    """The model's folder or the single file of that name.
 
     Raises:
         GLMImageError: none has that name; says where to put one.
@@ -60,6 +90,38 @@ def find_model(component: str, name: str) -> Path:
         f"No {kind.title} is called '{shown(name)}' ({known}); put a snapshot of zai-org/GLM-Image "
         f"into models/{SNAPSHOTS}/<name>/ or a single file into models/{MODEL_FOLDERS[component]}/."
     )
+
+
+def _tell(component: str, snapshot: Path, found: Path) -> None:
+    kind = COMPONENTS[component]
+    loaded = snapshot / kind.folder if found == snapshot else found
+    others = [place.name for place in places(snapshot, component) if place != loaded]
+    if others:
+        log.info(
+            "GLM-Image: the %s is loaded from %s; %s in the same folder is not used.",
+            *(kind.title, loaded, " and ".join(others)),
+        )
+
+
+def fingerprint(component: str, name: str, weight_dtype: str = "default") -> str:
+    """Changes when a file changes that a loader would load. Empty where there is none."""
+    try:
+        path = find_model(component, name, weight_dtype)
+    except GLMImageError:
+        return ""
+    files = [path]
+    if path.is_dir():
+        parts = (COMPONENTS[component].folder, *COMPANIONS.get(component, ()))
+        files = [file for part in parts for file in list_folder(path / part).files]
+    return " ".join(map(_stamp, files))
+
+
+def _stamp(file: Path) -> str:
+    try:
+        stat = file.stat()
+    except OSError:  # a link to nowhere
+        return str(file)
+    return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def spellings(input_name: str, name: object) -> list[str]:
@@ -95,24 +157,7 @@ def _single_files(component: str, name: str) -> list[Path]:
 
 
 def _holding(component: str, files: list[Path]) -> list[Path]:
-    return [file for file in files if component in _components_in(file)]
-
-
-def _components_in(file: Path) -> frozenset[str]:
-    """The components in a single file of GLM-Image; none in any other file."""
-    if file.suffix != ".safetensors":
-        return frozenset()
-    return _read_components(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _read_components(file: Path, modified_ns: int) -> frozenset[str]:
-    """`modified_ns` is part of the cache's key, so that a changed file is read again."""
-    try:
-        ours = mentions(file, FORMAT, CONFIG)
-        return frozenset(read_parts(file)) if ours else frozenset()
-    except (GLMImageError, OSError):
-        return frozenset()
+    return [file for file in files if component in components_in(file)]
 
 
 def _snapshots() -> dict[str, Path]:

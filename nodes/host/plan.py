@@ -6,15 +6,14 @@ import comfy.model_management
 
 from ...glm_core.errors import GLMImageError, shown
 from ...glm_core.files.component import COMPONENTS, Component
-from ...glm_core.files.opening import open_component
 from ...glm_core.placement.plan import GIB, plan_stages
 from ...glm_core.placement.splits import parse_split
 from ...glm_core.placement.stages import Request, stages
 from ...glm_core.placement.table import plan_table
 from .devices import DevicePlan, default_placement, machine, rooms
-from .paths import as_listed, find_model, model_names
+from .paths import as_listed, model_names
 from .vae import working_dtype
-from .weights import choose_precision
+from .weights import choose_precision, open_model
 
 
 def plannable_names() -> list[str]:
@@ -51,7 +50,7 @@ def make_plan(
         GLMImageError: the model is missing or broken, a split is wrong, or a stage is both pinned
             and split.
     """
-    components = _open(model_name)
+    components = _open(model_name, weight_dtype)
     main = components.get("decoder") or next(iter(components.values()))
     compute = choose_precision(main, weight_dtype, default_placement().load).compute
     vae = working_dtype(comfy.model_management.vae_device())
@@ -70,11 +69,11 @@ def make_plan(
     return DevicePlan(plan, machine()), plan_table(plan)
 
 
-def _open(model_name: str) -> dict[str, Component]:
+def _open(model_name: str, weight_dtype: str) -> dict[str, Component]:
     require_plannable(model_name)
     listed = {kind: as_listed("model_name", model_name, model_names(kind)) for kind in COMPONENTS}
     return {
-        kind: open_component(find_model(kind, name), kind)
+        kind: open_model(kind, name, weight_dtype)
         for kind, name in listed.items()
         if name is not None
     }

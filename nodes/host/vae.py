@@ -40,7 +40,7 @@ def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VA
     network = patcher.model
     with _without_empty_vae_warning():  # an empty VAE still sets all that its methods use
         vae = HostVAE(sd={})
-    vae.config_tensor = config_tensor(open_model("vae", model_name))
+    vae.config_tensor = config_tensor(open_model("vae", model_name, tell=True))
     vae.first_stage_model = network
     vae.latent_channels = network.config.latent_channels
     config = network.config

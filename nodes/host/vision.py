@@ -67,7 +67,7 @@ def load_vision_patcher(
     Raises:
         GLMImageError: the component is missing or broken.
     """
-    component = open_model("ar", model_name)
+    component = open_model("ar", model_name, weight_dtype)
     config = VisionConfig.from_dict(component.config)
     check_keys(component, VisionEncoder, config, OTHER_PREFIXES)
 

@@ -60,8 +60,11 @@ class Precision(NamedTuple):
         return self._replace(device=device)
 
 
-def open_model(component: str, model_name: str) -> Component:
-    return open_component(find_model(component, model_name), component)
+def open_model(
+    component: str, model_name: str, weight_dtype: str = "default", *, tell: bool = False
+) -> Component:
+    """See `find_model` for the arguments."""
+    return open_component(find_model(component, model_name, weight_dtype, tell=tell), component)
 
 
 def choose_precision(

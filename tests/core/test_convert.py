@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from glm_image.glm_core.convert import main
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files import conversion
+from glm_image.glm_core.files.checking import check_model
 from glm_image.glm_core.files.component import COMPONENTS, FORMAT, Component
 from glm_image.glm_core.files.conversion import CHOICES, convert
 from glm_image.glm_core.files.headers import read_header
+from glm_image.glm_core.files.model_folder import find_component
 from glm_image.glm_core.files.opening import open_component
 from glm_image.glm_core.files.quantisation import QUANTISATION
 from glm_image.glm_core.files.weight_dtypes import is_layer_matrix
@@ -24,6 +28,9 @@ from reference import reference_snapshot
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-I", str(ROOT / "convert.py")]
+"""With a Python that searches neither the script's folder nor the current one, as that of ComfyUI's
+portable version does."""
 QUANTISED = ("ar", "decoder")
 FOLDERS = {
     "ar": "text_encoders",
@@ -344,18 +351,18 @@ def test_a_changed_source_or_header_starts_anew(snapshot, tmp_path) -> None:
 def test_a_killed_command_leaves_no_file_and_finishes_when_run_again(tmp_path) -> None:
     """SIGKILL at some moment while the command writes."""
     big_snapshot(tmp_path / "big", matrices=12, width=1024)
-    command = [sys.executable, "-m", "glm_core.convert", str(tmp_path / "big")]
-    command += [str(tmp_path / "out"), "--component", "glyph"]
-    file = tmp_path / "out" / "text_encoders" / "big_glyph_f32.safetensors"
+    command = [*COMMAND, str(tmp_path / "big"), str(tmp_path / "out"), "--component", "glyph"]
+    command += ["--dtype", "bf16"]
+    file = tmp_path / "out" / "big_glyph_f32.safetensors"
     partial = file.with_name(f"{file.name}.partial")
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert file.exists() != partial.exists()  # so a file under its final name is complete
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert not partial.exists()
     source = open_component(tmp_path / "big", "glyph").state_dict()
     stored = load_file(file)
@@ -375,12 +382,73 @@ def big_snapshot(folder: Path, matrices: int, width: int) -> None:
     save_file(state, weights / "model.safetensors")
 
 
-def test_the_command_puts_each_component_where_its_loader_looks(snapshot, tmp_path) -> None:
-    command = [sys.executable, "-m", "glm_core.convert", str(snapshot), str(tmp_path)]
-    subprocess.run([*command, "--dtype", "int8"], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+def test_the_command_writes_into_the_models_own_folder(snapshot, tmp_path, capsys) -> None:
+    folder = Path(shutil.copytree(snapshot, tmp_path / "models--org--Mine" / "snapshots" / "5d1f"))
+    main([str(tmp_path / "models--org--Mine"), "--dtype", "int8"])
+    written = {name: find_component(folder, name) for name in COMPONENTS}
+    assert {file.name for file in written.values()} == {
+        "Mine_ar_int8.safetensors",
+        "Mine_decoder_int8.safetensors",
+        "Mine_glyph_f32.safetensors",
+        "Mine_vae_bf16.safetensors",
+    }
+    said = capsys.readouterr().err
+    assert "Mine_ar_int8.safetensors" in said
+    assert "The loaders take these files under the model's own name." in said
+    for kind in COMPONENTS.values():
+        shutil.rmtree(folder / kind.folder)
+    assert not check_model(folder).problems  # what the command says may be deleted
+
+
+def test_the_command_does_not_write_a_complete_file_again(snapshot, tmp_path, capsys) -> None:
+    run = [str(snapshot), str(tmp_path), "--component", "vae", "--dtype", "bf16"]
+    main(run)
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_ino
+    main(run)
+    assert file.stat().st_ino == before
+    assert "0.0 GB to write" in capsys.readouterr().err
+    data = bytearray(file.read_bytes())
+    data[30] ^= 1  # in the header, as of another source
+    file.write_bytes(data)
+    main(run)
+    assert file.stat().st_ino != before
+    before = file.stat().st_ino
+    os.utime(file, (0, 0))  # older than the snapshot
+    main(run)
+    assert file.stat().st_ino != before
+
+
+def test_the_command_sorts_files_into_comfyuis_folders(snapshot, tmp_path) -> None:
+    main([str(snapshot), "--models", str(tmp_path), "--dtype", "int8"])
     for name, folder in FOLDERS.items():
         (file,) = (tmp_path / folder).glob(f"GLM-Random_{name}_*.safetensors")
         assert open_component(file, name).name == name
+    with pytest.raises(SystemExit, match=r"is ComfyUI's models folder; give .*NAME, or"):
+        main([str(snapshot), str(tmp_path), "--dtype", "int8"])
+
+
+def test_the_command_asks_for_a_format(snapshot, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([str(snapshot)])
+    assert end.value.code == 2
+    assert "--dtype {bf16,fp8,int8,int4}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_is_said_with_the_folder(snapshot, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion.os, "fsync", full)
+    with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be .* \(No space left .*; run again"):
+        main([str(snapshot), str(tmp_path), "--component", "vae", "--dtype", "bf16"])
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_second_format_in_one_folder_is_said(snapshot, tmp_path, capsys) -> None:
+    for dtype in ("int8", "fp8"):
+        main([str(snapshot), str(tmp_path), "--dtype", dtype, "--component", "ar"])
+    assert "holds the AR model 2 times, in" in capsys.readouterr().err
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ CONTRACT = {
     "GLMImageLoadDecoder": ("model_name weight_dtype [device_plan]", "MODEL"),
     "GLMImageLoadGlyphEncoder": ("model_name [device_plan]", "CLIP"),
     "GLMImageLoadVAE": ("model_name [device_plan]", "VAE"),
+    "GLMImageLoadCheckpoint": (
+        "model_name weight_dtype [device_plan]",
+        "GLM_AR MODEL CLIP VAE",
+    ),
     "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
     "GLMImageSampleTokens": (
         "ar prompt width height seed temperature top_p top_k batch_size"
@@ -69,6 +73,7 @@ SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "loo
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
+    "GLMImageLoadCheckpoint": {"weight_dtype": "default"},
     "GLMImageLoadLora": {"strength_model": 1.0, "strength_ar": 1.0},
     "GLMImageSampleTokens": SAMPLING,
     "GLMImageSampleLayout": SAMPLING,
