@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_tokens import ApplyTokens
+from .crop import CropToSize
 from .decode import Decode, ModelSampling, Scheduler
 from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
@@ -13,6 +14,7 @@ from .lora import LoadLora
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
 from .semantic import SampleLayout, SampleTokens
 from .show_tokens import ShowTokens
+from .split_batch import SplitBatch
 from .token_files import LoadTokens, SaveTokens
 
 NODES: list[type[io.ComfyNode]] = [
@@ -34,9 +36,11 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeReference,
     MakeReferenceCache,
     ApplyTokens,
+    SplitBatch,
     Scheduler,
     ModelSampling,
     Decode,
+    CropToSize,
     MakeDevicePlan,
 ]
 

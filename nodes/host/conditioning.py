@@ -106,6 +106,13 @@ def require_glyphs(name: str, conditioning: Conditioning) -> None:
         )
 
 
+def require_tokens(name: str, conditioning: Conditioning) -> None:
+    if not conditioning or any(TOKENS not in values for _, values in conditioning):
+        raise GLMImageError(
+            f"The {name} conditioning carries no semantic tokens; connect GLM-Image Apply Tokens."
+        )
+
+
 class Conditions(NamedTuple):
     """The decoder's inputs beside the latents."""
 
@@ -164,7 +171,8 @@ def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> N
     else:
         advice = (
             f"scale or pad the picture to {fitting_width} x {fitting_height}, the next multiples "
-            f"of {PIXELS_PER_TOKEN}, before VAE Encode, and use tokens of that size"
+            f"of {PIXELS_PER_TOKEN}, before VAE Encode, use tokens of that size, "
+            "and crop the finished picture with GLM-Image Crop To Size"
         )
     raise GLMImageError(
         f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
