@@ -5,6 +5,7 @@ what is like a picture in it, latents of references among it. So a map of places
 cropped with a tile, it says which tokens are the tile's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ PLACES = "reference_latents"
 AXES = 2  # the map's channels: row and column; no model has latents of two channels
 TOLERANCE = 0.25
 """Cells of tokens by which a latent may miss the whole picture; tiles are cut at whole latents."""
-LEAST, MOST = 0.75, 4 / 3
+LEAST, MOST = 0.65, 1.5
 """Cells of the tokens' picture for a cell of the tile; further off, they are of another scale."""
 
 
@@ -59,14 +60,7 @@ def tokens_of_tile(
     tile = [side // LATENTS_PER_TOKEN for side in latents[-2:]]
     if tile != [side / LATENTS_PER_TOKEN for side in latents[-2:]]:
         return tokens, size  # which do not fit, as the check of sizes says
-    for (_, length), cells in zip(lines, tile, strict=True):
-        if not LEAST <= length / cells <= MOST:
-            raise GLMImageError(
-                "The latent is a tile of a picture of another scale than the one that the semantic "
-                f"tokens are of, which has {size[1]} x {size[0]} pixels; give the scaled picture "
-                "to GLM-Image Encode Tokens at its own size and use those tokens, or start from "
-                "the workflow upscale_in_tiles."
-            )
+    _check_scale([length for _, length in lines], tile, size)
     if latents[0] != len(tokens):
         raise GLMImageError(
             f"A batch of {latents[0]} tiles is painted with semantic tokens of {len(tokens)}, and "
@@ -78,6 +72,25 @@ def tokens_of_tile(
     )
     height, width = (cells * PIXELS_PER_TOKEN for cells in tile)
     return tokens[:, rows][:, :, columns], (height, width)
+
+
+def _check_scale(shown: Sequence[float], tile: Sequence[int], size: Size) -> None:
+    """
+    Args:
+        shown: the height and width that a tile shows, in cells of the tokens' picture.
+        tile: its own, in cells.
+        size: of the tokens' picture, in pixels.
+    """
+    if all(LEAST <= length / cells <= MOST for length, cells in zip(shown, tile, strict=True)):
+        return
+    shown_height, shown_width = (round(length * PIXELS_PER_TOKEN) for length in shown)
+    height, width = (cells * PIXELS_PER_TOKEN for cells in tile)
+    raise GLMImageError(
+        f"The latent is a tile of {width} x {height} pixels, and shows {shown_width} x "
+        f"{shown_height} of the {size[1]} x {size[0]} that the semantic tokens are of; give the "
+        "scaled picture to GLM-Image Encode Tokens at its own size and choose tiles that divide "
+        "it, or start from the workflow upscale_in_tiles."
+    )
 
 
 def _map_of(grid: Grid) -> Tensor:

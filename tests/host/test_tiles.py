@@ -129,8 +129,8 @@ def test_a_tile_that_the_upscaler_has_scaled_a_little(run, scaled, whole) -> Non
 @pytest.mark.parametrize("region", [(0, 0, 96, 96), (96, 96, 192, 192)])
 def test_tokens_of_the_first_picture_are_refused_for_a_tile(run, scaled, sample, region) -> None:
     sentence = (
-        r"^The latent is a tile of a picture of another scale .* 96 x 96 pixels; .* Encode Tokens "
-        r".* upscale_in_tiles\.$"
+        r"^The latent is a tile of 96 x 96 pixels, and shows 48 x 48 of the 96 x 96 that .*; .* "
+        r"Encode Tokens .* upscale_in_tiles\.$"
     )
     with pytest.raises(GLMImageError, match=sentence):
         upscaled(run, sample, scaled, run.positive, run.negative, region)
