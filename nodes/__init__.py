@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_tokens import ApplyTokens
+from .crop import CropToSize
 from .decode import Decode, ModelSampling, Scheduler
 from .device_plan import MakeDevicePlan
 from .glyph import GlyphEncode
@@ -17,6 +18,7 @@ from .references import EncodeReference, EncodeTokens, MakeReferenceCache
 from .score_tokens import ScoreTokens
 from .semantic import SampleLayout, SampleTokens
 from .show_tokens import ShowTokens
+from .split_batch import SplitBatch
 from .token_files import LoadTokens, SaveTokens
 
 NODES: list[type[io.ComfyNode]] = [
@@ -39,9 +41,11 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeReference,
     MakeReferenceCache,
     ApplyTokens,
+    SplitBatch,
     Scheduler,
     ModelSampling,
     Decode,
+    CropToSize,
     MakeDevicePlan,
     ScoreTokens,
     ReadText,

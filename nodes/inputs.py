@@ -20,7 +20,8 @@ def size_inputs() -> list[io.Input]:
             max=MAX_SIDE,
             step=32,
             tooltip=f"{side.capitalize()} of the image in pixels, a multiple of 32. The model was "
-            "trained for 1024 to 2048.",
+            "trained for 1024 to 2048. For a side between multiples take the next one, and cut the "
+            "rest off with GLM-Image Crop To Size.",
         )
         for side in ("width", "height")
     ]

@@ -55,6 +55,7 @@ PROMPTS = {
     "layout_from_sketch": [
         "a blue circle on the left, an orange diamond on the right, white background"
     ],
+    "upscale_in_tiles": [demo.TINY_PROMPT],
     "edit_image": ["change the background to yellow"],
 }
 """The texts of each workflow's prompt nodes, in the order of their ids."""

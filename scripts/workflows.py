@@ -28,7 +28,8 @@ STAGES = {
     ),
     "Prompt": ("PrimitiveStringMultiline", "GLMImageGlyphEncode"),
     "References": ("LoadImage", "GLMImageEncodeReference", "GLMImageReferenceCache"),
-    "Region": ("SolidMask", "MaskComposite"),
+    "Tiles": ("ImageScaleBy", "GetImageSize", "ImageCrop", "ImageBatch", "RebatchImages"),
+    "Region": ("SolidMask", "MaskComposite", "FeatherMask"),
     "Layout": (
         "GLMImageEncodeTokens",
         "GLMImageSampleLayout",
@@ -39,10 +40,12 @@ STAGES = {
     "Semantic tokens": ("GLMImageSampleTokens", "GLMImageLayoutToTokens", "GLMImageApplyTokens"),
     "Diffusion decoder": (
         "GLMImageModelSampling",
+        "VAEEncode",
         "SetLatentNoiseMask",
         "GLMImageDecode",
         "KSampler",
     ),
+    "Joined tiles": ("ImageFromBatch", "ImageCompositeMasked"),
     "Picture": ("VAEDecode", "PreviewImage", "SaveImage"),
 }
 SIZES = {
@@ -108,6 +111,16 @@ written and painted anew. For a mask of your own use the mask editor of Load Ima
 **Encode Tokens** reads a photo or a sketch as semantic tokens and as a layout, cropped to the \
 asked aspect. **Lock Layout** holds it, and **Sample Tokens** writes the prompt's picture on it. \
 A mask on Lock Layout holds a part of it only.
+""",
+    "upscale_in_tiles": """\
+# GLM-Image: a larger picture, painted in tiles
+The first picture is scaled up and cut into four tiles of its own size, which overlap by a \
+quarter. **Encode Tokens** gives each tile tokens of its own: those of the first picture would \
+paint the whole scene into every tile. The tiles are painted one by one, in the memory of one.
+
+**Scale up** by less than 2, or the tiles leave a gap. For a picture of your own put Load Image in \
+the place of the first VAE Decode; its sides must be multiples of 32. `denoise` says how much is \
+painted anew.
 """,
     "edit_image": """\
 # GLM-Image: edit a picture

@@ -36,7 +36,7 @@ def token_grid(height: int, width: int) -> Grid:
         raise GLMImageError(
             f"An image of {width}x{height} pixels has no grid of tokens: width and height must be "
             f"positive multiples of {PIXELS_PER_TOKEN}. Use {fitting[1]}x{fitting[0]}, and crop "
-            "the image afterwards."
+            "the image with GLM-Image Crop To Size."
         )
     grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     if 0 in preview_grid(grid):

@@ -33,8 +33,8 @@ def pictures_of(images: int, latents: int, numbers: list[int] | None, known: boo
     if not whole:
         raise GLMImageError(
             f"The latent holds {latents} images, which is no multiple of the {images} that the "
-            "semantic tokens hold; set batch_index on GLM-Image Apply Tokens or change the "
-            "latent's batch."
+            "semantic tokens hold; set batch_index on GLM-Image Apply Tokens, change the latent's "
+            "batch, or connect GLM-Image Split Batch before a sampler that takes images one by one."
         )
     # Numbers that occur twice are those of a fixed seed or of joined batches, and tell nothing.
     return [i % images for i in range(latents)]

@@ -13,6 +13,7 @@ from ...glm_core.errors import GLMImageError
 from .batches import drawn_numbers, pictures_of
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
+from .tiles import LATENTS_PER_TOKEN, PLACES, tokens_of_tile, with_places
 
 Conditioning = list[list[Any]]
 
@@ -23,7 +24,6 @@ REFERENCES = "glm_references"
 NUMBERS = "glm_numbers"
 """The LATENT's `batch_index`, where a node knows it."""
 REPLACED = (REFERENCES, "additional_models")  # entries that an earlier Apply Tokens left
-LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 
 
 def with_tokens(
@@ -53,7 +53,11 @@ def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Co
         (_text(states, values), {key: values[key] for key in values if key not in REPLACED})
         for states, values in conditioning
     )
-    return [[states, {**values, **entries}] for states, values in others]
+    grid = tuple(ids.shape[1:])
+    return [
+        [states, {**values, **entries, PLACES: with_places(values.get(PLACES), grid)}]
+        for states, values in others
+    ]
 
 
 def _text(states: Tensor, values: dict[str, Any]) -> Tensor:
@@ -106,6 +110,13 @@ def require_glyphs(name: str, conditioning: Conditioning) -> None:
         )
 
 
+def require_tokens(name: str, conditioning: Conditioning) -> None:
+    if not conditioning or any(TOKENS not in values for _, values in conditioning):
+        raise GLMImageError(
+            f"The {name} conditioning carries no semantic tokens; connect GLM-Image Apply Tokens."
+        )
+
+
 class Conditions(NamedTuple):
     """The decoder's inputs beside the latents."""
 
@@ -138,7 +149,8 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
             f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
             "decoder's checkpoint."
         )
-    _check_size(tokens, entry[SIZE], latents)
+    tokens, size = tokens_of_tile(tokens, entry[SIZE], latents, entry.get(PLACES))
+    _check_size(tokens, size, latents)
     pictures = _pictures(entry, tokens, latents[0])
     token_map = repeat(
         tokens[pictures],
@@ -147,7 +159,7 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
         q=LATENTS_PER_TOKEN,
     )
     device = entry["device"]
-    return Conditions(glyphs.to(device), token_map.to(device), entry[SIZE], pictures)
+    return Conditions(glyphs.to(device), token_map.to(device), size, pictures)
 
 
 def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
@@ -158,13 +170,15 @@ def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> N
     fitting_height, fitting_width = next_multiples(height, width)
     if (fitting_height, fitting_width) == (height, width):
         advice = (
-            "use the LATENT of GLM-Image Apply Tokens, or tokens of the latent's size; a tile of a "
-            "larger picture needs tokens of its own, from GLM-Image Encode Tokens"
+            "use the LATENT of GLM-Image Apply Tokens; a picture that was scaled up, and a tile "
+            "of one, needs tokens of its own from GLM-Image Encode Tokens, as in the workflow "
+            "upscale_in_tiles, and a padded one as in redo_region"
         )
     else:
         advice = (
             f"scale or pad the picture to {fitting_width} x {fitting_height}, the next multiples "
-            f"of {PIXELS_PER_TOKEN}, before VAE Encode, and use tokens of that size"
+            f"of {PIXELS_PER_TOKEN}, before VAE Encode, use tokens of that size, "
+            "and crop the finished picture with GLM-Image Crop To Size"
         )
     raise GLMImageError(
         f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "

@@ -9,6 +9,7 @@ from comfy_execution.utils import get_executing_context
 from ...glm_core.errors import GLMImageError
 from .conditioning import guides_away_from_tokens
 from .progress import show_text
+from .tiles import PLACES, without_places
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def about_conditions(conds: dict[str, list[dict[str, Any]]], guided: bool) -> li
             raise GLMImageError(
                 "GLM-Image's decoder takes no ControlNet; remove the Apply ControlNet node."
             )
-        keys = {key: None for entry in entries for key, value in entry.items() if value is not None}
+        keys = {key: None for entry in entries for key in entry if _is_set(key, entry[key])}
         for key in keys:
             if key not in READ and not key.startswith(OURS):
                 advice = f"; {ADVICE[key]}" if key in ADVICE else ""
@@ -82,6 +83,10 @@ def about_conditions(conds: dict[str, list[dict[str, Any]]], guided: bool) -> li
             "picture that they describe; connect the negative of GLM-Image Apply Tokens."
         )
     return sentences
+
+
+def _is_set(key: str, value: Any) -> bool:
+    return bool(without_places(value)) if key == PLACES else value is not None
 
 
 def about_patches(options: dict[str, Any]) -> list[str]:

@@ -10,8 +10,12 @@ from PIL import Image
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
-# (height, width) that differ from the inputs: that of a sheet, and that of the picture to edit
-SIZES = {"layout_contact_sheet": (416, 576), "edit_image": (768, 768)}
+# (height, width) that differ from the inputs: of a sheet, of the picture to edit, scaled up
+SIZES = {
+    "layout_contact_sheet": (416, 576),
+    "edit_image": (768, 768),
+    "upscale_in_tiles": (336, 448),
+}
 TIMEOUT_S = 60
 
 

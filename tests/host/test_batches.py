@@ -1,5 +1,7 @@
 """Latents and tokens of a batch: each latent is painted with its own tokens and references."""
 
+from dataclasses import replace
+
 import comfy.sample
 import comfy_extras.nodes_post_processing  # noqa: F401  current hosts import it before nodes_latent
 import pytest
@@ -56,6 +58,12 @@ def by_ksampler(nodes, run, positive, negative, latent):
     return host.common_ksampler(*arguments)[0]["samples"]
 
 
+def split(nodes, positive, negative, latent) -> list[tuple]:
+    """The positive, negative and latent of each image."""
+    lists = nodes["GLMImageSplitBatch"].execute(positive, negative, latent).result
+    return list(zip(*lists, strict=True))
+
+
 SAMPLERS = pytest.mark.parametrize("sample", [by_decode, by_ksampler])
 
 
@@ -110,7 +118,9 @@ def test_decode_paints_one_of_a_batch_with_its_own_tokens(nodes, run) -> None:
     ],
 )
 def test_other_counts_are_refused(nodes, run, sample, change, count) -> None:
-    with pytest.raises(GLMImageError, match=rf"^The latent holds {count} images, which is no mul"):
+    with pytest.raises(
+        GLMImageError, match=rf"^The latent holds {count} images, .* GLM-Image Split"
+    ):
         sample(nodes, run, run.positive, run.negative, change(run.empty))
 
 
@@ -198,6 +208,91 @@ def test_text_zeroed_before_apply_tokens_is_the_empty_text(nodes, run) -> None:
     assert (negative[0][1]["glm_tokens"] == DROPPED).all()
 
 
+# ---- a batch as lists of single images -----------------------------------------------------------
+
+
+@SAMPLERS
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda latent: latent,
+        lambda latent: taken(repeated(latent, 3), 1, 4),
+        lambda latent: joined(taken(latent, 1, 1), taken(latent, 0, 1)),
+        unnumbered,
+        with_fixed_seed,
+    ],
+    ids=["whole", "from repeated", "turned", "unnumbered", "fixed seed"],
+)
+def test_single_images_are_painted_as_in_the_batch(nodes, run, sample, change) -> None:
+    latent = change(run.empty)
+    whole = sample(nodes, run, run.positive, run.negative, latent)
+    singles = split(nodes, run.positive, run.negative, latent)
+    assert [len(single["samples"]) for *_, single in singles] == [1] * len(whole)
+    for i, single in enumerate(singles):
+        alone = sample(nodes, run, *single)
+        assert relative_error(alone, whole[i : i + 1]) < 1e-5
+        assert relative_error(alone, whole[i - 1 : i or None]) > 1e-2
+
+
+def test_one_of_a_batch_is_split_by_its_number(nodes, run) -> None:
+    latent = taken(run.empty, 1, 1)
+    ((positive, _, single),) = split(nodes, run.positive, run.negative, latent)
+    assert torch.equal(positive[0][1]["glm_tokens"], run.tokens.tokens[1:])
+    assert single["batch_index"] == [1]
+
+
+@pytest.mark.parametrize("by", ["decode", "ksampler"])
+def test_single_images_keep_masks_areas_references_and_the_negative(nodes, run, by) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 64, 64, 3, generator=generator).repeat(1, 8, 8, 1)
+    chain, _ = encode_references(run.ar, run.vae, images, None, per_sample=True)
+    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, _, empty = apply(run.positive, run.tokens, -1, None, cache).result
+    away, *_ = apply(run.positive, replace(run.tokens, tokens=run.tokens.tokens.flip(0)), -1).result
+    left = torch.zeros(2, 8, 12)
+    left[0, :, :4], left[1, :, :8] = 1, 1
+    halves = host.ConditioningSetMask().append(positive, 1 - left, "default", 0.5)[0]
+    halves += host.ConditioningSetMask().append(positive, left, "default", 1.0)[0]
+    lower = host.ConditioningSetArea().append(positive, 64, 32, 0, 32, 0.7)[0]
+    latent = {
+        **empty,
+        "samples": torch.randn(empty["samples"].shape, generator=generator),
+        "noise_mask": torch.rand(2, 64, 96, generator=generator),
+    }
+
+    def sampled(positive, negative, latent):
+        if by == "decode":
+            decode = nodes["GLMImageDecode"].execute
+            arguments = (run.model, positive, negative, latent, SEED, 2, 2.5, 0.8)
+            return decode(*arguments).result[0]["samples"]
+        arguments = (run.model, SEED, 2, 2.5, "euler", "simple", positive, negative, latent)
+        return host.common_ksampler(*arguments)[0]["samples"]
+
+    whole = sampled(halves + lower, away, latent)
+    for i, single in enumerate(split(nodes, halves + lower, away, latent)):
+        alone = sampled(*single)
+        assert relative_error(alone, whole[i : i + 1]) < 1e-5
+        assert relative_error(alone, whole[1 - i : 2 - i]) > 1e-2
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_batch_without_tokens_is_not_split(nodes, run, side) -> None:
+    sides = {"positive": run.positive, "negative": run.negative}
+    plain = [[states, {}] for states, _ in run.positive]
+    with pytest.raises(GLMImageError, match=f"^The {side} conditioning carries no semantic tok"):
+        nodes["GLMImageSplitBatch"].execute(**sides | {side: plain}, latent=run.empty)
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"), [(0, "^The latent holds no image;"), (3, "^The latent holds 3 images, ")]
+)
+def test_other_batches_are_not_split(nodes, run, count, sentence) -> None:
+    latent = {"samples": torch.zeros(count, 16, 8, 12)}
+    with pytest.raises(GLMImageError, match=sentence):
+        split(nodes, run.positive, run.negative, latent)
+
+
 # ---- latents of another size ---------------------------------------------------------------------
 
 
@@ -206,7 +301,7 @@ def test_text_zeroed_before_apply_tokens_is_the_empty_text(nodes, run) -> None:
     ("rows", "columns", "sentence"),
     [
         (41, 62, r"96 x 64 pixels .* 496 x 328 pixels; scale or pad the picture to 512 x 352, "),
-        (16, 24, r"96 x 64 pixels .* 192 x 128 pixels; .* a tile of a larger picture needs tokens"),
+        (16, 24, r"96 x 64 pixels .* 192 x 128 pixels; .* in the workflow upscale_in_tiles"),
     ],
 )
 def test_latents_of_another_size_are_refused(nodes, run, sample, rows, columns, sentence) -> None:

@@ -46,6 +46,8 @@ CONTRACT = {
     "GLMImageScheduler": ("model latent steps denoise", "SIGMAS"),
     "GLMImageModelSampling": ("model latent", "MODEL"),
     "GLMImageDecode": ("model positive negative latent seed steps cfg denoise", "LATENT"),
+    "GLMImageSplitBatch": ("positive negative latent", "CONDITIONING CONDITIONING LATENT"),
+    "GLMImageCropToSize": ("image width height", "IMAGE"),
     "GLMImageDevicePlan": (
         "model_name weight_dtype width height batch_size references strategy ar decoder glyph vae"
         " ar_split decoder_split reserve_gb",
@@ -136,6 +138,12 @@ def test_every_node_and_input_says_what_it_is_for(nodes):
         for kind in ("required", "optional"):
             for name, (_, options) in info["input"].get(kind, {}).items():
                 assert options.get("tooltip"), (info["name"], name)
+
+
+def test_a_split_batch_is_lists(nodes):
+    lists = {key: info["output_is_list"] for key, info in nodes.items()}
+    assert lists.pop("GLMImageSplitBatch") == [True, True, True]
+    assert not any(any(outputs) for outputs in lists.values())
 
 
 def test_seeds_cover_64_bits_and_sizes_step_by_32(nodes):

@@ -1,4 +1,4 @@
-"""The stored layout workflows, and the live preview while they run."""
+"""The stored workflows of layouts and tiles, and the live preview while they run."""
 
 import io
 import itertools
@@ -112,6 +112,37 @@ def test_a_redone_region_leaves_the_rest_untouched(client, base):
     (old,), (new,) = (images(client, run, prompt, kind) for kind in ("PreviewImage", "SaveImage"))
     moved = np.abs(new - old).max(axis=-1)
     assert moved[64:192, 128:].mean() > 5 * moved[:, :64].mean()
+
+
+# ---- tiles -----------------------------------------------------------------------------------
+
+
+def at_and_beside_borders(picture, borders):
+    """The mean step from column to column across the tiles' borders, and everywhere else."""
+    steps = np.abs(np.diff(picture, axis=1)).mean(axis=(0, 2))
+    beside = np.ones(len(steps), dtype=bool)
+    beside[[border - 1 for border in borders]] = False
+    return steps[~beside].mean(), steps[beside].mean()
+
+
+def test_an_upscaled_picture_shows_no_borders_of_tiles(client):
+    """96x64 pixels times 1.75 in tiles of 96x64, which begin at column 0 and 72, row 0 and 48."""
+    prompt = fresh(name="upscale_in_tiles", denoise=0.6)
+    (picture,) = images(client, client.run(prompt), prompt)
+    assert picture.shape == (112, 168, 3)
+    for way in (picture, picture.swapaxes(0, 1)):
+        borders = (72, 96) if way is picture else (48, 64)
+        at, beside = at_and_beside_borders(way, borders)
+        assert at < 1.5 * beside
+
+    for node in prompt.values():  # with hard edges, the same measure finds them
+        if node["class_type"] == "FeatherMask":
+            node["inputs"].update(left=0, top=0)
+    run = client.run(prompt)
+    assert not [k for k in run.executed if prompt[k]["class_type"].startswith("GLMImage")]
+    (hard,) = images(client, run, prompt)
+    at, beside = at_and_beside_borders(hard, (72,))
+    assert at > 2 * beside
 
 
 # ---- live preview ----------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from glm_image.scripts.client import Client
+from glm_image.scripts.client import Client, Prompt, PromptError
 from graphs import add, changed, fresh, relink, the, upstream
-from pictures import first_image
+from pictures import first_image, pixels
+from PIL import Image
 
 AR_STAGES = ("GLMImageLoadAR", "GLMImageSampleTokens", "GLMImageGlyphEncode", "GLMImageApplyTokens")
 
@@ -73,6 +74,70 @@ def test_the_first_of_a_batch_is_the_single_picture(client, picture):
     both = first_image(client, run, prompt)
     # A batch sums in another order, so a value between two of the 256 levels may round otherwise.
     np.testing.assert_allclose(picture(changed(prompt, batch_size=1)), both, atol=1)
+
+
+def test_a_split_batch_is_the_same_pictures(client):
+    prompt = fresh(batch_size=2)
+    save = the(prompt, "SaveImage")
+    together = client.images(client.run(prompt), save)
+    apply = the(prompt, "GLMImageApplyTokens")
+    outputs = {"positive": 0, "negative": 1, "latent": 2}
+    split = add(prompt, "GLMImageSplitBatch", **{name: [apply, i] for name, i in outputs.items()})
+    for i in outputs.values():
+        relink(prompt, (apply, i), (split, i))
+    run = client.run(prompt)
+    assert the(prompt, "GLMImageSampleTokens") in run.cached
+    for alone, one in zip(client.images(run, save), together, strict=True):
+        np.testing.assert_allclose(pixels(alone), pixels(one), atol=1)
+    assert abs(pixels(together[0]) - pixels(together[1])).max() > 1
+
+
+@pytest.fixture
+def from_image(base):
+    """The KSampler workflow on a picture that is scaled to (width, height)."""
+    image = Image.linear_gradient("L").convert("RGB")
+    image.save(base / "input" / "gradient.png")
+
+    def prompt(tokens_of: tuple[int, int], scaled_to: tuple[int, int]) -> Prompt:
+        prompt = fresh(name="text_to_image_ksampler", denoise=0.5)
+        (sampler, vae) = the(prompt, "GLMImageSampleTokens"), the(prompt, "GLMImageLoadVAE")
+        prompt[sampler]["inputs"].update(zip(("width", "height"), tokens_of, strict=True))
+        image = add(prompt, "LoadImage", image="gradient.png")
+        width, height = scaled_to
+        size = {"width": width, "height": height, "crop": "center"}
+        scaled = add(prompt, "ImageScale", image=[image, 0], upscale_method="lanczos", **size)
+        encoded = add(prompt, "VAEEncode", pixels=[scaled, 0], vae=[vae, 0])
+        prompt[the(prompt, "KSampler")]["inputs"]["latent_image"] = [encoded, 0]
+        return prompt
+
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("tokens_of", "scaled_to", "node"),
+    [
+        ((500, 333), (500, 333), "GLMImageSampleTokens"),
+        ((512, 352), (500, 333), "KSampler"),
+    ],
+)
+def test_a_size_between_multiples_is_refused(client, from_image, tokens_of, scaled_to, node):
+    prompt = from_image(tokens_of, scaled_to)
+    with pytest.raises(PromptError, match=r"512 ?x ?352.* GLM-Image Crop To Size") as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == the(prompt, node)
+
+
+def test_a_size_between_multiples_is_cropped_from_the_next(client, picture, from_image):
+    prompt = from_image((512, 352), (512, 352))
+    whole = picture(prompt)
+    decoded = the(prompt, "VAEDecode")
+    crop = add(prompt, "GLMImageCropToSize", image=[decoded, 0], width=500, height=333)
+    relink(prompt, (decoded, 0), (crop, 0))
+    np.testing.assert_array_equal(picture(prompt), whole[9:342, 6:506])
+    prompt[crop]["inputs"]["height"] = 360
+    with pytest.raises(PromptError, match="512x352 pixels cannot be cropped to 500x360") as refusal:
+        client.run(prompt)
+    assert refusal.value.node_id == crop
 
 
 def test_sampler_custom_advanced_gives_the_same_picture(picture):
