@@ -18,6 +18,7 @@ from ...glm_core.decoder.model import (
 )
 from ...glm_core.errors import GLMImageError
 from ...glm_core.split import LayerSegment
+from .progress import check_interrupt
 
 MAX_ENTRIES = 16
 """Conditionings or tiles in `StepInvariantsCache`; packs that move their tiles keep adding some."""
@@ -118,8 +119,11 @@ class HostDecoder(Decoder):
     ) -> tuple[Tensor, Tensor]:
         """The block or another node's replacement of it, then the patches that follow every block.
 
-        Both are called as those of ComfyUI's other models with double blocks.
+        Both are called as those of ComfyUI's other models with double blocks. An interrupt ends a
+        step here, which takes long where weights are streamed; ComfyUI checks once a step.
         """
+        if not torch.compiler.is_compiling():  # a compiled step has no place for the check
+            check_interrupt()
 
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
             img, txt, vec, rope = (args[name] for name in ("img", "txt", "vec", "pe"))

@@ -280,6 +280,22 @@ def test_patches_after_a_block_see_its_number_and_result(nodes, run, split) -> N
     assert relative_error(changed, decode(nodes, run, steps=1, cfg=1.0)) > 1e-3
 
 
+def test_an_interrupt_ends_a_step_after_the_block_that_runs(nodes, run) -> None:
+    """A block takes seconds where weights are streamed, and a step has dozens."""
+    model, seen = run.model.clone(), []
+
+    def interrupt(args: dict) -> dict:
+        seen.append(args["block_index"])
+        comfy.model_management.interrupt_current_processing()
+        return args
+
+    model.set_model_patch(interrupt, "double_block")
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        decode(nodes, run, model=model)
+    assert seen == [0]
+    assert decode(nodes, run).isfinite().all()  # the next run is not interrupted
+
+
 def test_easycache_runs_and_skips_steps(nodes, run) -> None:
     network = run.model.model.diffusion_model
     (model,) = EasyCacheNode.execute(run.model, 10.0, 0.1, 0.95, False).result
