@@ -5,15 +5,17 @@ JSON reader may run out of stack or of time.
 """
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import GLMImageError, shown
 
 MAX_ELEMENTS = 4_000_000
 """Values in one JSON text. A tokenizer with 170,000 tokens has about a million."""
 MAX_DEPTH = 64
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -28,6 +30,34 @@ def wall(what: str, advice: str = "download it again") -> Iterator[None]:
         raise
     except BaseException as error:
         raise GLMImageError(f"{shown(what)}; {advice}.") from error
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """What `work()` returns or raises, if it ends in time.
+
+    `work` runs in a thread, which nothing can stop: after a TimeoutError it goes on to its end. It
+    has to leave Python's lock to others meanwhile.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # a panic of a library is no Exception
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    for error in errors:
+        raise error
+    if not results:
+        raise TimeoutError(f"It takes more than {seconds} seconds.")
+    return results[0]
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:

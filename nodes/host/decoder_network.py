@@ -16,7 +16,9 @@ from ...glm_core.decoder.model import (
     ReferenceKeysValues,
     StepInvariants,
 )
+from ...glm_core.errors import GLMImageError
 from ...glm_core.split import LayerSegment
+from .progress import check_interrupt
 
 MAX_ENTRIES = 16
 """Conditionings or tiles in `StepInvariantsCache`; packs that move their tiles keep adding some."""
@@ -117,8 +119,11 @@ class HostDecoder(Decoder):
     ) -> tuple[Tensor, Tensor]:
         """The block or another node's replacement of it, then the patches that follow every block.
 
-        Both are called as those of ComfyUI's other models with double blocks.
+        Both are called as those of ComfyUI's other models with double blocks. An interrupt ends a
+        step here, which takes long where weights are streamed; ComfyUI checks once a step.
         """
+        if not torch.compiler.is_compiling():  # a compiled step has no place for the check
+            check_interrupt()
 
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
             img, txt, vec, rope = (args[name] for name in ("img", "txt", "vec", "pe"))
@@ -173,7 +178,12 @@ class StepInvariantsCache:
         size: tuple[int, int],
         dtype: torch.dtype,
     ) -> StepInvariants:
-        """`Decoder.prepare`, computed once for equal arguments."""
+        """`Decoder.prepare`, computed once for equal arguments.
+
+        Raises:
+            GLMImageError: a LoRA in ComfyUI's bypass mode changes the embedding of the tokens.
+        """
+        _refuse_bypass(decoder.prior_token_embedding)
         if not self.enabled or torch.is_grad_enabled():
             return decoder.prepare(glyphs, tokens, size, dtype)
         for known_glyphs, known_tokens, key, invariants in self._entries:
@@ -183,6 +193,15 @@ class StepInvariantsCache:
         self._entries.append((glyphs, tokens.clone(), (size, dtype), invariants))
         del self._entries[:-MAX_ENTRIES]
         return invariants
+
+
+def _refuse_bypass(embedding: nn.Module) -> None:
+    """Current hosts multiply the input of any layer by a LoRA in bypass mode, ids included."""
+    if hasattr(getattr(embedding.forward, "__self__", None), "adapter"):
+        raise GLMImageError(
+            "ComfyUI's bypass mode takes the embedding of GLM-Image's tokens for a linear layer; "
+            "train with bypass_mode off, and load the LoRA with GLM-Image Load LoRA."
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -41,10 +41,10 @@ def change(file: Path, **values: object) -> None:
     replace(file, json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def prompt(snapshot: Path) -> list[int]:
+def prompt(snapshot: Path, text: str = "a cat") -> list[int]:
     files = open_component(snapshot, "ar").processor
     tokenizer = PromptTokenizer(files.tokenizer, files.tokenizer_config, files.chat_template)
-    return tokenizer.text_to_image("a cat", (4, 4)).ids.tolist()
+    return tokenizer.text_to_image(text, (4, 4)).ids.tolist()
 
 
 # ---- the wall ------------------------------------------------------------------------------------
@@ -211,6 +211,20 @@ def test_padding_and_truncation_are_not_applied(snapshot) -> None:
     truncation = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     change(file, padding=padding, truncation=truncation)
     assert prompt(snapshot) == expected
+
+
+def test_a_tokenizer_that_tries_every_split_of_a_text_is_refused_soon(
+    snapshot, monkeypatch
+) -> None:
+    """Each word costs about 2^22 tries, fewer than those after which the library gives up."""
+    monkeypatch.setattr("glm_image.glm_core.ar.prompt.TEXT_SECONDS", 0.2)
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    change(snapshot / "processor/tokenizer.json", pre_tokenizer=split)
+    start = time.monotonic()
+    with pytest.raises(GLMImageError, match="tokenizer fails at this prompt, or is endless; down"):
+        prompt(snapshot, ("a" * 22 + "!") * 15)
+    assert time.monotonic() - start < 1
 
 
 ENDLESS = {

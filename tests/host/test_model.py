@@ -16,7 +16,6 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
-from comfy_extras.nodes_lumina2 import RenormCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 from glm_image.glm_core.decoder import model as decoder
 from glm_image.glm_core.decoder.model import DROPPED, rotary
@@ -86,13 +85,6 @@ def test_model_sampling_patches_do_not_reach_the_timestep(nodes, run, patch) -> 
         for model in (run.model, patch(run.model))
     ]
     assert relative_error(samples[1], samples[0]) < 1e-6
-
-
-def test_renorm_cfg_without_renorming_changes_nothing(nodes, run) -> None:
-    (model,) = RenormCFG.execute(run.model, 100.0, 0.0).result
-    assert same(decode(nodes, run, model=model), decode(nodes, run))
-    (renormed,) = RenormCFG.execute(run.model, 100.0, 0.5).result
-    assert relative_error(decode(nodes, run, model=renormed), decode(nodes, run)) > 1e-3
 
 
 def test_numbers_that_other_nodes_read_are_those_of_the_checkpoint(run, pipelines) -> None:
@@ -286,6 +278,22 @@ def test_patches_after_a_block_see_its_number_and_result(nodes, run, split) -> N
     names = ["block_index", "img", "pe", "transformer_options", "txt", "vec"]
     assert seen == [(block, names) for block in (0, 1)]
     assert relative_error(changed, decode(nodes, run, steps=1, cfg=1.0)) > 1e-3
+
+
+def test_an_interrupt_ends_a_step_after_the_block_that_runs(nodes, run) -> None:
+    """A block takes seconds where weights are streamed, and a step has dozens."""
+    model, seen = run.model.clone(), []
+
+    def interrupt(args: dict) -> dict:
+        seen.append(args["block_index"])
+        comfy.model_management.interrupt_current_processing()
+        return args
+
+    model.set_model_patch(interrupt, "double_block")
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        decode(nodes, run, model=model)
+    assert seen == [0]
+    assert decode(nodes, run).isfinite().all()  # the next run is not interrupted
 
 
 def test_easycache_runs_and_skips_steps(nodes, run) -> None:

@@ -96,3 +96,17 @@ def test_what_cannot_be_trained_is_refused(nodes, run, dtype, split, message) ->
     model = nodes["GLMImageLoadDecoder"].execute("small", dtype, plan).result[0]
     with pytest.raises(GLMImageError, match=message):
         train(model, run)
+
+
+BYPASS = {"bypass_mode"} & {i.id for i in TrainLoraNode.define_schema().inputs}
+
+
+@pytest.mark.skipif(not BYPASS, reason="this host has no bypass mode")
+def test_bypass_mode_is_refused_for_the_embedding_alone(nodes, run) -> None:
+    with pytest.raises(GLMImageError, match=r"takes the embedding .* with bypass_mode off, and"):
+        train(run.model, run, bypass_mode=True)
+    lora, _ = train(run.model, run)
+    linear = {key: value for key, value in lora.items() if "prior_token_embedding" not in key}
+    loaders = (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models)
+    weights, bypass = (load(run.model, None, linear, 1.0, 0)[0] for load in loaders)
+    assert relative_error(decode(nodes, run, bypass), decode(nodes, run, weights)) < 1e-4

@@ -61,7 +61,6 @@ def test_unknown_model(refused, loader):
 @pytest.mark.parametrize(
     ("node_type", "name", "value", "sentence"),
     [
-        ("GLMImageLoadVAE", "model_name", 3, "model_name is 3 and not a name"),
         ("GLMImageSampleTokens", "ar", "x", 'ar is "x" and not an AR model; connect'),
         ("GLMImageApplyTokens", "tokens", {"a": 1}, "and not semantic tokens; connect"),
         ("GLMImageDecode", "latent", None, "latent is null and not a LATENT; connect"),
