@@ -140,10 +140,14 @@ def test_every_node_and_input_says_what_it_is_for(nodes):
                 assert options.get("tooltip"), (info["name"], name)
 
 
-def test_a_split_batch_is_lists(nodes):
+def test_these_outputs_are_lists(nodes):
     lists = {key: info["output_is_list"] for key, info in nodes.items()}
-    assert lists.pop("GLMImageSplitBatch") == [True, True, True]
-    assert not any(any(outputs) for outputs in lists.values())
+    assert {key: found for key, found in lists.items() if any(found)} == {
+        "GLMImageSplitBatch": [True, True, True],
+        "GLMImageScoreTokens": [True, False, False],
+        "GLMImageReadText": [True, False, False],
+        "GLMImagePromptLines": [True],
+    }
 
 
 def test_seeds_cover_64_bits_and_sizes_step_by_32(nodes):
