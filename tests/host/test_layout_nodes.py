@@ -157,7 +157,8 @@ def test_tokens_and_mask_belong_together(sample):
 
 def test_a_layout_that_does_not_fit(sample, wide_ar):
     (layout,) = sample("Layout", (512, 512))
-    with pytest.raises(GLMImageError, match=r"16x16 .* 512x768 pixels has 19x13.*such as \d+x\d+"):
+    sentence = r"of 512x512 pixels: .* 16x16 .* 512x768 pixels has 19x13. Use 512x512, .* as \d+x"
+    with pytest.raises(GLMImageError, match=sentence):
         sample("Tokens", (512, 768), layout=layout)
     with pytest.raises(GLMImageError, match="codebook of the layout is 64 and the AR model's 96"):
         sample("Tokens", (512, 512), layout=layout, model=wide_ar)

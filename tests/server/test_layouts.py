@@ -263,7 +263,7 @@ def _does_not_fit(graph):
     other = Graph((512, 512)).size
     layout = graph.sample("Layout", 1)
     graph[layout[0]]["inputs"] |= dict(zip(("width", "height"), other, strict=True))
-    return graph.sample("Tokens", 1, layout=layout), r"16x16 cells .*96x64.* 13x19.* size such as"
+    return graph.sample("Tokens", 1, layout=layout), r"16x16 cells .*96x64.* 13x19. Use 512x512, "
 
 
 def _other_codebook(graph):
