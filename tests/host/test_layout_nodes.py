@@ -206,12 +206,12 @@ def test_a_layout_decodes_as_a_small_picture(run, sample):
 def test_shown_in_the_colours_of_the_codebook_or_in_arbitrary_ones(run, sample, ar, pipelines):
     tokens, layouts = sample("Tokens", batch=3)
     codes = pipelines["small"].vision_language_encoder.model.vqmodel.quantize.embedding.weight
-    (with_ar,) = run("ShowTokens", 8, tokens=tokens, ar=ar)
-    assert same(with_ar[0], draw_sheet(tokens.tokens, codebook_palette(codes), 8))
-    (without,) = run("ShowTokens", 8, tokens=tokens)
-    assert same(without[0], draw_sheet(tokens.tokens, hash_palette(64), 8))
+    with_ar, _ = run("ShowTokens", 8, tokens=tokens, ar=ar)
+    assert same(with_ar[0], draw_sheet(tokens.tokens, codebook_palette(codes), 8, numbered=True))
+    without, _ = run("ShowTokens", 8, tokens=tokens)
+    assert same(without[0], draw_sheet(tokens.tokens, hash_palette(64), 8, numbered=True))
     (locked,) = run("LockLayout", layouts, "whole", -1)
-    (outlined,), (plain,) = (run("ShowTokens", 8, layout=shown) for shown in (locked, layouts))
+    (outlined, _), (plain, _) = (run("ShowTokens", 8, layout=shown) for shown in (locked, layouts))
     assert outlined.shape == plain.shape
     assert (outlined == 1).all(dim=-1).sum() > (plain == 1).all(dim=-1).sum() + 1000
 
