@@ -90,10 +90,8 @@ class ApplyTokens(Node):
 
 def _choose(batch: int, index: int) -> list[int]:
     if index >= batch:
-        raise GLMImageError(
-            f"batch_index is {index} and the tokens hold {batch} images; "
-            f"use 0 to {batch - 1}, or -1 for all."
-        )
+        found = "one image; use 0" if batch == 1 else f"{batch} images; use 0 to {batch - 1}"
+        raise GLMImageError(f"batch_index is {index} and the tokens hold {found}, or -1 for all.")
     return list(range(batch)) if index < 0 else [index]
 
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .host import sampling
 from .inputs import seed_input
+from .messages import message
 from .node import Node
 from .types import CATEGORY
 
@@ -126,4 +127,4 @@ class Decode(Node):
         denoise: float,
     ) -> io.NodeOutput:
         latent = sampling.decode(model, positive, negative, latent, seed, steps, cfg, denoise)
-        return io.NodeOutput(latent)
+        return io.NodeOutput(latent, ui=message(model.model.notices.said))

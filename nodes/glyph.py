@@ -4,7 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..glm_core.glyph.advice import advice, summary
 from .host import glyph
+from .messages import message
 from .node import Node
 from .types import CATEGORY
 
@@ -18,7 +20,7 @@ class GlyphEncode(Node):
             category=CATEGORY,
             description="Encodes the texts that the image should show: those that the prompt has "
             "in quotes ('...', “...”, \"...\", 「...」), or the lines of texts. An apostrophe "
-            "counts as a quote: if the second output is wrong, list the texts yourself.",
+            "counts as a quote: if the node shows a wrong text, list the texts yourself.",
             inputs=[
                 io.Clip.Input("clip", tooltip="From GLM-Image Load Glyph Encoder."),
                 io.String.Input(
@@ -40,7 +42,9 @@ class GlyphEncode(Node):
 
     @classmethod
     def execute(cls, clip: Any, prompt: str, texts: str = "") -> io.NodeOutput:
-        listed = [line.strip() for line in texts.splitlines() if line.strip()]
-        tokens = clip.tokenize(prompt, texts=listed or None)
+        listed = [line.strip() for line in texts.splitlines() if line.strip()] or None
+        tokens = clip.tokenize(prompt, texts=listed)  # logs the advice
         conditioning = clip.encode_from_tokens_scheduled(tokens)
-        return io.NodeOutput(conditioning, "\n".join(tokens[glyph.TOKENS]))
+        found = tokens[glyph.TOKENS]
+        said = message([*summary(found), *advice(prompt, listed)])
+        return io.NodeOutput(conditioning, "\n".join(found), ui=said)

@@ -32,7 +32,9 @@ class LockLayout(Node):
                     options=list(LOCKS),
                     default=LOCKS[0],
                     tooltip="whole: every cell. masked: what the mask covers. outside mask: "
-                    "everything else. none: unlock all.",
+                    "everything else. none: unlock all. left, right, top, bottom: that half. The "
+                    "middle one of an odd number of rows is in the top half; of columns, in the "
+                    "left one.",
                 ),
                 io.Int.Input(
                     "batch_index",

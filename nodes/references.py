@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..glm_core.data.grids import size_advice
 from ..glm_core.data.references import References as ReferenceData
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
-from .host.progress import show_text
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
 from .inputs import check_choices, require_choices, size_inputs, vision_input
+from .messages import message, warning
 from .node import Node
 from .types import CATEGORY, Layout, ReferenceCache, References, Tokens
 
@@ -53,7 +54,6 @@ class EncodeReference(Node):
                 io.Int.Output(display_name="width", tooltip="Width of the resized image."),
                 io.Int.Output(display_name="height", tooltip="Height of the resized image."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -71,8 +71,8 @@ class EncodeReference(Node):
     ) -> io.NodeOutput:
         require_choices(("batch", batch, BATCHES))
         chain, (height, width) = encode_references(ar, vae, image, references, batch == BATCHES[1])
-        show_text(cls.hidden.unique_id, _summary(image, width, height, len(chain.sets[0])))
-        return io.NodeOutput(chain, width, height)
+        said = message([_summary(image, width, height, len(chain.sets[0]))])
+        return io.NodeOutput(chain, width, height, ui=said)
 
 
 def _summary(image: torch.Tensor, width: int, height: int, count: int) -> str:
@@ -148,4 +148,5 @@ class EncodeTokens(Node):
 
     @classmethod
     def execute(cls, ar: HostAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
-        return io.NodeOutput(*encode_tokens(ar, image, height, width))
+        encoded = encode_tokens(ar, image, height, width)
+        return io.NodeOutput(*encoded, ui=warning(size_advice(height, width)))

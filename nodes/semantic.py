@@ -5,12 +5,14 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.ar.step import SamplingOptions
+from ..glm_core.data.grids import size_advice
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import GLMImageError
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
+from .messages import warning
 from .node import Node
 from .types import AR, CATEGORY, Layout, References, Tokens
 
@@ -84,14 +86,16 @@ class SampleTokens(Node):
         request = (prompt, height, width, seed, batch_size, options)
         extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
         if references is None:
-            return io.NodeOutput(*ar.sample(*request, layout=layout, **extra))
+            sampled = ar.sample(*request, layout=layout, **extra)
+            return io.NodeOutput(*sampled, ui=warning(size_advice(height, width)))
         if layout is not None:
             raise GLMImageError(
                 "A layout and references cannot be used together, because an image from references "
                 "has no preview stage; disconnect one of them."
             )
         edited = ar.sample_from_references(*request, references, **extra)
-        return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT))
+        said = warning(size_advice(height, width))
+        return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT), ui=said)
 
 
 class SampleLayout(Node):
@@ -136,7 +140,7 @@ class SampleLayout(Node):
         sampled = ar.sample_layout(
             prompt, height, width, seed, batch_size, options, layout=layout, lookahead=lookahead
         )
-        return io.NodeOutput(sampled)
+        return io.NodeOutput(sampled, ui=warning(size_advice(height, width)))
 
 
 def _sampling_inputs() -> list[io.Input]:

@@ -1,6 +1,6 @@
-"""Draws tokens and layouts as pictures."""
+"""Draws tokens and layouts as pictures, and takes the mask that is painted on them."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..glm_core.data.token_image import draw_sheet, hash_palette, sheet_grid
@@ -10,10 +10,12 @@ from ..glm_core.errors import GLMImageError
 from ..glm_core.placement import memory
 from .host.ar import HostAR
 from .host.out_of_memory import require_room
+from .host.painted_mask import content_of, find_painting, painted_mask
+from .inputs import validate
 from .node import Node
 from .types import AR, CATEGORY, Layout, Tokens
 
-COPIES = 3  # of a sheet: its pictures, the sheet, and the sheet in order
+COPIES = 4  # of a sheet: its pictures, the sheet, the sheet in order, and what the page shows
 
 
 class ShowTokens(Node):
@@ -24,7 +26,8 @@ class ShowTokens(Node):
             display_name="GLM-Image Show Tokens",
             category=CATEGORY,
             description="Draws semantic tokens or a layout, one square for each token and a batch "
-            "on one sheet. Locked cells are outlined.",
+            "on one sheet, numbered as batch_index counts. Locked cells are outlined. "
+            "Open the picture in the page's mask editor to paint a mask on it.",
             inputs=[
                 Tokens.Input(
                     "tokens", optional=True, tooltip="Tokens to draw, if no layout is connected."
@@ -45,9 +48,32 @@ class ShowTokens(Node):
                     max=128,
                     tooltip="Side of each square in pixels.",
                 ),
+                io.String.Input(
+                    "image",
+                    default="",
+                    optional=True,
+                    tooltip="Written by the page: right-click the picture, Open in Mask Editor, "
+                    "paint, save, run again. What you painted is the output mask. Empty: no mask.",
+                ),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[
+                io.Image.Output(),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="What was painted on the picture, for Lock Layout, Compose Layouts and "
+                    "Sample Tokens. Show a single one to paint on it.",
+                ),
+            ],
+            is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, image: str | None = None) -> bool | str:
+        return not image or validate(find_painting, image)
+
+    @classmethod
+    def fingerprint_inputs(cls, image: str | None = None, **_: object) -> str:
+        return content_of(image or "")
 
     @classmethod
     def execute(
@@ -56,6 +82,7 @@ class ShowTokens(Node):
         tokens: SemanticTokens | None = None,
         layout: LayoutData | None = None,
         ar: HostAR | None = None,
+        image: str = "",
     ) -> io.NodeOutput:
         if (tokens is None) == (layout is None):
             raise GLMImageError(
@@ -64,7 +91,9 @@ class ShowTokens(Node):
         grids, locked = (tokens.tokens, None) if layout is None else (layout.preview, layout.locked)
         _require_room(grids, cell_size)
         palette = _palette((tokens or layout).codebook, ar)
-        return io.NodeOutput(draw_sheet(grids, palette, cell_size, locked)[None])
+        sheet = draw_sheet(grids, palette, cell_size, locked, numbered=True)[None]
+        mask = painted_mask(image, tuple(sheet.shape[1:3]))
+        return io.NodeOutput(sheet, mask, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def _require_room(grids: Tensor, cell_size: int) -> None:

@@ -22,6 +22,8 @@ PIXELS_PER_LATENT = 8
 """Along each side of a latent cell, by GLM-Image's VAE."""
 PATCHES_PER_TOKEN = 2
 """The decoder's patches along each side of a token."""
+TRAINED_SIDES = 1024, 2048
+WEAK_SIDE = 512  # the model is known to be weak there
 PREVIEW_SIDE = 16  # a preview of any aspect has about PREVIEW_SIDE**2 cells
 
 
@@ -45,6 +47,20 @@ def token_grid(height: int, width: int) -> Grid:
             f"within {PREVIEW_SIDE**2} times the shorter one."
         )
     return grid
+
+
+def size_advice(height: int, width: int) -> list[str]:
+    """Sentences about an image's size, where the model was not trained for it."""
+    low, high = TRAINED_SIDES
+    about = f"The image is {width}x{height}, and GLM-Image was trained for sides of {low} to {high}"
+    sentences = []
+    if min(height, width) < WEAK_SIDE:
+        sentences.append(
+            f"{about} pixels and is weak at {WEAK_SIDE}; sample a larger one and scale it down."
+        )
+    if max(height, width) > high:
+        sentences.append(f"{about} pixels; sample a smaller one and scale it up.")
+    return sentences
 
 
 def next_multiples(height: int, width: int) -> Size:

@@ -12,7 +12,8 @@ from ..errors import GLMImageError
 from .grids import PIXELS_PER_TOKEN, Grid, Size, preview_grid, token_grid
 from .tokens import Forced, Layout, SemanticTokens
 
-LOCKS = ("whole", "masked", "outside mask", "none")
+HALVES = ("left", "right", "top", "bottom")
+LOCKS = ("whole", "masked", "outside mask", "none", *HALVES)
 MAX_SUGGESTIONS = 3  # of sizes that a layout fits, in an error sentence
 
 
@@ -61,7 +62,8 @@ def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = N
     """A layout with more cells locked, or with none locked.
 
     Args:
-        how: one of `LOCKS`; "masked" and "outside mask" need a `mask`, see `mask_to_grid`.
+        how: one of `LOCKS`; "masked" and "outside mask" need a `mask`, see `mask_to_grid`. A half
+            is one of `half`.
         batch_index: the layout of the batch to return, from 0; -1 returns all.
 
     Raises:
@@ -69,10 +71,10 @@ def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = N
     """
     batch = len(layout.preview)
     if batch_index >= batch:
-        raise GLMImageError(
-            f"batch_index is {batch_index} and there are {batch} layouts; use 0 to {batch - 1}, "
-            "or -1 for all."
+        found = (
+            "is one layout; use 0" if batch == 1 else f"are {batch} layouts; use 0 to {batch - 1}"
         )
+        raise GLMImageError(f"batch_index is {batch_index} and there {found}, or -1 for all.")
     preview = layout.preview if batch_index < 0 else layout.preview[batch_index, None]
     return replace(layout, preview=preview, locked=_locked(layout.locked, how, mask))
 
@@ -82,10 +84,27 @@ def _locked(before: Tensor, how: str, mask: Tensor | None) -> Tensor:
         return torch.ones_like(before)
     if how == "none":
         return torch.zeros_like(before)
+    if how in HALVES:
+        return before | half(how, tuple(before.shape))
     if mask is None:
         raise GLMImageError(f"To lock '{how}', connect a mask; 'whole' needs none.")
     masked = mask_to_grid(mask, tuple(before.shape))
     return before | (masked if how == "masked" else ~masked)
+
+
+def half(side: str, grid: Grid) -> Tensor:
+    """The cells of one of `HALVES`: bool [rows, columns].
+
+    The middle one of an odd number of rows is in the top half; of columns, in the left one. So top
+    and bottom share no cell and leave none out, and neither do left and right.
+    """
+    rows, columns = grid
+    cells = torch.zeros(grid, dtype=torch.bool)
+    if side in ("top", "bottom"):
+        cells[: (rows + 1) // 2] = True
+    else:
+        cells[:, : (columns + 1) // 2] = True
+    return cells if side in ("top", "left") else ~cells
 
 
 def compose(
@@ -177,16 +196,20 @@ def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) 
     """
     Raises:
         GLMImageError: the layout has another codebook, or its preview another shape than that of
-            an image of `height` x `width`. The sentence names sizes that would fit.
+            an image of `height` x `width`. The sentence names the layout's own size, and then
+            others that would fit.
     """
     require_codebook("layout", layout.codebook, codebook)
     wanted, found = preview_grid(token_grid(height, width)), tuple(layout.locked.shape)
     if found != wanted:
-        sizes = " or ".join(f"{w}x{h}" for h, w in sizes_that_fit(layout, height * width))
+        own, *others = (f"{w}x{h}" for h, w in sizes_that_fit(layout, height * width))
+        sizes = (
+            f"{own}, another size of that shape such as {' or '.join(others)}" if others else own
+        )
         raise GLMImageError(
-            f"The layout's preview has {found[0]}x{found[1]} cells (rows x columns), but that of "
-            f"an image of {width}x{height} pixels has {wanted[0]}x{wanted[1]}: use a size such as "
-            f"{sizes}, or another layout."
+            f"The layout is of an image of {own} pixels: its preview has {found[0]}x{found[1]} "
+            f"cells (rows x columns), and that of {width}x{height} pixels has "
+            f"{wanted[0]}x{wanted[1]}. Use {sizes}, or another layout."
         )
 
 
@@ -212,13 +235,16 @@ def require_codebook(name: str, found: int, wanted: int) -> None:
 
 
 def sizes_that_fit(layout: Layout, pixels: int) -> list[Size]:
-    """Up to `MAX_SUGGESTIONS` image sizes that a layout fits, those nearest to `pixels` first."""
+    """Up to `MAX_SUGGESTIONS` image sizes that a layout fits.
+
+    The layout's own is the first; those nearest to `pixels` follow.
+    """
     own = token_grid(layout.height, layout.width)
     sides = range(1, 2 * math.isqrt(pixels) // PIXELS_PER_TOKEN + 1)
     fitting = {grid for grid in product(sides, sides) if preview_grid(grid) == preview_grid(own)}
     cells = pixels / PIXELS_PER_TOKEN**2
-    nearest = sorted(fitting | {own}, key=lambda grid: abs(math.log(math.prod(grid) / cells)))
+    nearest = sorted(fitting - {own}, key=lambda grid: abs(math.log(math.prod(grid) / cells)))
     return [
         (rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
-        for rows, columns in nearest[:MAX_SUGGESTIONS]
+        for rows, columns in [own, *nearest][:MAX_SUGGESTIONS]
     ]

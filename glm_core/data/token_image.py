@@ -10,7 +10,9 @@ from torch import Tensor
 from .tokens import UNKNOWN
 
 DARK = 0.12  # unknown cells and gaps
-LIGHT = 1.0  # outlines of locked cells
+LIGHT = 1.0  # outlines of locked cells, numbers
+DIGITS = ("75557", "26227", "71747", "71717", "55711", "74717", "74757", "71111", "75757", "75717")
+"""Rows of three dots, as bits."""
 
 
 def codebook_palette(embedding: Tensor) -> Tensor:
@@ -58,7 +60,12 @@ def hash_palette(codebook: int) -> Tensor:
 
 
 def draw_sheet(
-    tokens: Tensor, palette: Tensor, cell_size: int, locked: Tensor | None = None
+    tokens: Tensor,
+    palette: Tensor,
+    cell_size: int,
+    locked: Tensor | None = None,
+    *,
+    numbered: bool = False,
 ) -> Tensor:
     """A batch of grids, drawn row by row on a roughly square sheet.
 
@@ -67,6 +74,7 @@ def draw_sheet(
         palette: float32 [codebook, 3].
         cell_size: side of a cell in pixels.
         locked: bool [rows, columns], cells to outline in every grid.
+        numbered: whether each grid of several has its number in its corner, from 0.
 
     Returns:
         float32 [height, width, 3], 0 to 1.
@@ -76,6 +84,9 @@ def draw_sheet(
     pictures = repeat(cells, "b h w c -> b (h y) (w x) c", y=cell_size, x=cell_size)
     if locked is not None:
         pictures = torch.where(_outline(locked, cell_size), LIGHT, pictures)
+    if numbered and len(tokens) > 1:
+        for i, picture in enumerate(pictures):
+            _write_number(i, picture)
     return _sheet(pictures, gap=max(1, cell_size // 2))
 
 
@@ -92,6 +103,17 @@ def _outline(locked: Tensor, cell_size: int) -> Tensor:
     border[width:-width, width:-width] = False
     outline = locked[:, None, :, None] & border[:, None]
     return rearrange(outline, "h y w x -> (h y) (w x) 1")
+
+
+def _write_number(value: int, picture: Tensor) -> None:
+    """Writes light digits on a dark ground into the corner of a picture [height, width, 3]."""
+    digits = [DIGITS[int(digit)] for digit in str(value)]
+    rows = ["".join(f"{int(digit[row]):03b}0" for digit in digits) for row in range(5)]
+    dots = F.pad(torch.tensor([[int(bit) for bit in row] for row in rows]), (1, 0, 1, 1))
+    height, width = picture.shape[:2]
+    side = max(1, min(height, width) // 64)
+    number = repeat(dots, "r c -> (r y) (c x) 1", y=side, x=side)[:height, :width]
+    picture[: number.shape[0], : number.shape[1]] = torch.where(number == 1, LIGHT, DARK)
 
 
 def _sheet(pictures: Tensor, gap: int) -> Tensor:

@@ -20,12 +20,14 @@ from ...glm_core.decoder.schedule import ScheduleConfig
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.component import Component
 from ...glm_core.files.saved import CONFIG, config_tensor
+from ...glm_core.latent_rgb import LatentColours
 from ...glm_core.placement import memory
 from ...glm_core.split import LayerSegment, on_device
 from .cache_reader import CacheReader, ReferencesCondition
 from .conditioning import REFERENCES, conditions, unless_zeroed
 from .decoder_network import HostDecoder
 from .devices import Placement, default_placement
+from .latent_rgb import find_colours
 from .notices import Notices, about_conditions, about_patches, refuse_recorded_attention
 from .out_of_memory import explain_out_of_memory, require_room
 from .patchers import ListsSegments, make_patcher, require_layers
@@ -166,14 +168,31 @@ class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
-    """(z - mean) / std by channel, with the numbers of the checkpoint's VAE config."""
+    """(z - mean) / std by channel, with the numbers of the checkpoint's VAE config.
+
+    ComfyUI's previews read the colours before each run, so those fitted meanwhile are used.
+    """
 
     latent_channels = 16
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         self.latent_channels = len(mean)
+        self.numbers = mean, std
         self.mean = torch.tensor(mean).view(1, -1, 1, 1)
         self.std = torch.tensor(std).view(1, -1, 1, 1)
+
+    @property
+    def latent_rgb_factors(self) -> list[list[float]] | None:
+        colours = self._colours()
+        return colours and colours.factors
+
+    @property
+    def latent_rgb_factors_bias(self) -> list[float] | None:
+        colours = self._colours()
+        return colours and colours.bias
+
+    def _colours(self) -> LatentColours | None:
+        return find_colours(*self.numbers)
 
     def process_in(self, latent: Tensor) -> Tensor:
         return (latent - self.mean.to(latent)) / self.std.to(latent)

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 from ...glm_core.errors import GLMImageError
 from ...glm_core.files.saved import CONFIG, config_tensor
+from ...glm_core.glyph.advice import advice
 from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
-from ...glm_core.glyph.texts import (
-    MAX_IDS,
-    MAX_LENGTH,
-    MAX_TEXTS,
-    encode_texts,
-    glyph_ids,
-    is_cut,
-    texts_that_fit,
-    texts_to_render,
-)
+from ...glm_core.glyph.texts import encode_texts, glyph_ids, texts_that_fit, texts_to_render
 from ...glm_core.split import on_device
 from .devices import Placement
 from .out_of_memory import explain_out_of_memory
@@ -50,15 +42,9 @@ class GlyphTokenizer:
     ) -> dict[str, list[str]]:
         """The texts to render: `texts` where given, else those in quotes in `text`."""
         found = texts_to_render(text) if texts is None else texts
-        fitting = texts_that_fit(found)
-        if len(fitting) < len(found):
-            log.warning(
-                "The last %d of %d texts are left out: at most %d texts fit, of %d bytes together.",
-                *(len(found) - len(fitting), len(found), MAX_TEXTS, MAX_IDS),
-            )
-        for cut in filter(is_cut, fitting):
-            log.warning("The end of the text '%.40s...' is cut: %d bytes fit.", cut, MAX_LENGTH - 1)
-        return {TOKENS: fitting}
+        for sentence in advice(text, texts):
+            log.warning("%s", sentence)
+        return {TOKENS: texts_that_fit(found)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What save nodes write beside the encoder's weights."""

@@ -36,22 +36,22 @@ REPLACEMENTS = {("dit", "double_block")}
 
 
 class Notices:
-    """The sentences of one run."""
+    """The sentences of one run, `said` so far."""
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        self._said: list[str] = []
+        self.said: list[str] = []
 
     def say(self, sentences: Iterable[str]) -> None:
-        new = [sentence for sentence in sentences if sentence not in self._said]
+        new = [sentence for sentence in sentences if sentence not in self.said]
         for sentence in new:
             log.warning("%s", sentence)
-        self._said += new
+        self.said += new
         running = get_executing_context()
         if new and running is not None:
-            show_text(running.node_id, "\n".join(self._said))
+            show_text(running.node_id, "\n".join(self.said))
 
 
 def about_conditions(conds: dict[str, list[dict[str, Any]]], guided: bool) -> list[str]:

@@ -65,7 +65,10 @@ def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
 
 
 def show_text(node_id: str, text: str) -> None:
-    """Shows a line under the widgets of a node, while it runs and after."""
+    """Shows lines under the widgets of a node, also one of ComfyUI's own, while it runs.
+
+    Current pages take them away when the prompt ends; what a node says itself is its `ui`.
+    """
     from server import PromptServer  # only a running server has it
 
     PromptServer.instance.send_progress_text(text, node_id)

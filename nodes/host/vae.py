@@ -15,8 +15,10 @@ from ...glm_core.errors import GLMImageError
 from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
+from ...glm_core.split import on_device
 from ...glm_core.vae import AutoencoderKL, VAEConfig
 from .devices import Placement
+from .latent_rgb import fit_once
 from .out_of_memory import explain_out_of_memory
 from .patchers import make_patcher
 from .weights import Precision, check_keys, load_weights, open_model, remember_dtypes
@@ -57,7 +59,8 @@ def load_vae(model_name: str, placement: Placement | None = None) -> comfy.sd.VA
 class HostVAE(comfy.sd.VAE):
     """ComfyUI's VAE, with a clear error where even a tile does not fit into memory.
 
-    ComfyUI falls back to tiles by itself when memory is short.
+    ComfyUI falls back to tiles by itself when memory is short. After a picture the network is
+    loaded, so the colours of its latents are fitted then.
     """
 
     config_tensor: Tensor
@@ -65,6 +68,12 @@ class HostVAE(comfy.sd.VAE):
     def get_sd(self) -> dict[str, Tensor]:
         """What save nodes write."""
         return {**super().get_sd(), CONFIG: self.config_tensor}
+
+    def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        pixels = super().decode(*args, **kwargs)
+        with on_device(self.device):
+            fit_once(self)
+        return pixels
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._tiles():

@@ -18,6 +18,7 @@ ORDER = (
     "glyph",
     "decoder",
     "vae",
+    "latent_rgb",
     "quant",
     "files",
     "placement",

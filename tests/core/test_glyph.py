@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.glyph.advice import advice, summary
 from glm_image.glm_core.glyph.encoder import GlyphConfig, GlyphEncoder, relative_position_buckets
 from glm_image.glm_core.glyph.texts import (
     byte_ids,
@@ -61,6 +62,56 @@ def test_texts_equal_the_references(pipeline, prompt):
 def test_texts_are_ordered_by_kind_of_quote():
     assert texts_to_render("「d」 \"c\" “b” 'a'") == ["a", "b", "c", "d"]
     assert texts_to_render("it's a dog's life") == ["s a dog"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("It's a cat's", ["apostrophe in It's, cat's counts", "write ’"]),
+        ("the dogs' and cats' dish", ["apostrophe in dogs' counts"]),
+        ("It's a sign 'OPEN'", ["apostrophe in It's counts"]),
+        ("L'été d'Anna", ["L'été, d'Anna"]),
+        ('a "sign', ['kind "..." has no partner']),
+        ("'OPEN' and 'SHUT", ["kind '...' has no partner"]),
+        ("写着「欢迎", ["kind 「...」 has no partner"]),
+        ("a ”sign", ["kind “...” has no partner"]),
+        ("海报《红楼梦》", ["《红楼梦》 will not be rendered", "“...”"]),
+        ("a sign ‘OPEN’ and «SHUT»", ["‘OPEN’, «SHUT» will not be rendered"]),
+    ],
+)
+def test_quotes_that_mislead_are_named(prompt, parts):
+    (sentence,) = advice(prompt)
+    for part in parts:
+        assert part in sentence
+    assert sentence.endswith(".")
+    assert advice(prompt, ["OPEN"]) == []  # the prompt's quotes are not read
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(
+            "",
+            "a fox",
+            "'OPEN'",
+            "'a' 'b'",
+            "Tom’s dogs’ bowl",
+            "写着'OPEN'和'SHUT'",
+            '“a” 「b」 "c"',
+        ),
+        "a" * 10**6,
+    ],
+    ids=lambda prompt: prompt[:20],
+)
+def test_usual_quotes_are_not_named(prompt):
+    assert advice(prompt) == []
+
+
+def test_the_summary_is_what_is_rendered():
+    assert summary([]) == ["No text to render: nothing is in quotes."]
+    assert summary(texts_to_render("it's a dog's life")) == ["Text to render:", "s a dog"]
+    assert summary(["a\nb", ""]) == ["2 texts to render:", "a b", "(an empty text)"]
+    assert summary(["x"] * 25)[-1] == "... and 5 more"
 
 
 @pytest.mark.parametrize("text", ["", "OPEN", "欢迎光临", "a\nb\t ", "👋🏽", "é" * 3000])

@@ -1,5 +1,7 @@
 """Grids and positions, compared with the reference's."""
 
+import re
+
 import pytest
 import reference
 import torch
@@ -64,3 +66,20 @@ def test_positions_equal_the_references(grid):
     end = 7 + max(preview) + max(grid)
     ours = torch.cat([ours, grids.text_positions(1, end)], dim=1)
     assert torch.equal(ours, model._cached_decode_position_ids[0])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [
+        (512, 2048, []),
+        (1024, 1024, []),
+        (480, 1024, ["1024x480, .* weak at 512; sample a larger"]),
+        (1024, 2080, ["2080x1024, .* 1024 to 2048 pixels; sample a smaller"]),
+        (96, 4096, ["weak at 512", "sample a smaller"]),
+    ],
+)
+def test_sizes_that_the_model_was_not_trained_for(height, width, said):
+    sentences = grids.size_advice(height, width)
+    assert len(sentences) == len(said)
+    for sentence, part in zip(sentences, said, strict=True):
+        assert re.search(part, sentence)

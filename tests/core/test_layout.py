@@ -83,6 +83,23 @@ def test_each_way_to_lock():
     assert not plain.locked.any()
 
 
+@pytest.mark.parametrize("size", [(1024, 1024), (768, 1152)], ids=str)  # 16x16 and 13x19 cells
+def test_halves_share_no_cell_and_leave_none_out(size):
+    plain = layout(*size)
+    rows, columns = plain.locked.shape
+    left, right, top, bottom = (
+        lock(plain, how).locked for how in ("left", "right", "top", "bottom")
+    )
+    assert torch.equal(~left, right)
+    assert torch.equal(~top, bottom)
+    assert left.sum() == rows * -(-columns // 2)  # the middle column is on the left
+    assert top.sum() == columns * -(-rows // 2)
+    assert left[:, 0].all()
+    assert top[0].all()
+    quarters = lock(lock(plain, "top"), "right").locked
+    assert torch.equal(quarters, top | right)
+
+
 def test_locks_are_added_to_earlier_ones():
     top = lock(layout(), "masked", mask=half(64, 64))
     both = lock(top, "masked", mask=half(64, 64, left=True))
@@ -107,6 +124,8 @@ def test_locking_returns_one_layout_of_a_batch_or_all():
     assert torch.equal(lock(batch, "whole", -1).preview, batch.preview)
     with pytest.raises(GLMImageError, match="batch_index is 3 and there are 3 layouts; use 0 to 2"):
         lock(batch, "whole", 3)
+    with pytest.raises(GLMImageError, match="there is one layout; use 0, or -1 for all"):
+        lock(layout(), "whole", 1)
 
 
 @pytest.mark.parametrize("how", ["masked", "outside mask"])
@@ -187,7 +206,7 @@ def test_a_layout_fits_every_size_with_a_preview_of_its_shape():
         require_layout_fits(layout(), 10_000, *size)
     with pytest.raises(GLMImageError) as refusal:
         require_layout_fits(layout(), 10_000, 768, 1152)
-    for part in ("16x16", "1152x768", "13x19", "928x928 or 960x960 or 896x896"):
+    for part in ("16x16", "1152x768", "13x19", "Use 1024x1024,", "928x928 or 960x960"):
         assert part in str(refusal.value)
 
 
@@ -224,6 +243,7 @@ def test_suggested_sizes_fit(size):
     made = layout(*size)
     sizes = sizes_that_fit(made, 1024 * 1024)
     assert 1 <= len(sizes) <= 3
+    assert sizes[0] == size
     for height, width in sizes:
         require_layout_fits(made, 10_000, height, width)
 

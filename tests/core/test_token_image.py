@@ -1,5 +1,7 @@
 """Pictures of tokens: palettes, cells, outlines and sheets."""
 
+import itertools
+
 import pytest
 import torch
 from glm_image.glm_core.data.token_image import (
@@ -101,6 +103,23 @@ def test_a_batch_is_drawn_row_by_row():
         assert torch.equal(part, palette[i].expand(8, 8, 3))
     assert (sheet[8:10] == DARK).all()
     assert (sheet[10:, 20:] == DARK).all()
+
+
+def test_a_batch_is_numbered_from_0():
+    tokens = torch.zeros(12, 16, 16, dtype=torch.int32)
+    palette = torch.full((1, 3), 0.5)
+    sheet = draw_sheet(tokens, palette, 4, numbered=True)
+    corners = [
+        sheet[66 * row :, 66 * column :][:7, :9, 0]
+        for row, column in (divmod(i, 4) for i in range(12))
+    ]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(corners, 2))
+    assert all(((corner == LIGHT) | (corner == DARK))[:, :5].all() for corner in corners)
+    seven, eleven = corners[7], corners[11]
+    assert "".join(".#"[int(dot)] for dot in seven[1, :5] == LIGHT) == ".###."
+    assert (eleven[5] == LIGHT).sum() == 6  # the feet of both ones
+    single = draw_sheet(tokens[:1], palette, 4, numbered=True)
+    assert torch.equal(single, draw_sheet(tokens[:1], palette, 4))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """The VAE against diffusers' AutoencoderKL."""
 
+import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from glm_image.glm_core import vae
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.latent_rgb import dead_leaves, fit_colours
 from glm_image.glm_core.vae import VAEConfig
 from reference import AutoencoderKL, reference_pipeline
+from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[2]
 HUB = Path(__file__).parents[1] / "configs" / "hub"
 SHAPES = {
     "hub-like": {"block_out_channels": (8, 16, 24, 24), "layers_per_block": 3},
@@ -99,3 +105,45 @@ def test_an_unsupported_config_is_refused(change, sentence):
     config = json.loads((HUB / "vae_config.json").read_text()) | change
     with pytest.raises(GLMImageError, match=sentence):
         VAEConfig.from_dict({k: v for k, v in config.items() if v is not None})
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The VAE of the trained model in `tiny/`, in float32."""
+    folder = ROOT / "tiny" / "vae"
+    network = vae.AutoencoderKL(
+        VAEConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    )
+    (file,) = folder.glob("*.safetensors")
+    network.load_state_dict(load_file(file))
+    return network.float()
+
+
+def test_the_shipped_colours_are_those_of_the_trained_vae(trained):
+    """After another training write what is fitted here into the file."""
+    (file,) = (ROOT / "nodes" / "host" / "latent_colours").glob("*.json")
+    shipped = json.loads(file.read_text())
+    fitted = fit_colours(trained, torch.device("cpu"), torch.float32)
+    for name, values in asdict(fitted).items():
+        torch.testing.assert_close(
+            torch.tensor(values), torch.tensor(shipped[name]), atol=2e-3, rtol=0
+        )
+
+
+def test_colours_are_those_of_the_pictures(trained):
+    """Of a picture that was not fitted to: mirrored leaves of other colours."""
+    fitted = fit_colours(trained, torch.device("cpu"), torch.float32)
+    pictures = -dead_leaves().flip(1, 2)
+    latents, config = trained.encode(pictures), trained.config
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+    colours = torch.einsum("bchw,cr->brhw", (latents - mean) / std, torch.tensor(fitted.factors))
+    colours += torch.tensor(fitted.bias)[:, None, None]
+    small = F.avg_pool2d(pictures, 8)
+    correlation = torch.corrcoef(torch.stack((colours.flatten(), small.flatten())))[0, 1]
+    assert correlation > 0.9  # 0.959 was measured
+
+
+def test_a_vae_that_overflows_has_no_colours(trained):
+    broken = copy.deepcopy(trained)
+    broken.encoder.conv_in.weight[:] = float("inf")
+    assert fit_colours(broken, torch.device("cpu"), torch.float32) is None

@@ -28,6 +28,7 @@ def pipelines(tmp_path_factory) -> dict:
     folder_paths.models_dir = str(base / "models")
     folder_paths.set_output_directory(str(base / "output"))
     folder_paths.set_input_directory(str(base / "input"))
+    folder_paths.set_temp_directory(str(base / "temp"))
     folder_paths.add_model_folder_path("glm_image", str(base / "models" / "glm_image"))
     for folder in ("output", "input", "models/loras"):
         (base / folder).mkdir(parents=True)

@@ -6,9 +6,11 @@ from copy import copy
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import folder_paths
+import latent_preview
 import pytest
 import torch
-from comfy.cli_args import args
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.ar.step import SamplingOptions
@@ -80,6 +82,38 @@ def test_vae_falls_back_to_tiles_when_memory_is_short(run, monkeypatch) -> None:
     assert len(sizes) > 1
 
 
+def test_colours_of_previews_are_fitted_after_a_picture(run, monkeypatch, tmp_path) -> None:
+    """Nothing is loaded for it, and the next picture is the same."""
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.NoPreviews)
+    latent, file = run.latent["samples"], tmp_path / "__glm_image" / "latent_rgb"
+    before = run.vae.decode(latent)
+    assert not file.exists()  # previews are off
+
+    latents = run.model.model.latent_format
+    assert latents.latent_rgb_factors is latents.latent_rgb_factors_bias is None
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Auto)
+    loads = []
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda models, *rest, **kw: loads.append(models) or load(models, *rest, **kw),
+    )
+    assert same(run.vae.decode(latent), before)
+    assert loads == [[run.vae.patcher]]
+    assert torch.tensor(latents.latent_rgb_factors).shape == (16, 3)
+    assert len(latents.latent_rgb_factors_bias) == 3
+    assert latent_preview.get_previewer(torch.device("cpu"), latents) is not None
+    assert same(run.vae.decode(latent), before)
+
+    (kept,) = file.iterdir()
+    kept.write_text('{"factors": [], "bias": "red"}')
+    assert latents.latent_rgb_factors is None
+    run.vae.decode(latent)  # fitted again
+    assert latents.latent_rgb_factors is not None
+
+
 def test_loading_hides_the_warning_of_an_empty_vae_alone(nodes, monkeypatch, caplog) -> None:
     initialise = comfy.sd.VAE.__init__
     others = ["another warning of the root logger", "a warning of another logger"]
@@ -131,9 +165,9 @@ def test_texts_beyond_what_fits_are_left_out_and_logged(nodes, run, caplog) -> N
     glyphs, found = nodes["GLMImageGlyphEncode"].execute(run.clip, "'a" * 10**4).result
     assert found == "\n".join(["a"] * 256)
     assert glyphs[0][0].shape[1] == 256 * 3  # an even number: a pad, the byte and eos
-    assert caplog.messages == [
+    assert caplog.messages[0] == (
         "The last 4744 of 5000 texts are left out: at most 256 texts fit, of 16384 bytes together."
-    ]
+    )
 
 
 def test_another_clip_is_refused(nodes) -> None:

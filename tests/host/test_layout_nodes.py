@@ -157,7 +157,8 @@ def test_tokens_and_mask_belong_together(sample):
 
 def test_a_layout_that_does_not_fit(sample, wide_ar):
     (layout,) = sample("Layout", (512, 512))
-    with pytest.raises(GLMImageError, match=r"16x16 .* 512x768 pixels has 19x13.*such as \d+x\d+"):
+    sentence = r"of 512x512 pixels: .* 16x16 .* 512x768 pixels has 19x13. Use 512x512, .* as \d+x"
+    with pytest.raises(GLMImageError, match=sentence):
         sample("Tokens", (512, 768), layout=layout)
     with pytest.raises(GLMImageError, match="codebook of the layout is 64 and the AR model's 96"):
         sample("Tokens", (512, 512), layout=layout, model=wide_ar)
@@ -205,12 +206,12 @@ def test_a_layout_decodes_as_a_small_picture(run, sample):
 def test_shown_in_the_colours_of_the_codebook_or_in_arbitrary_ones(run, sample, ar, pipelines):
     tokens, layouts = sample("Tokens", batch=3)
     codes = pipelines["small"].vision_language_encoder.model.vqmodel.quantize.embedding.weight
-    (with_ar,) = run("ShowTokens", 8, tokens=tokens, ar=ar)
-    assert same(with_ar[0], draw_sheet(tokens.tokens, codebook_palette(codes), 8))
-    (without,) = run("ShowTokens", 8, tokens=tokens)
-    assert same(without[0], draw_sheet(tokens.tokens, hash_palette(64), 8))
+    with_ar, _ = run("ShowTokens", 8, tokens=tokens, ar=ar)
+    assert same(with_ar[0], draw_sheet(tokens.tokens, codebook_palette(codes), 8, numbered=True))
+    without, _ = run("ShowTokens", 8, tokens=tokens)
+    assert same(without[0], draw_sheet(tokens.tokens, hash_palette(64), 8, numbered=True))
     (locked,) = run("LockLayout", layouts, "whole", -1)
-    (outlined,), (plain,) = (run("ShowTokens", 8, layout=shown) for shown in (locked, layouts))
+    (outlined, _), (plain, _) = (run("ShowTokens", 8, layout=shown) for shown in (locked, layouts))
     assert outlined.shape == plain.shape
     assert (outlined == 1).all(dim=-1).sum() > (plain == 1).all(dim=-1).sum() + 1000
 

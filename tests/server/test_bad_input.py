@@ -204,7 +204,7 @@ def test_a_latent_batch_that_is_no_multiple(refused, name, sampler, latent):
 
 
 def test_a_batch_index_beyond_the_batch(refused):
-    refused(fresh(batch_index=1), "GLMImageApplyTokens", "batch_index is 1")
+    refused(fresh(batch_index=1), "GLMImageApplyTokens", "hold one image; use 0")
 
 
 def test_a_lora_that_matches_nothing(refused):

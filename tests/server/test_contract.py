@@ -27,7 +27,7 @@ CONTRACT = {
     "GLMImageComposeLayouts": ("base source row column [mask]", "GLM_LAYOUT"),
     "GLMImageLayoutToTokens": ("layout", "GLM_TOKENS"),
     "GLMImageEncodeTokens": ("ar image width height", "GLM_TOKENS GLM_LAYOUT"),
-    "GLMImageShowTokens": ("[tokens] [layout] [ar] cell_size", "IMAGE"),
+    "GLMImageShowTokens": ("[tokens] [layout] [ar] cell_size [image]", "IMAGE MASK"),
     "GLMImageSaveTokens": ("tokens filename_prefix [layout]", ""),
     "GLMImageLoadTokens": ("file", "GLM_TOKENS GLM_LAYOUT"),
     "GLMImageGlyphEncode": ("clip prompt [texts]", "CONDITIONING STRING"),
@@ -81,7 +81,7 @@ DEFAULTS = {
     "GLMImageSampleLayout": SAMPLING,
     "GLMImageLockLayout": {"batch_index": 0},
     "GLMImageComposeLayouts": {"row": 0, "column": 0},
-    "GLMImageShowTokens": {"cell_size": 16},
+    "GLMImageShowTokens": {"cell_size": 16, "image": ""},
     "GLMImageApplyTokens": {"batch_index": -1},
     "GLMImageScheduler": {"steps": 50, "denoise": 1.0},
     "GLMImageDecode": {"steps": 50, "cfg": 1.5, "denoise": 1.0},
@@ -156,5 +156,6 @@ def test_seeds_cover_64_bits_and_sizes_step_by_32(nodes):
     assert sampler["width"][1]["step"] == sampler["height"][1]["step"] == 32
 
 
-def test_output_node(nodes):
-    assert [key for key, info in nodes.items() if info["output_node"]] == ["GLMImageSaveTokens"]
+def test_output_nodes(nodes):
+    found = {key for key, info in nodes.items() if info["output_node"]}
+    assert found == {"GLMImageSaveTokens", "GLMImageShowTokens"}

@@ -10,10 +10,11 @@ import pytest
 from glm_image.glm_core.data.token_image import DARK
 from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client
-from graphs import add, fresh, the
+from graphs import add, changed, fresh, the
 from PIL import Image
 from safetensors.torch import load_file
 
+TRAINED = "Trained"
 NAMES = (
     "lock_layout_change_prompt",
     "lock_region_resample_rest",
@@ -148,7 +149,7 @@ def test_an_upscaled_picture_shows_no_borders_of_tiles(client):
 # ---- live preview ----------------------------------------------------------------------------
 
 
-def previews(client, prompt):
+def previews(client, prompt, on_event=lambda event: None):
     """(time, picture) of every live preview of a run."""
     seen = []
 
@@ -157,8 +158,18 @@ def previews(client, prompt):
         assert event == 1  # a picture; the next four bytes are its format
         seen.append((time.monotonic(), Image.open(io.BytesIO(message[8:]))))
 
-    client.run(prompt, on_picture=note)
+    client.run(prompt, on_event, on_picture=note)
     return seen
+
+
+@pytest.fixture(scope="module")
+def previewing(base):
+    """A server with previews on, which has the trained model as well."""
+    host.add_model(base, environment.ROOT / "tiny", TRAINED)
+    flags = ("--preview-method", "auto")
+    with host.serve(environment.host(), base, *flags, threads=1) as address:
+        yield Client(address, timeout_s=120)
+    (base / "models" / "glm_image" / TRAINED).unlink()
 
 
 def long_run():
@@ -170,9 +181,8 @@ def long_run():
     return writing
 
 
-def test_the_grid_fills_in_a_live_preview(base):
-    with host.serve(environment.host(), base, "--preview-method", "auto", threads=1) as address:
-        seen = previews(Client(address, timeout_s=120), long_run())
+def test_the_grid_fills_in_a_live_preview(previewing):
+    seen = previews(previewing, long_run())
     times = [at for at, _ in seen]
     assert len(seen) >= 3
     assert len(seen) <= 4 * (times[-1] - times[0]) + 2
@@ -183,6 +193,47 @@ def test_the_grid_fills_in_a_live_preview(base):
         written = (picture != dark).any(axis=1)
         assert written[: written.sum()].mean() > 0.9
     assert any((picture == dark).mean() > 0.3 for picture in pictures)
+
+
+def painting(client, model, seed):
+    """The last live preview of Decode, and the finished picture at the preview's size."""
+    prompt = fresh(width=256, height=192, steps=4, value="a red circle and a blue square")
+    changed(prompt, model_name=model, seed=seed)
+    decode, running, forming = the(prompt, "GLMImageDecode"), [], []
+
+    def note(event):
+        running.append(event["data"].get("node"))
+
+    def keep(message):
+        if running[-1] == decode:
+            forming.append(Image.open(io.BytesIO(message[8:])))
+
+    run = client.run(prompt, note, keep)
+    if not forming:
+        return None, None
+    (picture,) = client.images(run, the(prompt, "SaveImage"))
+    last = forming[-1].convert("RGB")
+    finished = (
+        Image.open(io.BytesIO(picture)).convert("RGB").resize(last.size, Image.Resampling.BOX)
+    )
+    return tuple(np.asarray(image).astype(float) for image in (last, finished))
+
+
+def test_the_picture_forms_in_the_live_preview_of_decode(previewing):
+    last, finished = painting(previewing, TRAINED, 1)
+    assert last.shape[1] / last.shape[0] == pytest.approx(4 / 3)
+    correlation = np.corrcoef(last.ravel(), finished.ravel())[0, 1]
+    assert correlation > 0.95  # 0.993 was measured
+
+
+def test_another_models_colours_are_fitted_once_its_vae_has_been_used(previewing, base):
+    assert painting(previewing, "GLM-Image", 2) == (None, None)  # none is known yet
+    kept = list((base / "user" / "__glm_image" / "latent_rgb").iterdir())
+    assert len(kept) == 1
+    written = kept[0].stat().st_mtime_ns
+    last, _ = painting(previewing, "GLM-Image", 3)
+    assert last.shape[1] / last.shape[0] == pytest.approx(4 / 3)
+    assert kept[0].stat().st_mtime_ns == written
 
 
 def test_no_live_preview_where_previews_are_off(client):

@@ -1,5 +1,6 @@
 """Layouts through a real server: sampled, locked, composed, saved, shown, used by samplers."""
 
+import io
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from glm_image.glm_core.data.grids import preview_grid, token_grid
 from glm_image.glm_core.data.token_file import load_tokens
 from glm_image.scripts.client import PromptError
+from PIL import Image
 
 SIZES = {"512x768": (512, 768), "1024x1024": (1024, 1024), "strip": (1152, 384)}  # width, height
 PROMPT = "two boats"
@@ -256,6 +258,68 @@ def test_layouts_and_locks_go_through_a_file(saved, base):
     assert not torch.equal(used.preview, layout.preview)
 
 
+# ---- painted masks ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def painting(client, base):
+    """A shown layout, and a file as the page's mask editor makes it of the picture shown.
+
+    The file is the picture with the alpha 1 - mask; the right half is painted.
+    """
+    graph = Graph()
+    layout = graph.sample("Layout", fresh_seed())
+    shown = graph.node("ShowTokens", layout=layout, cell_size=8)
+    (picture,) = client.images(client.run(graph), shown[0])
+    image = Image.open(io.BytesIO(picture)).convert("RGBA")
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (image.width // 2, 0, image.width, image.height))
+    image.putalpha(alpha)
+    folder = base / "input" / "clipspace"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"clipspace-painted-masked-{fresh_seed()}.png"
+    image.save(file)
+    graph[shown[0]]["inputs"]["image"] = f"clipspace/{file.name} [input]"
+    return graph, layout, shown, file
+
+
+def test_a_painted_mask_reaches_the_graph(client, saved, painting):
+    graph, layout, shown, file = painting
+    tokens = graph.node("LayoutToTokens", layout=layout)
+    locked = graph.lock(layout, "masked", mask=[shown[0], 1])
+    saver = graph.save(tokens, layout=locked)
+    _, found = saved(graph, saver)
+    columns = found.locked.shape[1]
+    half = torch.arange(columns) >= columns // 2
+    assert torch.equal(found.locked, half.expand_as(found.locked))
+
+    image = Image.open(file)
+    image.putalpha(255)
+    image.save(file)  # painted over: another content under the same name
+    _, found = saved(graph, saver)
+    assert not found.locked.any()
+    del graph[shown[0]]["inputs"]["image"]
+    _, found = saved(graph, saver)  # nothing is painted
+    assert not found.locked.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"cell_size": 16}, "painted on a picture of 152x104 pixels, and this one has 304x208"),
+        ({"image": "clipspace/gone.png [input]"}, "no painted mask 'clipspace/gone.png .input.'"),
+        ({"image": "../server.log"}, "lies outside the input folder"),
+        ({"image": "dead.safetensors"}, "no painted mask"),
+        ({"image": "no_picture.png [input]"}, "cannot be read as a picture"),
+    ],
+)
+def test_what_is_no_mask_of_the_picture_is_refused(refused_at, painting, base, change, sentence):
+    graph, _, shown, _ = painting
+    (base / "input" / "no_picture.png").write_text("no picture")
+    graph[shown[0]]["inputs"] |= change
+    refused_at(graph, shown[0], sentence)
+
+
 # ---- errors -----------------------------------------------------------------------------------
 
 
@@ -263,7 +327,7 @@ def _does_not_fit(graph):
     other = Graph((512, 512)).size
     layout = graph.sample("Layout", 1)
     graph[layout[0]]["inputs"] |= dict(zip(("width", "height"), other, strict=True))
-    return graph.sample("Tokens", 1, layout=layout), r"16x16 cells .*96x64.* 13x19.* size such as"
+    return graph.sample("Tokens", 1, layout=layout), r"16x16 cells .*96x64.* 13x19. Use 512x512, "
 
 
 def _other_codebook(graph):

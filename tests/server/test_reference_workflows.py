@@ -52,6 +52,13 @@ def test_stored_workflow_paints(client, name, shape):
     assert image.std() > 1
 
 
+def test_the_size_that_was_read_stays_at_the_node(client):
+    prompt = reference_workflow("style_transfer")
+    outputs = client.run(prompt).outputs
+    text = outputs[the(prompt, "GLMImageEncodeReference")]["text"]
+    assert text == ["512 x 512 read as it is; 1 reference a sample"]
+
+
 def test_a_second_prompt_and_seed_encode_and_cache_nothing(client):
     prompt = reference_workflow("style_transfer")
     client.run(prompt)

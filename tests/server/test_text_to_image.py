@@ -1,5 +1,7 @@
 """Text to image through a real server: which stages run, their progress, their images."""
 
+import json
+
 import numpy as np
 import pytest
 from glm_image.scripts.client import Client, Prompt, PromptError
@@ -179,6 +181,21 @@ def test_the_words_in_quotes_change_the_picture(picture):
     assert (picture(prompt) != before).any()
     prompt[texts]["inputs"]["texts"] = "OPEN"
     np.testing.assert_array_equal(picture(prompt), before)
+
+
+def test_what_is_rendered_stays_at_the_node(client, base):
+    prompt = fresh(value="It's a cat's sign, «OPEN»")
+    glyphs, tokens = the(prompt, "GLMImageGlyphEncode"), the(prompt, "GLMImageSampleTokens")
+    run = client.run(prompt)
+    history = json.loads(client.get(f"/history/{run.prompt_id}"))[run.prompt_id]["outputs"]
+    title, rendered, apostrophe, quotes = history[glyphs]["text"]
+    assert (title, rendered) == ("Text to render:", "s a cat")
+    assert apostrophe.startswith("The apostrophe in It's, cat's counts as a quote")
+    assert quotes.startswith("«OPEN» will not be rendered")
+    (size,) = history[tokens]["text"]
+    assert size.startswith("The image is 96x64, and GLM-Image was trained")
+    log = (base / "server.log").read_text()
+    assert all(sentence in log for sentence in (apostrophe, quotes, size))
 
 
 def test_clip_text_encode_works_on_the_glyph_encoder(picture):

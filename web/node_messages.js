@@ -1,0 +1,71 @@
+// Shows the lines that a node of the pack says after a run, under its widgets.
+// ComfyUI's own page shows the `text` of an output on a few of its nodes only.
+import { app } from "../../scripts/app.js"
+
+const NAME = "glm_message"
+const LINE = 18 // pixels
+const LETTER = 6.5 // pixels, on average
+const MOST_LINES = 12 // more are scrolled
+
+function height(node, text) {
+  const letters = Math.max(10, (node.size[0] - 40) / LETTER)
+  const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)))
+  return Math.min(MOST_LINES, lines.reduce((sum, count) => sum + count, 0)) * LINE + 12
+}
+
+function add(node) {
+  const element = document.createElement("div")
+  element.className = "glm-image-message"
+  Object.assign(element.style, {
+    boxSizing: "border-box",
+    padding: "4px 8px",
+    overflow: "auto",
+    font: `12px/${LINE}px sans-serif`,
+    whiteSpace: "pre-wrap",
+    overflowWrap: "anywhere",
+    color: "var(--input-text)",
+    userSelect: "text",
+  })
+  const widget = node.addDOMWidget(NAME, NAME, element, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getValue: () => element.textContent,
+    setValue: (text) => (element.textContent = text),
+    getMinHeight: () => height(node, element.textContent),
+  })
+  widget.serialize = false // nor in the workflow
+  return widget
+}
+
+function show(node, lines) {
+  const text = lines.join("\n")
+  const shown = node.widgets?.find((widget) => widget.name === NAME)
+  if (!text) {
+    if (shown) node.removeWidget(shown)
+    return
+  }
+  const widget = shown ?? add(node)
+  widget.element.textContent = text
+  const [width, rows] = node.computeSize()
+  node.setSize([Math.max(width, node.size[0]), Math.max(rows, node.size[1])])
+  node.setDirtyCanvas(true, true)
+}
+
+app.registerExtension({
+  name: "GLMImage.NodeMessages",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("GLMImage")) return
+    const before = node.onExecuted
+    node.onExecuted = function (output) {
+      before?.apply(this, arguments)
+      if (output?.text) show(this, output.text)
+    }
+  },
+  // Outputs that come back with a workflow's tab, or from the queue's history.
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      const node = app.graph.getNodeById(id)
+      if (output?.text && node?.comfyClass?.startsWith("GLMImage")) show(node, output.text)
+    }
+  },
+})
