@@ -13,7 +13,7 @@ from ...glm_core.errors import GLMImageError
 from .batches import drawn_numbers, pictures_of
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
-from .tiles import LATENTS_PER_TOKEN, PLACES, tokens_of_tile, with_places
+from .tiles import LATENTS_PER_TOKEN, PLACES, places_of, tokens_of_tile, with_places
 
 Conditioning = list[list[Any]]
 
@@ -149,7 +149,7 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
             f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
             "decoder's checkpoint."
         )
-    tokens, size = tokens_of_tile(tokens, entry[SIZE], latents, entry.get(PLACES))
+    tokens, size = tokens_of_tile(tokens, entry[SIZE], latents, places_of(entry))
     _check_size(tokens, size, latents)
     pictures = _pictures(entry, tokens, latents[0])
     token_map = repeat(

@@ -31,6 +31,7 @@ from .latent_rgb import find_colours
 from .notices import Notices, about_conditions, about_patches, refuse_recorded_attention
 from .out_of_memory import explain_out_of_memory, require_room
 from .patchers import ListsSegments, make_patcher, require_layers
+from .tiles import take_places
 from .weights import Precision, check_keys, choose_precision, load_weights, open_model
 
 SMALLER_RUN = (
@@ -284,6 +285,7 @@ def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
     guided = getattr(guider, "cfg", 1.0) != 1.0
     patcher.model.notices.begin()
     patcher.model.notices.say(about_conditions(guider.conds, guided))
+    guider.conds = take_places(guider.conds)
     _, need = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, guider.conds)
     needs = dict.fromkeys(_devices(patcher), need)
     with explain_out_of_memory("The decoder", needs, SMALLER_RUN, split="decoder_split"):

@@ -18,6 +18,8 @@ from ...glm_core.errors import GLMImageError
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 PLACES = "reference_latents"
 """The entry of a conditioning: a list of latents, the map of places among them."""
+TAKEN = "glm_places"
+"""The entry for the map alone, while a sampler runs."""
 AXES = 2  # the map's channels: row and column; no model has latents of two channels
 TOLERANCE = 0.25
 """Cells of tokens by which a latent may miss the whole picture; tiles are cut at whole latents."""
@@ -36,13 +38,38 @@ def without_places(latents: Any) -> list[Any]:
     return [latent for latent in latents if not _is_map(latent)]
 
 
+def take_places(
+    conds: dict[str, list[dict[str, Any]]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Conditionings, as a guider has them by name, with the maps in an entry of their own.
+
+    ComfyUI's training fails at a list of tensors.
+    """
+    return {name: [_taken(entry) for entry in entries] for name, entries in conds.items()}
+
+
+def _taken(entry: dict[str, Any]) -> dict[str, Any]:
+    places = places_of(entry)
+    if places is None:
+        return entry
+    taken = {key: value for key, value in entry.items() if key != PLACES} | {TAKEN: places}
+    others = without_places(entry.get(PLACES))
+    return {**taken, PLACES: others} if others else taken
+
+
+def places_of(entry: dict[str, Any]) -> Tensor | None:
+    """The map of a conditioning's entry."""
+    taken = entry.get(TAKEN)
+    return next(filter(_is_map, entry.get(PLACES) or []), None) if taken is None else taken
+
+
 def tokens_of_tile(
-    tokens: Tensor, size: Size, latents: torch.Size, entry: Any
+    tokens: Tensor, size: Size, latents: torch.Size, places: Tensor | None
 ) -> tuple[Tensor, Size]:
     """The tokens [B, h, w] and the size in pixels of what latents [N, C, H, W] show.
 
     Args:
-        entry: the conditioning's PLACES, or None.
+        places: the conditioning's map, if it has one.
 
     Returns:
         tokens and size as they are, unless the latents are said to be a tile
@@ -50,7 +77,6 @@ def tokens_of_tile(
     Raises:
         GLMImageError: a tile is of a picture of another scale, or is not alone in its batch.
     """
-    places = next(filter(_is_map, entry or []), None)
     if places is None or places.shape[-2:] != latents[-2:]:
         return tokens, size
     lines = [_line(places[0, 0].mean(1)), _line(places[0, 1].mean(0))]
