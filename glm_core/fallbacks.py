@@ -27,7 +27,7 @@ def sample_table(table: Tensor, points: Tensor) -> Tensor:
         return F.grid_sample(
             table, points, mode="bilinear", padding_mode="border", align_corners=False
         )
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # the one of every device
         raise
     except RuntimeError:  # torch has no kind of its own for a mode that a device lacks
         return bilinear(table, points)

@@ -63,6 +63,12 @@ def host() -> Host:
         return Host(path, _other_venv(path, reference.python))
 
 
+def comfyui() -> Path:
+    """The folder of the reference host, without an environment."""
+    with _lock():
+        return _reference_comfyui()
+
+
 def test_python() -> Path:
     """The interpreter that runs the tests against `host()`."""
     if sys.version_info >= (3, 13):
