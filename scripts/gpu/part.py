@@ -41,7 +41,8 @@ def main(names: list[str]) -> None:
     from . import PRESET
     from .report import Report, say
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    kind = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.empty(0, device=kind).device  # with its number, as tensors have it
     if PRESET == "full" and device.type == "cpu":
         raise SystemExit("PRESET=full needs a GPU; PRESET=tiny runs anywhere.")
     versions = {"transformers": transformers.__version__, "Python": platform.python_version()}

@@ -28,7 +28,7 @@ HERE = {"torch", "torchaudio", "torchvision", "triton", "transformers", "tokeniz
 def run(folder, *command: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "GPU_FOLDER": str(folder), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        [*command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
 
 
