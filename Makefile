@@ -5,6 +5,7 @@
 #   make soak
 #   make fuzz   [TIMES=200]             the readers' property tests, for about an hour
 #   make bench  [PRESET="small medium"]     full on a GPU
+#   make gpu                            packs .gpu/, for `python3 -m scripts.gpu.run` elsewhere
 #   make simulated-cards [ARGS="24 16"]     memory of full-size networks, counted
 #   make train-tiny [ARGS="decoder --minutes 60"]
 #   make eval   [ARGS="--count 50 --servers 2 --kinds latin --size 768x512"]
@@ -12,7 +13,7 @@
 # COMFYUI_PATH=folder runs any of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows pictures bench simulated-cards soak fuzz train-tiny eval clean python
+.PHONY: demo serve test lint workflows pictures bench gpu simulated-cards soak fuzz train-tiny eval clean python
 
 demo serve lint soak: python
 	@$(PYTHON) -m scripts $@
@@ -25,6 +26,9 @@ pictures: python
 
 bench: python
 	@$(PYTHON) -m scripts bench $(PRESET)
+
+gpu: python
+	@$(PYTHON) -m scripts.gpu.pack
 
 simulated-cards: python
 	@$(PYTHON) -m scripts simulated-cards $(ARGS)

@@ -14,7 +14,7 @@ from glm_core.ar.model import ARModel, rope_table
 from glm_core.ar.prompt import Prompt
 from glm_core.ar.replay import CudaGraphs, EagerRunner, ReplayRunner, Runner
 from glm_core.ar.sampler import SamplingRun, sample_tokens
-from glm_core.ar.step import SamplingOptions, StepShape, set_target, step
+from glm_core.ar.step import SamplingOptions, StepBuffers, StepShape, set_target, step
 from glm_core.data.grids import Grid, preview_grid, text_positions, token_grid
 from glm_core.quant.packing import FORMATS
 from scripts.measure_quantised import quantised
@@ -153,7 +153,12 @@ class ARBench:
             )
 
     def our_step(
-        self, grid: Grid, batch: int, model: ARModel | None = None, width: int = 1
+        self,
+        grid: Grid,
+        batch: int,
+        model: ARModel | None = None,
+        width: int = 1,
+        run_step: Callable[[ARModel, StepBuffers, int], None] = step,
     ) -> Callable[[], None]:
         model = self.ours if model is None else model
         runner, at = self.new_runner(), self.middle(grid)
@@ -167,7 +172,7 @@ class ARBench:
         set_target(buffers, at - PROMPT_LENGTH + 1, 0, at, width)
         span = span_of(at + width)
 
-        return lambda: runner.run(lambda: step(model, buffers, span), span)
+        return lambda: runner.run(lambda: run_step(model, buffers, span), span)
 
     def their_step(self, length: int) -> Callable[[], Tensor]:
         """transformers' forward of one id on a cache of `length` positions, and its sampling."""

@@ -70,6 +70,12 @@ def host() -> Host:
         return Host(path, _other_venv(path, reference.python))
 
 
+def comfyui() -> Path:
+    """The folder of the reference host, without an environment."""
+    with _lock():
+        return _reference_comfyui()
+
+
 def test_python() -> Path:
     """The interpreter that runs the tests against `host()`."""
     base = host()

@@ -45,8 +45,8 @@ PARTS = {
 
 def main(cards: list[float]) -> None:
     base = host.make_base(BASE)
-    model = _write_checkpoint(base / "models" / "glm_image" / "Full-Size")
-    _write_tokens(base / "input" / "tokens.safetensors")
+    model = write_checkpoint(base / "models" / "glm_image" / "Full-Size")
+    write_tokens(base / "input" / "tokens.safetensors")
     pack = base / "custom_nodes" / "simulated_npu"
     pack.unlink(missing_ok=True)
     pack.symlink_to(SIMULATED / pack.name)
@@ -54,22 +54,24 @@ def main(cards: list[float]) -> None:
     print("| card | AR model | decoder | VAE |\n|---|---|---|---|")
     for gib in cards or CARDS:
         with host.serve(environment.host(), base, accelerator=accelerator) as address:
-            peaks = _Card(Client(address), int(gib * GIB)).peaks(model)
+            peaks = Card(Client(address), int(gib * GIB)).peaks(model)
             print(f"| {gib:g} |", " | ".join(f"{peak:.1f}" for peak in peaks), "|", flush=True)
 
 
-class _Card:
+class Card:
     """The server's device, with the memory of one card."""
 
-    def __init__(self, client: Client, size: int) -> None:
+    def __init__(self, client: Client, size: int, path: str = "/npu") -> None:
+        """path: where the server tells its memory and takes a size."""
         self._client = client
         self._size = size
+        self._path = path
 
-    def peaks(self, model: str) -> tuple[float, float, float]:
+    def peaks(self, model: str, side: int = SIDE) -> tuple[float, float, float]:
         """Peaks in GiB while the AR model, the decoder and the VAE run, including models that are
         still loaded."""
         prompt = json.loads(demo.WORKFLOW.read_text())
-        size = {"width": SIDE, "height": SIDE, "steps": 1}
+        size = {"width": side, "height": side, "steps": 1}
         demo.set_inputs(prompt, {"model_name": model, "seed": self._size, **size})
         sampler = next(k for k, node in prompt.items() if "SampleTokens" in node["class_type"])
         return (self._ar(prompt), *self._decoder_and_vae(prompt, sampler))
@@ -111,18 +113,18 @@ class _Card:
             time.sleep(0.1)
 
     def _reset_peak(self) -> None:
-        self._client.post("/npu", [self._size])
+        self._client.post(self._path, [self._size])
 
     def _peak(self) -> float:
         return self._memory()[1] / GIB
 
     def _memory(self) -> tuple[int, int]:
         """Bytes in use, and the most since `_reset_peak`."""
-        ((in_use, peak),) = json.loads(self._client.get("/npu"))
+        ((in_use, peak),) = json.loads(self._client.get(self._path))
         return in_use, peak
 
 
-def _write_checkpoint(folder: Path) -> str:
+def write_checkpoint(folder: Path) -> str:
     """Write a snapshot of the hub's sizes whose files have no data; returns its name."""
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(demo.TINY, folder, ignore=ignored, dirs_exist_ok=True)
@@ -148,11 +150,14 @@ def _write_empty(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> No
         file.truncate(8 + len(text) + end)
 
 
-def _write_tokens(path: Path) -> None:
-    config = json.loads((HUB / "vision_language_encoder_config.json").read_text())
-    grid = torch.zeros(1, SIDE // 32, SIDE // 32, dtype=torch.int32)
-    codes = config["vq_config"]["num_embeddings"]
-    save_tokens(path, SemanticTokens(grid, codes, SIDE, SIDE, {}))
+def write_tokens(path: Path, side: int = SIDE, snapshot: Path | None = None) -> None:
+    """Write tokens for the hub's model, or for that of a snapshot's folder."""
+    config = HUB / "vision_language_encoder_config.json"
+    if snapshot is not None:
+        config = snapshot / "vision_language_encoder" / "config.json"
+    codes = json.loads(config.read_text())["vq_config"]["num_embeddings"]
+    grid = torch.zeros(1, side // 32, side // 32, dtype=torch.int32)
+    save_tokens(path, SemanticTokens(grid, codes, side, side, {}))
 
 
 if __name__ == "__main__":

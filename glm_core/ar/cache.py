@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fallbacks import index_copy_
+
 SPAN = 256
 """A step attends to a multiple of this many positions: few shapes serve a whole image."""
 
@@ -117,8 +119,8 @@ class StepPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length, kv_heads, head_dim = k.shape
         keys, values = self.cache.layers[layer]
-        keys.index_copy_(2, self.position, k.transpose(1, 2))
-        values.index_copy_(2, self.position, v.transpose(1, 2))
+        index_copy_(keys, 2, self.position, k.transpose(1, 2))
+        index_copy_(values, 2, self.position, v.transpose(1, 2))
         span = self.mask.shape[-1]
         # Heads that share keys become queries of one head, so that the keys are read once.
         q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GLMImageError
+from ..fallbacks import index_copy_
 from .cache import BlockPass, KVCache, StepPass, step_mask
 from .lookahead import count_final
 from .model import ARModel
@@ -187,7 +188,7 @@ def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
     guesses = buffers.tokens.index_select(1, buffers.cell)
     buffers.final.copy_(torch.minimum(count_final(drawn, guesses), buffers.remaining))
     tokens = torch.where(buffers.offsets < buffers.remaining, drawn, guesses)
-    buffers.tokens.index_copy_(1, buffers.cell, tokens)
+    index_copy_(buffers.tokens, 1, buffers.cell, tokens)
 
 
 def next_logits(model: ARModel, buffers: StepBuffers, span: int) -> Tensor:
@@ -221,7 +222,8 @@ def set_noise(
 
 def draw_and_write(buffers: StepBuffers, logits: Tensor) -> None:
     """Draw the first target cell from its logits [B, 1, codebook], and write it."""
-    buffers.tokens.index_copy_(1, buffers.cell[:1], draw(buffers, logits, buffers.column[:1]))
+    token = draw(buffers, logits, buffers.column[:1])
+    index_copy_(buffers.tokens, 1, buffers.cell[:1], token)
 
 
 def draw(buffers: StepBuffers, logits: Tensor, columns: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import GLMImageError, shown
@@ -135,20 +134,25 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file of at most `MAX_FILE_BYTES`."""
+    """The tensors and metadata of a safetensors file of at most `MAX_FILE_BYTES`.
+
+    It is read whole, not mapped: a mapped file that another program shortens ends the process.
+    """
     with wall(f"{path.name} cannot be read", "choose another file"):
-        size = path.stat().st_size if path.is_file() else None
-    if size is None:
-        raise GLMImageError(f"There is no token file {path.name}.")
-    if size > MAX_FILE_BYTES:
-        raise GLMImageError(
-            f"{path.name} has {size / 2**20:.0f} MiB, but a token file has at most "
-            f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
-        )
-    corrupt = f"{path.name} is corrupt or no safetensors file"
-    with wall(corrupt, "save the tokens again"), safe_open(path, framework="pt") as file:
-        names = set(file.keys()).intersection(("tokens", "preview", "locked"))
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        if not path.is_file():
+            raise GLMImageError(f"There is no token file {path.name}.")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise GLMImageError(
+                f"{path.name} has {size / 2**20:.0f} MiB, but a token file has at most "
+                f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
+            )
+        with path.open("rb") as file:
+            data = file.read(size)
+    with wall(f"{path.name} is corrupt or no safetensors file", "save the tokens again"):
+        tensors = load(data)  # refuses a broken header
+        end = 8 + int.from_bytes(data[:8], "little")
+        return tensors, json.loads(data[8:end]).get("__metadata__") or {}
 
 
 def _layout(tensors: dict[str, Tensor], size_and_codebook: dict[str, int]) -> Layout | None:

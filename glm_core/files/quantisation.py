@@ -21,6 +21,11 @@ SCALE = "weight_scale"
 """Name of the number that multiplies an fp8 layer's weight, which is stored beside the weight."""
 
 
+FULL_PRECISION = {"full_precision_matrix_mult": True}
+"""Of an fp8 layer: current hosts multiply in the compute dtype. Else they would round the inputs to
+fp8 without a scale, which cuts off what is above 448; inputs of this model are larger."""
+
+
 def layer_of(key: str) -> str:
     """The layer that a weight or its scale belongs to."""
     return key.removesuffix(f".{SCALE}").removesuffix(".weight")
@@ -28,9 +33,16 @@ def layer_of(key: str) -> str:
 
 def write_quantisation(layers: Iterable[str], quantisation: str) -> dict[str, str]:
     """Metadata for layers that are all in one of `LAYER_FORMATS`."""
-    entry = {"format": LAYER_FORMATS[quantisation]}
-    content = {"format_version": "1.0", "layers": dict.fromkeys(layers, entry)}
+    content = {"format_version": "1.0", "layers": layer_formats(layers, quantisation)}
     return {QUANTISATION: json.dumps(content)}
+
+
+def layer_formats(layers: Iterable[str], quantisation: str) -> dict[str, dict[str, Any]]:
+    """The entry of each layer, as files have it and hosts read it."""
+    entry: dict[str, Any] = {"format": LAYER_FORMATS[quantisation]}
+    if quantisation not in FORMATS:
+        entry |= FULL_PRECISION
+    return dict.fromkeys(layers, entry)
 
 
 def read_quantisation(

@@ -99,7 +99,8 @@ def pack_layers(
     for layer, bias in layers.items():
         plain = network.get_submodule(layer)
         form = packing((plain.out_features, plain.in_features), name)
-        network.set_submodule(layer, kind(form, bias, few_rows))
+        parent, _, child = layer.rpartition(".")
+        setattr(network.get_submodule(parent), child, kind(form, bias, few_rows))
 
 
 def lay_out(network: nn.Module, device: torch.device) -> None:

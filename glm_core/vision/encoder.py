@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..data.grids import Grid
 from ..errors import GLMImageError
+from ..fallbacks import sample_table
 from ..layers import Layers
 from ..schema import EPSILON, FLAG, HEADS, LAYERS, WIDTH, exactly, optional, read, whole
 
@@ -176,10 +177,7 @@ class PositionTable(nn.Module):
         table = rearrange(table, "(h w) d -> 1 d h w", h=self.side)
         y, x = (((torch.arange(n, device=device) + 0.5) / n) * 2 - 1 for n in grid)
         centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]  # [1, h, w, 2]
-        sampled = F.grid_sample(
-            table, centres, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        return rearrange(sampled, "1 d h w -> h w d")
+        return rearrange(sample_table(table, centres), "1 d h w -> h w d")
 
 
 class Block(nn.Module):

@@ -85,6 +85,11 @@ class HostAR:
     def config(self) -> ARConfig:
         return self.patcher.model.config
 
+    def get_ram_usage(self) -> int:
+        """Bytes of the weights, for hosts that drop outputs when memory is short (0.3.75)."""
+        parts = [*with_segments(self.patcher), *self.vision.patchers]
+        return sum(part.model_size() for part in parts)
+
     def sample(
         self,
         prompt: str,

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from typing import Any
+from weakref import finalize
 
 import comfy.model_management
 import torch
@@ -19,12 +20,22 @@ def make_cache_patcher(cache: ReferenceCache, device: torch.device, streamed: bo
     """
     if not streamed:
         return load_cache_patcher(cache, device, placement_on(device).offload)
-    overlaps = comfy.model_management.device_supports_non_blocking(device)
-    if overlaps and not comfy.model_management.is_device_cpu(device):
-        for parameter in cache.parameters():
-            parameter.data = parameter.data.pin_memory()
+    if not comfy.model_management.is_device_cpu(device):
+        _pin(cache)
     host = torch.device("cpu")
     return load_cache_patcher(cache, host, host)
+
+
+def _pin(cache: ReferenceCache) -> None:
+    """Pin the cache where it lies, as far as the host's budget and flags allow, until it is freed.
+
+    torch's `pin_memory` would copy it, round every size up to a power of two, and know no budget.
+    """
+    for parameter in cache.parameters():
+        if comfy.model_management.pin_memory(parameter):
+            # The view holds the memory until it is unpinned.
+            unpin = comfy.model_management.unpin_memory
+            finalize(parameter, unpin, parameter.detach()).atexit = False
 
 
 def load_cache_patcher(

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import comfy.conds
-import comfy.model_management
 import torch
 from torch import Tensor, nn
 
 from ...glm_core.decoder.model import KeysValues
 from ...glm_core.decoder.reference_cache import ReferenceCache
-
-Fetched = tuple[int, Any, list[tuple[Tensor, ...]]]
-"""A block's number, the stream that copies its tensors, and the copies for each set."""
+from .block_stream import BlockStream
 
 
 class CacheReader:
@@ -39,7 +37,9 @@ class CacheReader:
         self.device = device
         self.streamed = streamed
         self.sets = range(len(cache.blocks[0].sets)) if sets is None else sets
-        self._prefetched: Fetched | None = None
+        self._read = list(dict.fromkeys(self.sets))
+        tensors = partial(_tensors, cache, self._read)  # not a method, which would be a cycle
+        self._stream = BlockStream(tensors, len(cache.blocks), device)
         self._others: dict[torch.device, CacheReader] = {}
 
     def to(self, device: torch.device, *_: Any, **__: Any) -> "CacheReader":
@@ -51,42 +51,16 @@ class CacheReader:
         return self._others[device]
 
     def __getitem__(self, block: int) -> Sequence[KeysValues]:
-        pairs = self._pairs(block)
-        tensors = [pair.tensors() for pair in pairs]
+        tensors = _tensors(self.cache, self._read, block)
         # A host that is short of memory may have left a resident cache in host memory.
-        if self.streamed or any(x.device != self.device for pair in tensors for x in pair):
-            tensors = self._stream(block)
-        return [pair.restore(copy) for pair, copy in zip(pairs, tensors, strict=True)]
-
-    def _stream(self, block: int) -> list[tuple[Tensor, ...]]:
-        """A block's tensors, fetched during the block before; begins to fetch those of the next."""
-        if self._prefetched is None or self._prefetched[0] != block:
-            self._prefetched = self._fetch(block)
-        _, stream, tensors = self._prefetched
-        comfy.model_management.sync_stream(self.device, stream)
-        if stream is not None:  # else the allocator may reuse their memory before they are read
-            reading = comfy.model_management.current_stream(self.device)
-            for tensor in (tensor for pair in tensors for tensor in pair):
-                tensor.record_stream(reading)
-        self._prefetched = self._fetch((block + 1) % len(self.cache.blocks))
-        return tensors
-
-    def _fetch(self, block: int) -> Fetched:
-        stream = comfy.model_management.get_offload_stream(self.device)
-        tensors = [
-            tuple(
-                comfy.model_management.cast_to(
-                    tensor, None, self.device, non_blocking=True, stream=stream
-                )
-                for tensor in pair.tensors()
-            )
-            for pair in self._pairs(block)
-        ]
-        return block, stream, tensors
-
-    def _pairs(self, block: int) -> list[Any]:
-        sets = self.cache.blocks[block].sets
-        return [sets[number] for number in self.sets]
+        if any(x.device != self.device for x in tensors):
+            tensors = self._stream.read(block)
+        each = len(tensors) // len(self._read)
+        restored = {
+            number: self.cache.blocks[block].sets[number].restore(tensors[i * each :][:each])
+            for i, number in enumerate(self._read)
+        }
+        return [restored[number] for number in self.sets]
 
     @property
     def tokens(self) -> int:
@@ -99,9 +73,16 @@ class CacheReader:
         return CacheReader(self.cache, self.device, self.streamed, sets)
 
     def end_run(self) -> None:
-        """Free the prefetched block and the copies on other devices."""
-        self._prefetched = None
+        """Free the fetched blocks and the copies on other devices."""
+        self._stream.release()
+        for reader in self._others.values():
+            reader.end_run()
         self._others.clear()
+
+
+def _tensors(cache: ReferenceCache, sets: Sequence[int], block: int) -> list[Tensor]:
+    """The stored tensors of a block for some sets, as many for each."""
+    return [tensor for number in sets for tensor in cache.blocks[block].sets[number].tensors()]
 
 
 def _copy_to(device: torch.device, cache: ReferenceCache) -> ReferenceCache:

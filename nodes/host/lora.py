@@ -42,7 +42,8 @@ def apply_lora(
         if patcher is not None
     ]
     require_match(path, lora, *(target.names for target in targets))
-    changes, unread = changes_of(lora)
+    # Copied, as a trainer may write the file again, and a mapped file cut short ends the process.
+    changes, unread = changes_of({key: value.clone() for key, value in lora.items()})
     for change in changes:
         added = [target.add(change) for target in targets]
         if not any(added):

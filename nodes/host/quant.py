@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.ops
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...glm_core.files.quantisation import QUANTISATION
+from ...glm_core.files.quantisation import QUANTISATION, layer_formats
 from ...glm_core.quant.linear import PackedLinear
 
 # ---- packed int8 and int4 ----------------------------------------------------------------------
@@ -90,14 +89,13 @@ def is_packed(network: nn.Module) -> bool:
 
 # ---- fp8 with scales ---------------------------------------------------------------------------
 
+FP8_NAME = "fp8_e4m3fn"
 
-def fp8_operations(
-    layers: Iterable[str], storage: torch.dtype, compute: torch.dtype, device: torch.device
-) -> Any:
-    """The host's layers for fp8 weights with scales; they multiply in fp8 where it is possible."""
-    formats = _formats(layers)
-    config = SimpleNamespace(layer_quant_config=formats, quant_config=formats)  # 0.3.75, later
-    mixed = comfy.ops.pick_operations(storage, compute, load_device=device, model_config=config)
+
+def fp8_operations(layers: Iterable[str], compute: torch.dtype) -> Any:
+    """The host's layers for fp8 weights with scales; they multiply in the compute dtype."""
+    formats = layer_formats(layers, FP8_NAME)
+    mixed = comfy.ops.mixed_precision_ops(formats, compute, full_precision_mm=True)
 
     class Operations(mixed):
         class Linear(mixed.Linear):
@@ -127,8 +125,6 @@ def with_formats(state: dict[str, Tensor], layers: Iterable[str]) -> dict[str, T
     convert = getattr(comfy.utils, "convert_old_quants", None)
     if convert is None:
         return state
-    return convert(state, metadata={QUANTISATION: json.dumps({"layers": _formats(layers)})})[0]
-
-
-def _formats(layers: Iterable[str]) -> dict[str, dict[str, str]]:
-    return {layer: {"format": "float8_e4m3fn"} for layer in layers}
+    return convert(
+        state, metadata={QUANTISATION: json.dumps({"layers": layer_formats(layers, FP8_NAME)})}
+    )[0]

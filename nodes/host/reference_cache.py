@@ -43,6 +43,15 @@ class HostReferenceCache:
         self._injections = _injections(decoder)
         self._checkpoint = decoder.model.checkpoint
 
+    @property
+    def patcher(self) -> Any:
+        """By it, current hosts see that this output holds much memory, and drop it early."""
+        return self.patchers[0]
+
+    def get_ram_usage(self) -> int:
+        """Bytes, for hosts that drop outputs when memory is short (0.3.75)."""
+        return sum(patcher.model_size() for patcher in self.patchers)
+
     def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
         """The cache for the chosen samples of a batch: sample i attends to set i modulo the number
         of sets.
@@ -149,7 +158,8 @@ def compute_cache(
             progress=progress_bar(config.num_layers),
             check_interrupt=check_interrupt,
         )
-    return HostReferenceCache(cache, decoder, _is_streamed(store, shares, working))
+        # Within, as pinning takes memory too.
+        return HostReferenceCache(cache, decoder, _is_streamed(decoder, store, shares, working))
 
 
 def _check_references(references: References, config: DecoderConfig) -> None:
@@ -181,7 +191,9 @@ def _require_host_memory(nbytes: int, fp8: bool) -> None:
         )
 
 
-def _is_streamed(store: str, shares: Sequence[tuple[int, torch.device]], working: int) -> bool:
+def _is_streamed(
+    decoder: Any, store: str, shares: Sequence[tuple[int, torch.device]], working: int
+) -> bool:
     """Whether the cache stays in host memory.
 
     Args:
@@ -192,10 +204,10 @@ def _is_streamed(store: str, shares: Sequence[tuple[int, torch.device]], working
         GLMImageError: store is gpu, and a device is smaller than its share.
     """
     if store == "auto":
-        return any(
-            nbytes + working >= comfy.model_management.get_free_memory(device)
-            for nbytes, device in shares
-        )
+        # Patchers of current hosts count weights that they can evict as free.
+        management = comfy.model_management
+        free = getattr(decoder, "get_free_memory", management.get_free_memory)
+        return any(nbytes + working >= free(device) for nbytes, device in shares)
     if store == "gpu":
         for nbytes, device in shares:
             total = comfy.model_management.get_total_memory(device)

@@ -36,6 +36,11 @@ class HostVision:
     def patcher(self) -> Any:
         return load_vision_patcher(self.model_name, self.weight_dtype, self.placement)
 
+    @property
+    def patchers(self) -> list[Any]:
+        """The patcher, once it is loaded."""
+        return [self.patcher] if "patcher" in vars(self) else []
+
     def encode(self, images: Tensor) -> Tensor:
         """Tokens int32 [B, H / 32, W / 32] of images float [B, H, W, 3], 0 to 1."""
         device = self.patcher.load_device

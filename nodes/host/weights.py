@@ -47,7 +47,7 @@ class Precision(NamedTuple):
     def operations(self) -> Any:
         """ComfyUI's layers: plain if weights are used as they are stored, else casting ones."""
         if self.quantisation not in (None, *FORMATS):
-            return fp8_operations(self.quantised, self.storage, self.compute, self.device)
+            return fp8_operations(self.quantised, self.compute)
         operations = comfy.ops.pick_operations(self.storage, self.compute, load_device=self.device)
         return _row_operations(operations) if self.few_rows else operations
 
@@ -56,7 +56,7 @@ class Precision(NamedTuple):
         return self._replace(quantised=frozenset(root + name for name in self.quantised))
 
     def at(self, device: torch.device) -> "Precision":
-        """The same for layers on another device, which may or may not multiply in fp8."""
+        """The same for layers on another device."""
         return self._replace(device=device)
 
 

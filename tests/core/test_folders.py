@@ -10,6 +10,7 @@ ORDER = (
     "foreign",
     "schema",
     "attention",
+    "fallbacks",
     "layers",
     "split",
     "data",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from glm_image.glm_core.data import token_file
 from glm_image.glm_core.data.token_file import load_tokens, save_tokens
 from glm_image.glm_core.data.tokens import Layout, SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.scripts.environment import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +186,24 @@ def test_a_truncated_file(saved):
     saved.write_bytes(saved.read_bytes()[:-5])
     with pytest.raises(GLMImageError, match="corrupt"):
         load_tokens(saved)
+
+
+def test_loaded_tokens_do_not_depend_on_the_file(saved):
+    """Shortened by another program, a mapped file would end the process."""
+    code = """
+import sys
+from glm_core.data.token_file import load_tokens
+tokens, layout = load_tokens(sys.argv[1])
+open(sys.argv[1], "r+b").truncate(0)
+print(tokens.tokens.sum().item(), layout.preview.sum().item())
+"""
+    command = [sys.executable, "-c", code, str(saved)]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    tokens, layout = example()
+    assert found.stdout.split() == [
+        str(tokens.tokens.sum().item()),
+        str(layout.preview.sum().item()),
+    ]
 
 
 def test_a_file_too_large_is_not_read(saved):

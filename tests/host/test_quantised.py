@@ -351,7 +351,7 @@ def test_a_kernels_layout_survives_offloading_and_loading_again(nodes, files, na
 
 
 def test_fp8_layers_are_the_hosts(nodes, files) -> None:
-    """ComfyUI's quantised tensor, whose products it may run in fp8."""
+    """ComfyUI's quantised tensor."""
     model = load(nodes, "Decoder", files["decoder", "fp8"]).model.diffusion_model
     layer = model.get_submodule(DECODER_LAYER)
     assert type(layer.weight.data).__name__ == "QuantizedTensor"
@@ -504,20 +504,27 @@ def test_scales_are_on_the_device_of_their_segment(nodes, files, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_each_segment_multiplies_in_fp8_if_its_device_can(nodes, files, monkeypatch, kind) -> None:
-    able = torch.device("cpu", 0)
-    monkeypatch.setattr(
-        comfy.model_management, "supports_fp8_compute", lambda device=None: device == able
-    )
-    for first, second in ((CPU, able), (able, CPU)):
-        placement = Placement(first, CPU, segments=((range(1, 2), Placement(second, CPU)),))
-        model = {"AR": load_ar, "Decoder": load_decoder}[kind](
-            files[STAGES[kind], "fp8"], placement=placement
-        )
-        for patcher, device in zip(with_segments(patcher_of(model)), (first, second), strict=True):
-            layers = [m for m in patcher.model.modules() if getattr(m, "layout_type", None)]
-            assert layers
-            assert all(layer._full_precision_mm == (device != able) for layer in layers)
+def test_inputs_of_fp8_layers_are_not_rounded(nodes, files, monkeypatch, kind) -> None:
+    """Also where the device multiplies in fp8: the host would cut inputs off at 448."""
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    split = load_split(nodes, kind, files[STAGES[kind], "fp8"])
+    for patcher in with_segments(patcher_of(split)):
+        layers = [m for m in patcher.model.modules() if getattr(m, "layout_type", None)]
+        assert layers
+        for layer in layers:
+            weight = layer.weight.dequantize()
+            x = torch.full((1, weight.shape[1]), 5000.0).to(weight.dtype)
+            x[:, ::2] = 1e-4
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            expected = torch.nn.functional.linear(x, weight, bias)
+            torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.5)
+
+
+def test_a_converted_file_says_that_products_are_exact(files) -> None:
+    for component in ("ar", "decoder"):
+        metadata = read_header(models_file(files[component, "fp8"]))[1]
+        layers = json.loads(metadata[QUANTISATION])["layers"].values()
+        assert all(layer["full_precision_matrix_mult"] is True for layer in layers)
 
 
 # ---- replayed steps ----------------------------------------------------------------------------

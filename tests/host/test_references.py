@@ -12,6 +12,8 @@ import torch
 from glm_image.glm_core.data.references import References
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import decoder as decoder_module
+from glm_image.nodes.host import reference_cache
+from glm_image.nodes.host.cache_patcher import make_cache_patcher
 from helpers import relative_error, same, stages
 from reference import SHAPES
 from torch import Tensor
@@ -130,7 +132,6 @@ def test_streamed_from_host_memory_is_the_same(nodes, run, images) -> None:
     assert not resident.reader.streamed
     assert streamed.reader.streamed
     assert same(decode(nodes, run, resident), decode(nodes, run, streamed))
-    assert streamed.reader._prefetched is None  # freed when sampling ends
 
 
 def test_fp8_is_close_and_half_as_large(nodes, run, images) -> None:
@@ -229,6 +230,85 @@ def test_more_than_memory_holds_is_refused_with_what_helps(nodes, run, images, m
     with pytest.raises(GLMImageError, match=r"need .* GiB and 0.0 GiB .* fewer or smaller"):
         cached(nodes, run, references)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+
+
+def test_auto_asks_the_patcher_what_is_free(nodes, run, images, monkeypatch) -> None:
+    """Current hosts' patchers count weights that they can evict; `get_free_memory` does not."""
+    references, patcher = encode(run, images[:1]), type(run.model)
+    for free, streamed in ((0, True), (10**15, False)):
+        monkeypatch.setattr(patcher, "get_free_memory", lambda *_, f=free: f, raising=False)
+        assert cached(nodes, run, references).reader.streamed == streamed
+
+
+class Driver:
+    """CUDA's registry of pinned memory, as torch shows it: address -> bytes."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        self.pinned[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    return driver
+
+
+def on_an_accelerator(nodes, run, images):
+    cache = cached(nodes, run, encode(run, images[:1]), "cpu").reader.cache
+    return cache, make_cache_patcher(cache, torch.device("meta"), streamed=True)
+
+
+def test_a_streamed_cache_is_pinned_by_the_host_until_it_is_freed(
+    nodes, run, images, monkeypatch, driver
+) -> None:
+    management = comfy.model_management
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 10**9)
+    cache, patcher = on_an_accelerator(nodes, run, images)
+    assert driver.pinned == {p.data_ptr(): p.nbytes for p in cache.parameters()}
+    assert cache.nbytes == management.TOTAL_PINNED_MEMORY
+    del cache, patcher
+    gc.collect()
+    assert not driver.pinned
+    assert management.TOTAL_PINNED_MEMORY == 0
+
+
+def test_nothing_is_pinned_if_the_host_pins_nothing(
+    nodes, run, images, monkeypatch, driver
+) -> None:
+    """As with --disable-pinned-memory."""
+    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", -1)
+    cache, _ = on_an_accelerator(nodes, run, images)
+    assert not driver.pinned
+    assert not any(p.is_pinned() for p in cache.parameters())
+
+
+def test_pinning_that_runs_out_of_memory_is_told_as_such(nodes, run, images, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError
+
+    references = encode(run, images[:1])
+    monkeypatch.setattr(reference_cache, "make_cache_patcher", full)
+    with pytest.raises(GLMImageError, match="The reference cache ran out of memory"):
+        cached(nodes, run, references, "cpu")
+
+
+def test_hosts_that_free_memory_see_models_and_caches(nodes, run, images) -> None:
+    """0.3.75 asks for `get_ram_usage`, current hosts look for a patcher."""
+    cache = cached(nodes, run, encode(run, images[:1]))
+    assert cache.get_ram_usage() == cache.reader.cache.nbytes
+    weights = [run.ar.patcher, run.ar.vision.patcher]
+    assert run.ar.get_ram_usage() == sum(part.model_size() for part in weights) > 0
+    for output in (cache, run.ar):
+        assert isinstance(output.patcher, comfy.model_patcher.ModelPatcher)
 
 
 def test_references_of_another_codebook_are_refused(nodes, run, images) -> None:
