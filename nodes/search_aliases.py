@@ -57,5 +57,8 @@ ALIASES = {
     "GLMImageModelSampling": ["shift", "ksampler", "flow", "移位"],
     "GLMImageDecode": ["sampler", "ksampler", "denoise", "diffusion", "采样器", "降噪"],
     "GLMImageCropToSize": ["resize", "any size", "trim", "裁剪"],
+    "GLMImageScoreTokens": ["likelihood", "prompt match", "judge", "rank", "评分"],
+    "GLMImageReadText": ["ocr", "recognise text", "spelling", "judge", "文字识别"],
+    "GLMImageKeepBest": ["select", "rank", "best of", "filter", "择优"],
     "GLMImageDevicePlan": ["vram", "multi gpu", "offload", "memory", "low vram", "显存", "多显卡"],
 }
