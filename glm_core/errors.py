@@ -9,8 +9,8 @@ LONGEST = 200
 class GLMImageError(ValueError):
     """A sentence for the person at the graph: what was wrong, the value, what to do.
 
-    A program knows the kind by the class. A person knows it by the code at the sentence's end, under
-    which docs/errors.md and the help pages explain it in every language.
+    A program knows the kind by the class, a person by the code at the sentence's end. The codes are
+    explained in docs/errors.md and the help pages, in every language.
     """
 
     __module__ = "glm_image"  # shown by hosts, which import the pack under its file path

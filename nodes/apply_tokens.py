@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import BatchError
 from ..glm_core.placement import memory
 from .host import conditioning as cond
 from .host.out_of_memory import require_room
@@ -90,7 +90,7 @@ class ApplyTokens(Node):
 
 def _choose(batch: int, index: int) -> list[int]:
     if index >= batch:
-        raise GLMImageError(
+        raise BatchError(
             f"batch_index is {index} and the tokens hold {batch} images; "
             f"use 0 to {batch - 1}, or -1 for all."
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import InputError, shown
 from .host.kinds import KINDS, Kind
 from .search_aliases import ALIASES
 
@@ -72,12 +72,10 @@ def require_input(given: io.Input, value: Any) -> None:
         return
     kind = (WIDGETS | KINDS)[given.io_type]
     if not kind.fits(value):
-        raise GLMImageError(
-            f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}."
-        )
+        raise InputError(f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}.")
     low, high = getattr(given, "min", None), getattr(given, "max", None)
     if low is not None and not low <= value <= high:  # nan is in no range
-        raise GLMImageError(f"{given.id} is {value}; use a value from {low} to {high}.")
+        raise InputError(f"{given.id} is {value}; use a value from {low} to {high}.")
 
 
 def _described(value: Any) -> str:

@@ -8,7 +8,7 @@ from ..glm_core.ar.step import SamplingOptions
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import InputError
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
 from .node import Node
@@ -86,7 +86,7 @@ class SampleTokens(Node):
         if references is None:
             return io.NodeOutput(*ar.sample(*request, layout=layout, **extra))
         if layout is not None:
-            raise GLMImageError(
+            raise InputError(
                 "A layout and references cannot be used together, because an image from references "
                 "has no preview stage; disconnect one of them."
             )
