@@ -60,5 +60,8 @@ ALIASES = {
     "GLMImageScoreTokens": ["likelihood", "prompt match", "judge", "rank", "评分"],
     "GLMImageReadText": ["ocr", "recognise text", "spelling", "judge", "文字识别"],
     "GLMImageKeepBest": ["select", "rank", "best of", "filter", "择优"],
+    "GLMImageJoinTokens": ["batch tokens", "concatenate", "merge", "合并批次"],
+    "GLMImageCellsToMask": ["grid to mask", "region", "inpaint", "网格"],
+    "GLMImagePromptLines": ["prompt list", "batch prompts", "split text", "批量提示词"],
     "GLMImageDevicePlan": ["vram", "multi gpu", "offload", "memory", "low vram", "显存", "多显卡"],
 }
