@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import GLMImageError
+from .errors import GLMImageError, InputError
 from .files.checking import check_model
 from .files.component import COMPONENTS
 from .files.conversion import CHOICES, convert, is_converted, output
@@ -155,7 +155,7 @@ def _folder(out: Path, component: str, sort: bool) -> Path:
     if sort:
         return out / MODEL_FOLDERS[component]
     if (out / "diffusion_models").is_dir():
-        raise GLMImageError(
+        raise InputError(
             f"{out} is ComfyUI's models folder; give {out / 'glm_image' / 'NAME'}, or give it as "
             f"--models {out} to sort the files into its folders."
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .errors import GLMImageError, shown
+from .errors import FileError, GLMImageError, shown
 
 MAX_ELEMENTS = 4_000_000
 """Values in one JSON text. A tokenizer with 170,000 tokens has about a million."""
@@ -29,7 +29,7 @@ def wall(what: str, advice: str = "download it again") -> Iterator[None]:
     except (GLMImageError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise GLMImageError(f"{shown(what)}; {advice}.") from error
+        raise FileError(f"{shown(what)}; {advice}.") from error
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
@@ -67,21 +67,21 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            raise GLMImageError(
+            raise FileError(
                 f"{source} is not valid JSON (line {error.lineno}, column {error.colno}); "
                 "download it again."
             ) from error
     if not isinstance(value, dict):
-        raise GLMImageError(f"{source} is not a JSON object; download it again.")
+        raise FileError(f"{source} is not a JSON object; download it again.")
     if depth(value, MAX_DEPTH) > MAX_DEPTH:
-        raise GLMImageError(f"{source} is nested more than {MAX_DEPTH} deep; download it again.")
+        raise FileError(f"{source} is nested more than {MAX_DEPTH} deep; download it again.")
     return value
 
 
 def require_few_elements(text: str, source: str) -> None:
     """Refuse a text that may hold more than `MAX_ELEMENTS` values. Commas are counted."""
     if text.count(",") > MAX_ELEMENTS:
-        raise GLMImageError(
+        raise FileError(
             f"{source} holds more than {MAX_ELEMENTS} values, too many to read; choose another."
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import GLMImageError, quoted
+from .errors import CheckpointError, quoted
 
 REQUIRED = object()
 
@@ -107,7 +107,7 @@ def _fitting(
     if value is None and kind.default is not REQUIRED:
         return kind.default
     if value is None:
-        raise GLMImageError(f"{source} has no '{path}'; {advice}.")
+        raise CheckpointError(f"{source} has no '{path}'; {advice}.")
     if not kind.fits(value):
-        raise GLMImageError(f"{source}'s {path} is {quoted(value)}, {kind.wanted}; {advice}.")
+        raise CheckpointError(f"{source}'s {path} is {quoted(value)}, {kind.wanted}; {advice}.")
     return value

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import GLMImageError, quoted
+from .errors import CheckpointError, quoted
 from .layers import Layers
 from .schema import TEXT, exactly, many, number, read, whole
 
@@ -53,13 +53,13 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise GLMImageError(
+                raise CheckpointError(
                     f"The VAE's block_out_channels {channels} is no multiple of norm_num_groups "
                     f"{self.norm_num_groups}; download its config.json again."
                 )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.latent_channels:
-                raise GLMImageError(
+                raise CheckpointError(
                     f"The VAE's {name} has {len(getattr(self, name))} values and latent_channels "
                     f"is {self.latent_channels}; download its config.json again."
                 )
@@ -80,7 +80,7 @@ class VAEConfig:
         blocks = len(values["block_out_channels"])
         for name, block in BLOCKS.items():
             if values[name] != [block] * blocks:
-                raise GLMImageError(
+                raise CheckpointError(
                     f"The VAE's {name} is {quoted(values[name])}, but only {blocks} of {block} are "
                     f"supported; {ADVICE}."
                 )

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import BatchError
 from ..glm_core.placement import memory
 from .host import conditioning as cond
 from .host.out_of_memory import require_room
@@ -91,7 +91,7 @@ class ApplyTokens(Node):
 def _choose(batch: int, index: int) -> list[int]:
     if index >= batch:
         found = "one image; use 0" if batch == 1 else f"{batch} images; use 0 to {batch - 1}"
-        raise GLMImageError(f"batch_index is {index} and the tokens hold {found}, or -1 for all.")
+        raise BatchError(f"batch_index is {index} and the tokens hold {found}, or -1 for all.")
     return list(range(batch)) if index < 0 else [index]
 
 

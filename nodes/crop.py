@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import SizeError
 from .inputs import MAX_SIDE
 from .node import Node
 from .types import CATEGORY
@@ -49,7 +49,7 @@ def _crop_about_centre(image: Tensor, height: int, width: int) -> Tensor:
     """
     rows, columns = image.shape[1:3]
     if height > rows or width > columns:
-        raise GLMImageError(
+        raise SizeError(
             f"A picture of {columns}x{rows} pixels cannot be cropped to {width}x{height}; "
             "make it at the next multiples of 32, or scale it up first."
         )

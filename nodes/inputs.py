@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import GLMImageError, InputError, shown
 from .types import AR
 
 MAX_SIDE = 16384  # as in ComfyUI's own nodes
@@ -66,4 +66,4 @@ def require_choices(*inputs: tuple[str, str | None, Iterable[str]]) -> None:
     """
     for name, value, choices in inputs:
         if value not in tuple(choices):
-            raise GLMImageError(f"{name} is '{shown(value)}'; choose one of {', '.join(choices)}.")
+            raise InputError(f"{name} is '{shown(value)}'; choose one of {', '.join(choices)}.")

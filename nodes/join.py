@@ -10,7 +10,7 @@ from ..glm_core.data.grids import Grid, token_grid
 from ..glm_core.data.layout import grid_to_mask
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import InputError, PromptError, SizeError
 from .host.joining import count_of, join_layouts, join_tokens
 from .inputs import MAX_SIDE, check_choices, require_choices
 from .node import Node
@@ -53,7 +53,7 @@ class JoinTokens(Node):
         tokens = [batches[f"tokens_{i}"] for i in PLACES if batches.get(f"tokens_{i}") is not None]
         layouts = [batches[f"layout_{i}"] for i in PLACES if batches.get(f"layout_{i}") is not None]
         if not tokens and not layouts:
-            raise GLMImageError("Join Tokens has nothing to join; connect tokens, layouts or both.")
+            raise InputError("Join Tokens has nothing to join; connect tokens, layouts or both.")
         return io.NodeOutput(
             join_tokens(tokens, parse_indices(indices, count_of(tokens)))
             if tokens
@@ -108,10 +108,10 @@ class CellsToMask(Node):
         tokens: SemanticTokens | None = None,
     ) -> io.NodeOutput:
         if layout is not None and tokens is not None:
-            raise GLMImageError("Cells To Mask needs one grid; connect a layout or tokens.")
+            raise InputError("Cells To Mask needs one grid; connect a layout or tokens.")
         shown = layout or tokens
         if shown is None and not (width and height):
-            raise GLMImageError(
+            raise SizeError(
                 f"The mask's size is {width}x{height}; set width and height, or connect a layout "
                 "or tokens."
             )
@@ -162,5 +162,5 @@ class PromptLines(Node):
         parts = text.splitlines() if split == SPLITS[0] else re.split(r"\n[^\S\n]*\n", text)
         prompts = [part.strip() for part in parts if part.strip()]
         if not prompts:
-            raise GLMImageError("The text holds no prompt; write one a line.")
+            raise PromptError("The text holds no prompt; write one a line.")
         return io.NodeOutput(prompts)

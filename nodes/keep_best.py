@@ -7,7 +7,7 @@ from torch import Tensor
 from ..glm_core.data.ranking import best_first, ranks
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import BatchError
 from .host.joining import JOINERS, count_of
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
@@ -68,9 +68,7 @@ class KeepBest(Node):
         candidates = {name: values for name, values in connected.items() if values}
         _require_equal_counts(lists, candidates)
         if count[0] > len(scores):
-            raise GLMImageError(
-                f"count is {count[0]} and there are {len(scores)} scores; use less."
-            )
+            raise BatchError(f"count is {count[0]} and there are {len(scores)} scores; use less.")
         weights = dict(zip(given, (weight[0], weight_2[0], weight_3[0]), strict=True))
         order = best_first(list(lists.values()), [weights[name] for name in lists])
         kept = [
@@ -105,7 +103,7 @@ def _require_equal_counts(lists: dict[str, list[float]], candidates: dict[str, l
     counts |= {name: count_of(values) for name, values in candidates.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise GLMImageError(f"There are {found}; connect one score for each candidate.")
+        raise BatchError(f"There are {found}; connect one score for each candidate.")
 
 
 def _table(lists: dict[str, list[float]], order: list[int]) -> str:

@@ -7,7 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import InputError, LoraError, shown
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
@@ -38,7 +38,7 @@ def _find(lora_name: str) -> Path:
         path = folder_paths.get_full_path("loras", name)
         if path is not None:
             return Path(path)
-    raise GLMImageError(f"No LoRA is called '{shown(lora_name)}'; put the file into models/loras.")
+    raise LoraError(f"No LoRA is called '{shown(lora_name)}'; put the file into models/loras.")
 
 
 class LoadLora(Node):
@@ -78,7 +78,7 @@ class LoadLora(Node):
         ar: HostAR | None = None,
     ) -> io.NodeOutput:
         if model is None and ar is None:
-            raise GLMImageError("Nothing to adapt: connect model, ar or both to Load LoRA.")
+            raise InputError("Nothing to adapt: connect model, ar or both to Load LoRA.")
         if model is not None:
             require_decoder(model)
         decoder, ar_patcher = apply_lora(

@@ -1,4 +1,4 @@
-"""The base of the pack's nodes: every input is checked before a node sees it.
+"""The base of the pack's nodes: every input is checked before a node sees it, and search words.
 
 ComfyUI compares the types that a graph gives its links. It lets pass a literal where a link
 belongs, what comes through a link of any type, and a linked number beyond its range.
@@ -13,8 +13,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import InputError, shown
 from .host.kinds import KINDS, Kind
+from .search_aliases import ALIASES
 
 WIDGETS = {
     "INT": Kind(lambda value: isinstance(value, Integral), "a whole number", "type one"),
@@ -29,10 +30,22 @@ class Node(io.ComfyNode):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        execute = cls.__dict__["execute"].__func__
-        # ComfyUI runs a node as a copy of its class, which has the checked method already.
-        if not hasattr(execute, "__wrapped__"):
-            cls.execute = classmethod(_checked(execute))
+        for name, wrapped in (("define_schema", _with_aliases), ("execute", _checked)):
+            own = cls.__dict__[name].__func__
+            # ComfyUI runs a node as a copy of its class, which has the wrapped methods already.
+            if not hasattr(own, "__wrapped__"):
+                setattr(cls, name, classmethod(wrapped(own)))
+
+
+def _with_aliases(define_schema: Callable[..., io.Schema]) -> Callable[..., io.Schema]:
+    @wraps(define_schema)
+    def with_aliases(cls: type[Node]) -> io.Schema:
+        schema = define_schema(cls)
+        if hasattr(schema, "search_aliases"):  # ComfyUI 0.3.75 has no such field
+            schema.search_aliases = ALIASES.get(schema.node_id, [])
+        return schema
+
+    return with_aliases
 
 
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
@@ -62,12 +75,10 @@ def require_input(given: io.Input, value: Any) -> None:
         return
     kind = (WIDGETS | KINDS)[given.io_type]
     if not kind.fits(value):
-        raise GLMImageError(
-            f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}."
-        )
+        raise InputError(f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}.")
     low, high = getattr(given, "min", None), getattr(given, "max", None)
     if low is not None and not low <= value <= high:  # nan is in no range
-        raise GLMImageError(f"{given.id} is {value}; use a value from {low} to {high}.")
+        raise InputError(f"{given.id} is {value}; use a value from {low} to {high}.")
 
 
 def _described(value: Any) -> str:

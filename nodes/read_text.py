@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import PromptError, shown
 from ..glm_core.glyph.reading import Match, match_texts, plain, score
 from ..glm_core.glyph.texts import texts_that_fit, texts_to_render
 from .host.ocr import TextInPicture, outlined, read_texts
@@ -75,7 +75,7 @@ def _wanted(prompt: str, texts: str) -> list[str]:
     lines = [line for line in texts.splitlines() if plain(line)]
     wanted = lines or texts_that_fit([text for text in texts_to_render(prompt) if plain(text)])
     if not wanted:
-        raise GLMImageError(
+        raise PromptError(
             f"The prompt '{shown(prompt)}' has no text in quotes; put the text that the images "
             "should show in quotes, or write it into texts."
         )

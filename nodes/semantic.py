@@ -9,7 +9,7 @@ from ..glm_core.data.grids import size_advice
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import InputError
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
 from .messages import warning
@@ -89,7 +89,7 @@ class SampleTokens(Node):
             sampled = ar.sample(*request, layout=layout, **extra)
             return io.NodeOutput(*sampled, ui=warning(size_advice(height, width)))
         if layout is not None:
-            raise GLMImageError(
+            raise InputError(
                 "A layout and references cannot be used together, because an image from references "
                 "has no preview stage; disconnect one of them."
             )

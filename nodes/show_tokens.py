@@ -6,7 +6,7 @@ from torch import Tensor
 from ..glm_core.data.token_image import draw_sheet, hash_palette, sheet_grid
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError
+from ..glm_core.errors import InputError, TokensError
 from ..glm_core.placement import memory
 from .host.ar import HostAR
 from .host.out_of_memory import require_room
@@ -85,7 +85,7 @@ class ShowTokens(Node):
         image: str = "",
     ) -> io.NodeOutput:
         if (tokens is None) == (layout is None):
-            raise GLMImageError(
+            raise InputError(
                 "Show Tokens draws one thing: connect either tokens or a layout to it."
             )
         grids, locked = (tokens.tokens, None) if layout is None else (layout.preview, layout.locked)
@@ -116,7 +116,7 @@ def _palette(codebook: int, ar: HostAR | None) -> Tensor:
     if ar is None:
         return hash_palette(codebook)
     if ar.config.codebook != codebook:
-        raise GLMImageError(
+        raise TokensError(
             f"The tokens have a codebook of {codebook} and the AR model one of "
             f"{ar.config.codebook}; connect the AR model that made them, or none."
         )

@@ -12,7 +12,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..glm_core.data.token_file import MAX_FILE_BYTES, load_tokens, save_tokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import GLMImageError, shown
+from ..glm_core.errors import FileError, InputError, shown
 from .host.paths import spellings
 from .inputs import validate
 from .node import Node
@@ -63,7 +63,7 @@ class SaveTokens(Node):
             file = f"{name}_{counter:05}_{SUFFIX}"
             save_tokens(Path(folder) / file, tokens, layout)
         except OSError as error:
-            raise GLMImageError(
+            raise InputError(
                 f"The tokens cannot be saved as '{shown(filename_prefix)}' ({error.strerror}); "
                 "choose another filename_prefix, or check the output folder."
             ) from error
@@ -134,7 +134,7 @@ def _require_prefix(prefix: str) -> None:
     """
     output = os.path.abspath(folder_paths.get_output_directory())
     if not _inside(output, prefix):
-        raise GLMImageError(
+        raise InputError(
             f"filename_prefix '{shown(prefix)}' leads out of the output folder; use a name or a "
             "path below it."
         )
@@ -144,7 +144,7 @@ def _require_prefix(prefix: str) -> None:
     except UnicodeEncodeError:  # half a surrogate pair
         allowed = False
     if not allowed:
-        raise GLMImageError(
+        raise InputError(
             f"filename_prefix '{shown(prefix)}' has a character that no file's name can have; "
             "leave it out."
         )
@@ -170,12 +170,12 @@ def _find(name: str) -> Path:
         root = os.path.abspath(folder or folder_paths.get_input_directory())
         path = _inside(root, plain)
         if path is None:
-            raise GLMImageError(
+            raise FileError(
                 f"'{shown(name)}' lies outside the {Path(root).name} folder; copy the file into it."
             )
         if os.path.isfile(path):
             return path
-    raise GLMImageError(
+    raise FileError(
         f"There is no token file '{shown(name)}'; put it into the input folder, "
         "or write 'name [output]' for one in the output folder."
     )

@@ -33,6 +33,7 @@ GRAPH_TIMEOUT_S = 120
 PROMPTS = {
     "text_to_image": [demo.TINY_PROMPT],
     "text_to_image_ksampler": ["中间一个红色心形，白色背景，底部写着“福喜”"],
+    "text_to_image_chinese": ["左边一个蓝色星形，黄色背景，顶部写着“猫茶”"],
     "layout_contact_sheet": ["a red square and a blue star, yellow background"],
     "lock_layout_change_prompt": [
         "a red circle on the left, a green square on the right, white background, "

@@ -74,6 +74,15 @@ The decoder is an ordinary MODEL, so any sampler, scheduler, LoRA or model node 
 **Model Sampling** gives it the noise levels of the picture's size; without it they are those \
 of 1024 x 1024.
 """,
+    "text_to_image_chinese": """\
+# GLM-Image：中文提示词
+提示词可以是中文。引号（“……”或「……」）里的文字由 **字形编码** 逐字节读取，画到图里；\
+其余部分只由 **采样语义 token** 读取。
+
+1. **采样语义 token** 写出布局和内容，它的种子改变两者。
+2. **字形编码** 的第二个输出列出找到的文字。
+3. **解码** 的种子只改变细节。
+""",
     "layout_contact_sheet": """\
 # GLM-Image: eight layouts to choose from
 **Sample Layout** writes only the previews, all eight in little more than one's time. **Show \

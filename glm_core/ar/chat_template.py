@@ -16,7 +16,7 @@ from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from ..errors import GLMImageError, shown
+from ..errors import CheckpointError, shown
 from ..foreign import wall
 
 ADVICE = "take chat_template.jinja from the original checkpoint"
@@ -56,7 +56,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_LENGTH:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's chat template has {len(source)} characters, and this pack reads "
                 f"at most {MAX_LENGTH}: {ADVICE}."
             )
@@ -115,7 +115,7 @@ class Environment(ImmutableSandboxedEnvironment):
             elif isinstance(part, list | tuple):
                 waiting += part
             elif type(part) is int and abs(part) > MAX_NUMBER:
-                raise GLMImageError(f"The AR model's chat template counts too far: {ADVICE}.")
+                raise CheckpointError(f"The AR model's chat template counts too far: {ADVICE}.")
         return value
 
     def join(self, parts: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
@@ -130,7 +130,7 @@ class Environment(ImmutableSandboxedEnvironment):
     def charge(self, cost: int) -> None:
         self.remaining -= cost
         if self.remaining < 0:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's chat template is endless, or writes too much: {ADVICE}."
             )
 
@@ -158,7 +158,7 @@ class Environment(ImmutableSandboxedEnvironment):
         name = name or getattr(called, "_undefined_name", None)
         known = isinstance(called, Macro) or called in self.globals.values()
         if not known and not (isinstance(owner, str | dict | LoopContext) and name in METHODS):
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's chat template calls {shown(str(name))}, which is not supported: "
                 f"{ADVICE}."
             )
@@ -177,7 +177,7 @@ def _paid(environment: Environment, function: Callable) -> Callable:
 
 
 def _refuse(message: str) -> None:
-    raise GLMImageError(f"The AR model's chat template says: {shown(str(message))}; {ADVICE}.")
+    raise CheckpointError(f"The AR model's chat template says: {shown(str(message))}; {ADVICE}.")
 
 
 def _require_plain(tree: nodes.Template) -> None:
@@ -190,7 +190,7 @@ def _require_plain(tree: nodes.Template) -> None:
         else:
             plain = isinstance(node, (*STATEMENTS, *EXPRESSIONS))
         if not plain or getattr(node, "dyn_args", None) or getattr(node, "dyn_kwargs", None):
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's chat template has a {shown(name)} in line {node.lineno}, which is "
                 f"not supported: {ADVICE}."
             )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import GLMImageError
+from ..errors import CheckpointError
 from ..layers import Layers
 from ..schema import (
     EPSILON,
@@ -108,22 +108,22 @@ class ARConfig:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model has {self.heads} heads, no multiple of its {self.kv_heads} KV heads."
             )
         if 2 * sum(self.mrope_section) != self.rotary_dim:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's mrope_section {list(self.mrope_section)} does not cover half of "
                 f"its {self.rotary_dim} rotary dimensions."
             )
         if not self.codebook <= self.visual_size <= self.vocab_size:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's codebook {self.codebook}, visual vocabulary {self.visual_size} "
                 f"and vocabulary {self.vocab_size} must not decrease in this order."
             )
         for name in ("image_start", "image_end", "image_token"):
             if getattr(self, name) >= self.vocab_size:
-                raise GLMImageError(
+                raise CheckpointError(
                     f"The AR model's {name} is the id {getattr(self, name)}, and its vocabulary "
                     f"has only {self.vocab_size}; {ADVICE}."
                 )

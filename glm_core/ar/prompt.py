@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.grids import Grid, grid_positions, preview_grid, text_positions
-from ..errors import GLMImageError, quoted
+from ..errors import CheckpointError, PromptError, ReferenceImageError, quoted
 from ..foreign import parse_json, wall, within
 from ..schema import OBJECT, Kind, many, read, whole
 from .chat_template import ChatTemplate
@@ -123,7 +123,7 @@ class PromptTokenizer:
             GLMImageError: the prompt is empty and may not be, or there are no references.
         """
         if not references:
-            raise GLMImageError("There are no reference images: encode one, or connect none.")
+            raise ReferenceImageError("There are no reference images: encode one, or connect none.")
         turn = self._turn(prompt, references, may_be_empty)
         return _joined([*turn, self._grid_ids(grid), [self._ids["bos_token"]]])
 
@@ -137,7 +137,7 @@ class PromptTokenizer:
         """
         core = prompt.strip()
         if not core and not may_be_empty:
-            raise GLMImageError("The prompt is empty: write what the image should show.")
+            raise PromptError("The prompt is empty: write what the image should show.")
         # The template sees the space around the prompt, as it may trim it.
         marked = prompt.replace(core, _PROMPT, 1) if core else _PROMPT
         rendered = self._render(marked, len(references))
@@ -160,7 +160,7 @@ class PromptTokenizer:
         content = [*images, {"type": "text", "text": prompt}]
         rendered = self._template.render([{"role": "user", "content": content}], self._names)
         if rendered.count(_PROMPT) != 1 or rendered.count(image) != references:
-            raise GLMImageError(
+            raise CheckpointError(
                 "The AR model's chat template does not carry the prompt and every reference image "
                 "exactly once: take chat_template.jinja from the original checkpoint."
             )
@@ -229,7 +229,7 @@ def _control_names(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, st
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if not _is_token(token) or tokenizer.token_to_id(token) is None:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The AR model's tokenizer has no {name} ({quoted(token)}): this is not the "
                 "processor of a GLM-Image checkpoint; download the processor folder again."
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.cells import ranges_of
 from ..data.grids import Grid, preview_grid
 from ..data.tokens import UNKNOWN, Forced
-from ..errors import GLMImageError
+from ..errors import BatchError, InputError, TokensError
 from .cache import span_of
 from .lookahead import guess_row
 from .model import ARModel, rope_table
@@ -67,7 +67,7 @@ class SamplingRun:
 
     def __post_init__(self) -> None:
         if self.lookahead < 1:
-            raise GLMImageError(f"lookahead is {self.lookahead}: use 1 (off) or more.")
+            raise InputError(f"lookahead is {self.lookahead}: use 1 (off) or more.")
 
 
 def sample_tokens(
@@ -135,12 +135,12 @@ class _GridPlan:
         if self.forced is not None:
             values, mask = self.forced.values.cpu(), self.forced.mask
             if tuple(mask.shape) != self.grid or tuple(values.shape[1:]) != self.grid:
-                raise GLMImageError(
+                raise TokensError(
                     f"The forced cells are a grid of {mask.shape[0]}x{mask.shape[1]} (rows x "
                     f"columns), but this image has {self.grid[0]}x{self.grid[1]}."
                 )
             if values.shape[0] not in (1, batch):
-                raise GLMImageError(
+                raise BatchError(
                     f"There are forced cells for {values.shape[0]} samples, but {batch} are drawn."
                 )
             tokens[:, mask] = values[:, mask].to(torch.int64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import InputError
 from ..fallbacks import index_copy_
 from .cache import BlockPass, KVCache, StepPass, step_mask
 from .lookahead import count_final
@@ -31,13 +31,13 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE):
-            raise GLMImageError(
+            raise InputError(
                 f"temperature is {self.temperature}: use 0 (greedy), or {MIN_TEMPERATURE} or more."
             )
         if not 0 <= self.top_p <= 1:
-            raise GLMImageError(f"top_p is {self.top_p}: use a value between 0 and 1.")
+            raise InputError(f"top_p is {self.top_p}: use a value between 0 and 1.")
         if self.top_k < 0:
-            raise GLMImageError(f"top_k is {self.top_k}: use 0 (off) or more.")
+            raise InputError(f"top_k is {self.top_k}: use 0 (off) or more.")
 
 
 @dataclass(frozen=True)

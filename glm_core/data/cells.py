@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError, shown
+from ..errors import InputError, shown
 from .grids import Grid
 
 ALL = "*"
@@ -24,7 +24,7 @@ def parse_cells(text: str, grid: Grid) -> Tensor:
         GLMImageError: an entry cannot be read, or leaves the grid; or the text is too long.
     """
     if len(text) > MAX_LENGTH:
-        raise GLMImageError(
+        raise InputError(
             f"cells has {len(text)} characters and may have {MAX_LENGTH}: use ranges such as "
             "0-7:0-3, or a mask."
         )
@@ -56,20 +56,20 @@ def parse_indices(text: str, count: int) -> list[int]:
         GLMImageError: an entry cannot be read, or is beyond the batch.
     """
     if len(text) > MAX_LENGTH:
-        raise GLMImageError(f"indices has {len(text)} characters and may have {MAX_LENGTH}.")
+        raise InputError(f"indices has {len(text)} characters and may have {MAX_LENGTH}.")
     indices: list[int] = []
     for entry in filter(str.strip, text.split(",")):
         match = re.fullmatch(rf"\s*{_RANGE}\s*", entry, re.ASCII)
         if match is None:
-            raise GLMImageError(
+            raise InputError(
                 f"indices has the entry '{shown(entry.strip())}': write numbers and ranges, such "
                 "as 0,2,5-7."
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise GLMImageError(f"indices has {first}-{last}: write {last}-{first}.")
+            raise InputError(f"indices has {first}-{last}: write {last}-{first}.")
         if last >= count:
-            raise GLMImageError(f"indices names {last}, and there are {count}, from 0.")
+            raise InputError(f"indices names {last}, and there are {count}, from 0.")
         indices += range(first, last + 1)
     return indices or list(range(count))
 
@@ -88,7 +88,7 @@ def ranges_of(marked: list[bool]) -> list[range]:
 def _slices(entry: str, grid: Grid) -> tuple[slice, slice]:
     match = _ENTRY.fullmatch(entry)
     if match is None:
-        raise GLMImageError(
+        raise InputError(
             f"cells has the entry '{shown(entry.strip())}': write rows:columns, such as 0-7:0-3 or "
             f"9:2, joined by ;, or {ALL} for all."
         )
@@ -103,9 +103,9 @@ def _slices(entry: str, grid: Grid) -> tuple[slice, slice]:
 def _slice(side: str, first: int, last: int | None, length: int) -> slice:
     last = first if last is None else last
     if last < first:
-        raise GLMImageError(f"cells has the {side}s {first}-{last}: write {last}-{first}.")
+        raise InputError(f"cells has the {side}s {first}-{last}: write {last}-{first}.")
     if last >= length:
-        raise GLMImageError(
+        raise InputError(
             f"cells names {side} {last}, but the grid has the {side}s 0 to {length - 1}."
         )
     return slice(first, last + 1)

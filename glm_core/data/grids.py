@@ -9,7 +9,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import SizeError
 
 Grid = tuple[int, int]
 """(rows, columns)"""
@@ -35,14 +35,14 @@ def token_grid(height: int, width: int) -> Grid:
     """
     fitting = next_multiples(height, width)
     if fitting != (height, width):
-        raise GLMImageError(
+        raise SizeError(
             f"An image of {width}x{height} pixels has no grid of tokens: width and height must be "
             f"positive multiples of {PIXELS_PER_TOKEN}. Use {fitting[1]}x{fitting[0]}, and crop "
             "the image with GLM-Image Crop To Size."
         )
     grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     if 0 in preview_grid(grid):
-        raise GLMImageError(
+        raise SizeError(
             f"An image of {width}x{height} pixels is too long for a preview: keep the longer side "
             f"within {PREVIEW_SIDE**2} times the shorter one."
         )

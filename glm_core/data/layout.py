@@ -8,7 +8,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import BatchError, InputError, SizeError, TokensError
 from .grids import PIXELS_PER_TOKEN, Grid, Size, preview_grid, token_grid
 from .tokens import Forced, Layout, SemanticTokens
 
@@ -31,7 +31,7 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
     """
     masks = mask.shape[:-2].numel()
     if masks != 1:
-        raise GLMImageError(f"There are {masks} masks in the batch: connect a single one.")
+        raise BatchError(f"There are {masks} masks in the batch: connect a single one.")
     pixels = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
     rows, columns = (_shares(n, cells) for n, cells in zip(pixels.shape, grid, strict=True))
     return rows @ pixels @ columns.T >= 0.5 - 1e-9  # rounding may leave an exact half below 0.5
@@ -74,7 +74,7 @@ def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = N
         found = (
             "is one layout; use 0" if batch == 1 else f"are {batch} layouts; use 0 to {batch - 1}"
         )
-        raise GLMImageError(f"batch_index is {batch_index} and there {found}, or -1 for all.")
+        raise BatchError(f"batch_index is {batch_index} and there {found}, or -1 for all.")
     preview = layout.preview if batch_index < 0 else layout.preview[batch_index, None]
     return replace(layout, preview=preview, locked=_locked(layout.locked, how, mask))
 
@@ -87,7 +87,7 @@ def _locked(before: Tensor, how: str, mask: Tensor | None) -> Tensor:
     if how in HALVES:
         return before | half(how, tuple(before.shape))
     if mask is None:
-        raise GLMImageError(f"To lock '{how}', connect a mask; 'whole' needs none.")
+        raise InputError(f"To lock '{how}', connect a mask; 'whole' needs none.")
     masked = mask_to_grid(mask, tuple(before.shape))
     return before | (masked if how == "masked" else ~masked)
 
@@ -123,7 +123,7 @@ def compose(
         GLMImageError: the codebooks or batches differ, or no cell lands in `base`.
     """
     if base.codebook != source.codebook:
-        raise GLMImageError(
+        raise TokensError(
             f"The base has a codebook of {base.codebook} and the source one of {source.codebook}: "
             "compose layouts of one AR model."
         )
@@ -147,7 +147,7 @@ def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, s
     """Slices of `length` cells and of `pasted` cells, for the overlap when pasted at `offset`."""
     start, stop = max(offset, 0), min(offset + pasted, length)
     if start >= stop:
-        raise GLMImageError(
+        raise SizeError(
             f"At {name} {offset} no cell of the source lands in the base: use {1 - pasted} to "
             f"{length - 1}."
         )
@@ -185,7 +185,7 @@ def common_batch(name: str, count: int, other_name: str, other_count: int) -> in
         GLMImageError: they differ and neither is single.
     """
     if count != other_count and 1 not in (count, other_count):
-        raise GLMImageError(
+        raise BatchError(
             f"There are {count} {name} and {other_count} {other_name}: give as many of each, or "
             "a single one."
         )
@@ -206,7 +206,7 @@ def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) 
         sizes = (
             f"{own}, another size of that shape such as {' or '.join(others)}" if others else own
         )
-        raise GLMImageError(
+        raise SizeError(
             f"The layout is of an image of {own} pixels: its preview has {found[0]}x{found[1]} "
             f"cells (rows x columns), and that of {width}x{height} pixels has "
             f"{wanted[0]}x{wanted[1]}. Use {sizes}, or another layout."
@@ -220,7 +220,7 @@ def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width
     """
     require_codebook("tokens", tokens.codebook, codebook)
     if (tokens.height, tokens.width) != (height, width):
-        raise GLMImageError(
+        raise SizeError(
             f"The tokens are of images of {tokens.width}x{tokens.height} pixels, but {width}x"
             f"{height} are asked for: set the width and height to the tokens' own."
         )
@@ -228,7 +228,7 @@ def require_tokens_fit(tokens: SemanticTokens, codebook: int, height: int, width
 
 def require_codebook(name: str, found: int, wanted: int) -> None:
     if found != wanted:
-        raise GLMImageError(
+        raise TokensError(
             f"The codebook of the {name} is {found} and the AR model's {wanted}: make the {name} "
             "with this model."
         )

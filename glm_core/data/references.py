@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import BatchError
 from .grids import Size
 
 
@@ -52,7 +52,7 @@ class References:
         added = [(image,) for image in images] if per_sample else [tuple(images)]
         own, new = len(self.sets), len(added)
         if own > 1 and new > 1 and own != new:
-            raise GLMImageError(
+            raise BatchError(
                 f"The references before these are for {own} samples, one each, and these images "
                 f"are for {new}; give both the same number of images."
             )

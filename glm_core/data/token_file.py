@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import GLMImageError, shown
+from ..errors import FileError, GLMImageError, SizeError, TokensError, shown
 from ..foreign import parse_json, wall
 from ..schema import Kind, optional, read
 from .grids import preview_grid, token_grid
@@ -92,14 +92,14 @@ def _require_match(tokens: SemanticTokens, layout: Layout) -> None:
     shape: a layout saved alone has its preview as the tokens of a small image.
     """
     if tokens.codebook != layout.codebook:
-        raise GLMImageError(
+        raise TokensError(
             f"The tokens' codebook is {tokens.codebook} and the layout's {layout.codebook}: save a "
             "layout with tokens of its own model."
         )
     wanted = preview_grid(token_grid(tokens.height, tokens.width))
     found = tuple(layout.locked.shape)
     if wanted != found:
-        raise GLMImageError(
+        raise SizeError(
             f"The layout is a grid of {found[0]}x{found[1]} and images of {tokens.width}x"
             f"{tokens.height} pixels have one of {wanted[0]}x{wanted[1]}: save a layout with the "
             "tokens that were made from it."
@@ -116,9 +116,9 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
     path = Path(path)
     tensors, metadata = _read(path)
     if metadata.get("format") != FORMAT or "tokens" not in tensors:
-        raise GLMImageError(f"{path.name} holds no semantic tokens (its format is not {FORMAT}).")
+        raise FileError(f"{path.name} holds no semantic tokens (its format is not {FORMAT}).")
     if metadata.get("version") != str(VERSION):
-        raise GLMImageError(
+        raise FileError(
             f"{path.name} is of version {shown(metadata.get('version', 'none'))}, but this pack "
             f"reads version {VERSION}: update the pack or save the tokens again."
         )
@@ -130,7 +130,7 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
             tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codebook)
             return tokens, _layout(tensors, size_and_codebook)
     except GLMImageError as error:
-        raise GLMImageError(f"{path.name}: {error}") from error
+        raise FileError(f"{path.name}: {error.sentence}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,10 +140,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with wall(f"{path.name} cannot be read", "choose another file"):
         if not path.is_file():
-            raise GLMImageError(f"There is no token file {path.name}.")
+            raise FileError(f"There is no token file {path.name}.")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise GLMImageError(
+            raise FileError(
                 f"{path.name} has {size / 2**20:.0f} MiB, but a token file has at most "
                 f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
             )

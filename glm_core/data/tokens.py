@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import TokensError
 from .grids import Grid, preview_grid, token_grid
 
 UNKNOWN = -1  # the id of a cell that is not yet written
@@ -53,7 +53,7 @@ class Layout:
         grid = preview_grid(token_grid(self.height, self.width))
         _check("preview", self.preview, grid, self.codebook, self.height, self.width)
         if tuple(self.locked.shape) != grid or self.locked.dtype != torch.bool:
-            raise GLMImageError(
+            raise TokensError(
                 f"The locks of a layout are {self.locked.dtype} {list(self.locked.shape)}, but its "
                 f"preview needs torch.bool {list(grid)}."
             )
@@ -73,18 +73,18 @@ class Forced:
 
 def _check(name: str, ids: Tensor, grid: Grid, codebook: int, height: int, width: int) -> None:
     if not 1 <= codebook <= MAX_CODEBOOK:
-        raise GLMImageError(
+        raise TokensError(
             f"The codebook is said to have {codebook} ids, but one has 1 to {MAX_CODEBOOK}: take "
             "the tokens from a GLM-Image model, or from an undamaged file."
         )
     if ids.dtype != torch.int32 or ids.ndim != 3 or tuple(ids.shape[1:]) != grid or not len(ids):
-        raise GLMImageError(
+        raise TokensError(
             f"The {name} tensor is {ids.dtype} {list(ids.shape)}, but {width}x{height} pixels need "
             f"torch.int32 [batch, {grid[0]}, {grid[1]}]."
         )
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= codebook:
-        raise GLMImageError(
+        raise TokensError(
             f"The {name} tensor holds the id {low if low < 0 else high}, but the codebook has only "
             f"the ids 0 to {codebook - 1}."
         )

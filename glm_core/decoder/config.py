@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import GLMImageError
+from ..errors import CheckpointError
 from ..schema import HEADS, LAYERS, WIDTH, read, whole
 
 CONFIG = {
@@ -45,17 +45,17 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 4:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"attention_head_dim is {self.attention_head_dim}; "
                 "rows and columns need a quarter of it each, so it must be a multiple of 4."
             )
         if self.time_embed_dim % 2 or self.condition_dim % 2:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"time_embed_dim {self.time_embed_dim} and condition_dim {self.condition_dim} "
                 "hold cosines and sines, so both must be even."
             )
         if self.in_channels != self.out_channels:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The decoder's in_channels is {self.in_channels} and its out_channels "
                 f"{self.out_channels}, but both are the latent's; {ADVICE}."
             )

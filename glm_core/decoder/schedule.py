@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.grids import PIXELS_PER_LATENT
-from ..errors import GLMImageError
+from ..errors import InputError
 from ..schema import exactly, number, read, whole
 
 MIN_DENOISE = 1e-9  # below it, every step has the last noise level
@@ -69,9 +69,9 @@ class ScheduleConfig:
             GLMImageError: `steps` is below 1, or `denoise` is not a number.
         """
         if steps < 1:
-            raise GLMImageError(f"steps is {steps}; use at least 1.")
+            raise InputError(f"steps is {steps}; use at least 1.")
         if math.isnan(denoise):
-            raise GLMImageError("denoise is nan; use a value between 0 and 1.")
+            raise InputError("denoise is nan; use a value between 0 and 1.")
         if denoise <= 0:
             return torch.empty(0)
         total = int(steps / min(max(denoise, MIN_DENOISE), 1))

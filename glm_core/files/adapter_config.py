@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ..errors import GLMImageError
+from ..errors import LoraError
 
 LONGEST_NAME = 300
 """Characters; no module of ours has a longer name, so longer ones have no alpha."""
@@ -93,7 +93,7 @@ class _Pattern:
             name = key.replace(r"\.", ".").removesuffix("$")
             end = name.removeprefix("^")
             if not re.fullmatch(r"[\w.]+", end):
-                raise GLMImageError(
+                raise LoraError(
                     f"The LoRA's {pattern} holds the regular expression {key[:200]!r}; "
                     "save the LoRA with plain module names there."
                 )
@@ -114,7 +114,7 @@ class _Pattern:
 def _typed(fields: Mapping[str, Any], name: str, kind: type, what: str) -> Any:
     value = fields.get(name)
     if value is not None and not isinstance(value, kind):
-        raise GLMImageError(f"The LoRA's {name} {_cut(value)} is not {what}; save the LoRA again.")
+        raise LoraError(f"The LoRA's {name} {_cut(value)} is not {what}; save the LoRA again.")
     return value
 
 
@@ -124,7 +124,7 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise GLMImageError(f"The LoRA's {name} {_cut(value)} is no number; save the LoRA again.")
+        raise LoraError(f"The LoRA's {name} {_cut(value)} is no number; save the LoRA again.")
     return number
 
 

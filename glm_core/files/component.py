@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError, first_few
+from ..errors import CheckpointError, first_few
 from ..quant.packing import FORMATS, packing
 from .headers import TensorInfo, map_file
 from .quantisation import SCALE, layer_of
@@ -156,7 +156,7 @@ class Component:
             if keys
         ]
         if found:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The {self.title} in {self.path} does not fit its config: {'; '.join(found)}. "
                 "Download its weights and config again, both from the same checkpoint."
             )

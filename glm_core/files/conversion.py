@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import FileError, WeightsError
 from ..quant.packing import ALIGNMENT, FORMATS, SLICE, packing, quantise
 from .component import COMPONENTS, FORMAT, Component
 from .headers import DTYPES, TensorInfo
@@ -65,7 +65,7 @@ def output(component: Component, dtype: str) -> Output:
             not take.
     """
     if component.quantisation is not None:
-        raise GLMImageError(
+        raise WeightsError(
             f"{component.path} is {component.quantisation} already; convert from the snapshot."
         )
     tensors = _output_tensors(component, dtype)
@@ -133,7 +133,7 @@ def _sources(component: Component) -> list[Path]:
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise GLMImageError(
+        raise FileError(
             f"{folder} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} are needed; "
             "free some or give another folder."
         )
@@ -175,7 +175,7 @@ def _read(info: TensorInfo) -> Iterator[Tensor]:
         while remaining:
             chunk = stream.read(min(remaining, SLICE * info.dtype.itemsize))
             if not chunk:
-                raise GLMImageError(f"{info.file} became shorter while it was read; start again.")
+                raise FileError(f"{info.file} became shorter while it was read; start again.")
             remaining -= len(chunk)
             yield torch.frombuffer(bytearray(chunk), dtype=info.dtype)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import GLMImageError, shown
+from ..errors import FileError, shown
 from ..foreign import depth, require_few_elements, wall
 from .json_files import is_file
 
@@ -69,7 +69,7 @@ def read_header(file: Path, *, whole: bool = True) -> tuple[dict[str, TensorInfo
             its header is beyond the bounds above.
     """
     if not is_file(file):  # reading a pipe would wait for its writer
-        raise GLMImageError(f"{file} is no file; choose another one.")
+        raise FileError(f"{file} is no file; choose another one.")
     with wall(f"{file} cannot be read"):
         size = file.stat().st_size
         raw = _read_json_part(file, size)
@@ -103,9 +103,9 @@ def _read_json_part(file: Path, size: int) -> bytes:
         start = stream.read(512)
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{" or length > MAX_HEADER_BYTES:
-            raise GLMImageError(_not_safetensors(file, start))
+            raise FileError(_not_safetensors(file, start))
         if 8 + length > size:
-            raise GLMImageError(_truncated(file, size, 8 + length))
+            raise FileError(_truncated(file, size, 8 + length))
         stream.seek(8)
         return stream.read(length)
 
@@ -185,18 +185,18 @@ def _nbytes(info: TensorInfo) -> int:
 def _check_bytes(file: Path, tensors: dict[str, TensorInfo], begin: int, size: int) -> None:
     """Check that the tensors fill the file from `begin` to its end without gaps."""
     if not tensors:
-        raise GLMImageError(f"{file} holds no weights; download it again.")
+        raise FileError(f"{file} holds no weights; download it again.")
     end = begin
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin != end or info.nbytes != _nbytes(info):
-            raise GLMImageError(
+            raise FileError(
                 f"The header of {file} is broken at {shown(info.key)}; download it again."
             )
         end = info.end
     if end > size:
-        raise GLMImageError(_truncated(file, size, end))
+        raise FileError(_truncated(file, size, end))
     if end < size:
-        raise GLMImageError(
+        raise FileError(
             f"{file} is {size} bytes long and its header describes {end}; download it again."
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import GLMImageError
+from ..errors import FileError
 
 SLICE = 2**24
 """Bytes that are read at once."""
@@ -45,7 +45,7 @@ class Journal:
                 raise OSError
         except OSError as error:
             self.stream.close()
-            raise GLMImageError(
+            raise FileError(
                 f"Another run writes {self.partial}; wait until it has finished."
             ) from error
         return self

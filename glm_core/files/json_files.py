@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import GLMImageError
+from ..errors import FileError
 from ..foreign import parse_json, wall
 
 MAX_TEXT_BYTES = 100_000_000
@@ -20,11 +20,11 @@ def is_file(path: Path) -> bool:
 
 def read_text(file: Path) -> str:
     if not is_file(file):
-        raise GLMImageError(f"{file} is missing; download it with the rest of its folder.")
+        raise FileError(f"{file} is missing; download it with the rest of its folder.")
     with wall(f"{file} cannot be read"):
         size = file.stat().st_size
         if size > MAX_TEXT_BYTES:
-            raise GLMImageError(
+            raise FileError(
                 f"{file} has {size} bytes, and this pack reads at most {MAX_TEXT_BYTES}; "
                 "download it again."
             )

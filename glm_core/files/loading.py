@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import GLMImageError
+from ..errors import WeightsError
 from .component import Component
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -29,7 +29,7 @@ def load_network(
         GLMImageError: the component is quantised, or does not fit its config.
     """
     if component.quantisation is not None:
-        raise GLMImageError(
+        raise WeightsError(
             f"{component.path} holds the {component.title} in {component.quantisation}, which "
             "plain layers cannot hold; load the snapshot it was made from."
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError, first_few
+from ..errors import LoraError, first_few
 from ..foreign import parse_json
 from .adapter_config import AdapterConfigs
 from .headers import map_file, read_header
@@ -66,7 +66,7 @@ def read_lora(path: Path | str) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise GLMImageError(f"The LoRA {path} does not exist; choose another one.")
+        raise LoraError(f"The LoRA {path} does not exist; choose another one.")
     metadata = read_header(path)[1]
     lora = _with_host_names(path, map_file(path))
     config = {}
@@ -116,7 +116,7 @@ def require_match(path: Path | str, lora: Iterable[str], *key_maps: Mapping[str,
     """
     keys = list(lora)
     if len(unmatched_keys(keys, *key_maps)) == len(keys):
-        raise GLMImageError(
+        raise LoraError(
             f"None of the {len(keys)} keys in {path} belongs to the connected models "
             f"({first_few(key[:200] for key in keys)}); choose a LoRA of GLM-Image and connect the "
             "model it is for."
@@ -143,7 +143,7 @@ def _with_host_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             name = f"{name[:-17]}.lora_{'B' if up else 'A'}.weight"
             value = value.T
         if name in lora:
-            raise GLMImageError(
+            raise LoraError(
                 f"{path} holds {name[:200]} twice, under two names, as a file of several adapters "
                 "does; save one adapter."
             )

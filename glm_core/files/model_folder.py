@@ -7,7 +7,7 @@ the single file is loaded: somebody has converted it in order to load it.
 from functools import lru_cache
 from pathlib import Path
 
-from ..errors import GLMImageError, shown
+from ..errors import FileError, GLMImageError, shown
 from .component import COMPONENTS, FORMAT
 from .headers import mentions
 from .listing import list_folder
@@ -81,7 +81,7 @@ def find_component(folder: Path, component: str, weight_dtype: str = "default") 
     if len(fitting) > 1:
         found = " and ".join(f"{shown(file.name)} ({formats[file]})" for file in fitting)
         choose = "set weight_dtype to the format to load, or " * kind.quantisable
-        raise GLMImageError(
+        raise FileError(
             f"{folder} holds the {kind.title} {len(fitting)} times, in {found}; "
             f"{choose}move all but one to other folders."
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import GLMImageError, first_few, quoted, shown
+from ..errors import CheckpointError, FileError, WeightsError, first_few, quoted, shown
 from ..foreign import parse_json, wall
 from ..schema import OBJECT, TEXT, Kind, optional, read
 from ..vae import VAEConfig
@@ -37,7 +37,7 @@ def open_component(path: Path | str, component: str) -> Component:
             return _open_snapshot(path, component)
         if path.is_file():
             return _open_single_file(path, component)
-    raise GLMImageError(
+    raise FileError(
         f"{path} does not exist; put the {COMPONENTS[component].title} there, or choose another."
     )
 
@@ -49,7 +49,7 @@ def _open_snapshot(snapshot: Path, component: str) -> Component:
     kind = COMPONENTS[component]
     folder = snapshot / kind.folder
     if not folder.is_dir():
-        raise GLMImageError(
+        raise FileError(
             f"{snapshot} has no folder '{kind.folder}', which holds the {kind.title}; "
             f"copy that folder from the hub's {HUB_NAME} into it."
         )
@@ -119,7 +119,7 @@ def _with_pixel_limits(image: dict[str, Any]) -> dict[str, Any]:
     else:
         low, high = image.get("min_pixels"), image.get("max_pixels")
     if low is None or high is None:
-        raise GLMImageError(
+        raise CheckpointError(
             "The processor's image config has neither min_pixels and max_pixels nor a size with "
             "shortest_edge and longest_edge; download the processor folder again."
         )
@@ -130,14 +130,14 @@ def _read_weights(folder: Path, kind: ComponentKind) -> dict[str, TensorInfo]:
     index = folder / f"{kind.stem}.safetensors.index.json"
     single = folder / f"{kind.stem}.safetensors"
     if is_file(index) and is_file(single):
-        raise GLMImageError(
+        raise FileError(
             f"{folder} holds both {index.name} and {single.name}; remove the one that is stale."
         )
     if is_file(index):
         return _read_shards(index)
     if is_file(single):
         return read_header(single)[0]
-    raise GLMImageError(
+    raise FileError(
         f"{folder} holds neither {single.name} nor {index.name}; "
         f"download the {kind.title}'s safetensors files into it."
     )
@@ -146,18 +146,18 @@ def _read_weights(folder: Path, kind: ComponentKind) -> dict[str, TensorInfo]:
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise GLMImageError(f"{index} has no weight_map; download it again.")
+        raise FileError(f"{index} has no weight_map; download it again.")
     tensors: dict[str, TensorInfo] = {}
     for key, name in weight_map.items():
         if not isinstance(name, str):
-            raise GLMImageError(
+            raise FileError(
                 f"{index} gives {quoted(name)} as the file of {shown(key)}; download it again."
             )
     for name in sorted(set(weight_map.values())):
         stored = _read_shard(index, name)
         twice = [key for key in stored if key in tensors]
         if twice:
-            raise GLMImageError(
+            raise FileError(
                 f"{index.parent / name} holds weights that {tensors[twice[0]].file.name} holds too "
                 f"({first_few(twice)}); download both shards again."
             )
@@ -168,7 +168,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         if key not in tensors or tensors[key].file.name != weight_map.get(key)
     ]
     if misplaced:
-        raise GLMImageError(
+        raise FileError(
             f"{index} and its shards disagree about {len(misplaced)} weights "
             f"({first_few(misplaced)}); download the index and the shards again."
         )
@@ -178,13 +178,11 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 def _read_shard(index: Path, name: str) -> dict[str, TensorInfo]:
     shard = index.parent / name
     if Path(name).name != name:
-        raise GLMImageError(
+        raise FileError(
             f"{index} names a file outside its folder, {quoted(name)}; download it again."
         )
     if not is_file(shard):
-        raise GLMImageError(
-            f"{shown(str(shard))} is missing, which {index.name} names; download it."
-        )
+        raise FileError(f"{shown(str(shard))} is missing, which {index.name} names; download it.")
     return read_header(shard)[0]
 
 
@@ -200,7 +198,7 @@ def _open_single_file(file: Path, component: str) -> Component:
     _check_identity(config, kind, file)
     quantisation, quantised = read_quantisation(file, tensors, metadata)
     if quantisation is not None and not kind.quantisable:
-        raise GLMImageError(
+        raise WeightsError(
             f"{file} holds the {kind.title} in {quantisation}, which only the AR model and the "
             "decoder may have; convert the snapshot again."
         )
@@ -224,13 +222,15 @@ def _open_single_file(file: Path, component: str) -> Component:
 
 def _check_component(file: Path, parts: Mapping[str, Part], component: str) -> None:
     if not parts:
-        raise GLMImageError(
+        raise CheckpointError(
             f"{file} is not a GLM-Image checkpoint: it carries no GLM-Image config; "
             "use a hub snapshot's folder or a file that was saved with one."
         )
     if component not in parts:
         others = " and ".join(map(_title, parts))
-        raise GLMImageError(f"{file} holds {others}, not {_title(component)}; choose another file.")
+        raise CheckpointError(
+            f"{file} holds {others}, not {_title(component)}; choose another file."
+        )
 
 
 def _title(component: str) -> str:
@@ -254,7 +254,7 @@ def _parsed(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]
 
 def _require(metadata: Mapping[str, str], key: str, file: Path) -> str:
     if key not in metadata:
-        raise GLMImageError(f"{file} has no '{key}' in its metadata; save the file again with it.")
+        raise FileError(f"{file} has no '{key}' in its metadata; save the file again with it.")
     return metadata[key]
 
 
@@ -264,7 +264,7 @@ def _require(metadata: Mapping[str, str], key: str, file: Path) -> str:
 def _check_identity(config: Mapping[str, Any], kind: ComponentKind, source: Path) -> None:
     key, value = kind.identity
     if config.get(key) != value:
-        raise GLMImageError(
+        raise CheckpointError(
             f"{source} does not belong to GLM-Image's {kind.title}: "
             f"its {key} is {quoted(config.get(key))} and not {value!r}; choose a GLM-Image "
             "checkpoint."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import GLMImageError, first_few, shown
+from ..errors import WeightsError, first_few, shown
 from ..foreign import parse_json
 from ..quant.packing import FORMATS
 from .headers import TensorInfo
@@ -56,7 +56,7 @@ def read_quantisation(
     content = parse_json(metadata.get(QUANTISATION, "{}"), f"The {QUANTISATION} of {file}")
     layers = content.get("layers", {})
     if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise GLMImageError(f"The {QUANTISATION} of {file} is broken; convert the snapshot again.")
+        raise WeightsError(f"The {QUANTISATION} of {file} is broken; convert the snapshot again.")
     _require_named(file, tensors, layers)
     if not layers:
         return None, frozenset()
@@ -73,7 +73,7 @@ def _require_named(file: Path, tensors: Mapping[str, TensorInfo], layers: Collec
         if info.dtype in (torch.int8, torch.uint8) and layer_of(key) not in layers
     ]
     if unnamed:
-        raise GLMImageError(
+        raise WeightsError(
             f"{file} holds {len(unnamed)} quantised weights ({first_few(unnamed)}) and does not "
             "say in which format; convert the snapshot with this pack's convert.py."
         )
@@ -84,7 +84,7 @@ def _format_of(file: Path, layers: Mapping[str, dict[str, Any]]) -> str:
     found = sorted({str(layer.get("format")) for layer in layers.values()})
     loadable = {stored: name for name, stored in LAYER_FORMATS.items()}
     if len(found) > 1 or found[0] not in loadable:
-        raise GLMImageError(
+        raise WeightsError(
             f"{file} holds layers quantised as {shown(' and '.join(found))}; use a file that is "
             f"all in one of {', '.join(loadable)}."
         )
@@ -102,7 +102,7 @@ def _require_stored(
         if (info := tensors.get(f"{layer}.weight")) is None or info.dtype != dtype
     ]
     if broken:
-        raise GLMImageError(
+        raise WeightsError(
             f"{file} says that {len(broken)} layers are {quantisation} ({first_few(broken)}), and "
             "they are missing or of another kind; convert the snapshot again."
         )

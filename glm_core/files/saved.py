@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import FileError
 from ..foreign import parse_json
 from .component import FORMAT, Component
 from .headers import TensorInfo, read_header
@@ -63,7 +63,7 @@ def read_parts(file: Path, *, whole: bool = True) -> dict[str, Part]:
 def _read_config(info: TensorInfo) -> dict[str, str]:
     """The content of a config tensor, as our metadata would have it."""
     if info.dtype != torch.uint8 or info.nbytes > MAX_CONFIG_BYTES:
-        raise GLMImageError(f"{info.key} in {info.file} is broken; save the file again.")
+        raise FileError(f"{info.key} in {info.file} is broken; save the file again.")
     with info.file.open("rb") as stream:
         stream.seek(info.begin)
         text = stream.read(info.nbytes).decode(errors="replace")

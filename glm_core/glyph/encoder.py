@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import GLMImageError
+from ..errors import CheckpointError
 from ..layers import Layers
 from ..schema import EPSILON, HEADS, LAYERS, WIDTH, exactly, read, whole
 from .texts import BYTE_OFFSET
@@ -48,7 +48,7 @@ class GlyphConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < BYTE_OFFSET + 256:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The glyph encoder's vocab_size is {self.vocab_size}, which cannot hold ByT5's "
                 f"{BYTE_OFFSET + 256} ids; choose GLM-Image's glyph encoder."
             )
@@ -57,7 +57,7 @@ class GlyphConfig:
             self.relative_attention_max_distance,
         )
         if buckets < 4 or buckets % 4 or distance <= buckets // 4:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The glyph encoder's relative_attention_num_buckets {buckets} and "
                 f"relative_attention_max_distance {distance} do not fit together; "
                 "download its config.json again."

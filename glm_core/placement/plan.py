@@ -8,7 +8,7 @@ device is split by layers over several, or part of its weights stays in host mem
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import GLMImageError
+from ..errors import DeviceError
 from .splits import Split
 
 AUTO = "auto"
@@ -183,7 +183,7 @@ class _Requested:
         for name in (stage.name for stage in stages):
             pin, split = pins.get(name, AUTO), splits.get(name, ())
             if split and pin != AUTO:
-                raise GLMImageError(
+                raise DeviceError(
                     f"{name} is set to {pin} and {name}_split is given too; use one of the two."
                 )
             if pin != AUTO and self._are_present(name, [pin]):

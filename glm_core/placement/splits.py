@@ -2,7 +2,7 @@
 
 import re
 
-from ..errors import GLMImageError
+from ..errors import DeviceError
 
 NAME = re.compile(r"cpu|gpu:\d+")
 PIECE = re.compile(r"(?P<device>[^=]*)=(?P<first>\d{1,9})-(?P<last>\d{1,9})")
@@ -25,13 +25,13 @@ def parse_split(text: str, stage: str, layers: int | None = None) -> Split:
     expected = 0
     for device, numbers in split:
         if numbers.start != expected:
-            raise GLMImageError(
+            raise DeviceError(
                 f"{stage}_split gives {device} the layers from {numbers.start} on where "
                 f"{expected} is next; give every layer once, from 0 on, in order."
             )
         expected = numbers.stop
     if split and layers is not None and expected != layers:
-        raise GLMImageError(
+        raise DeviceError(
             f"{stage}_split ends at layer {expected - 1} and the model's last one is "
             f"{layers - 1}; give every layer to a device."
         )
@@ -41,17 +41,17 @@ def parse_split(text: str, stage: str, layers: int | None = None) -> Split:
 def _parse_piece(piece: str, stage: str) -> tuple[str, range]:
     match = PIECE.fullmatch(piece)
     if match is None:
-        raise GLMImageError(
+        raise DeviceError(
             f"{stage}_split holds '{piece}', which is not of the form device=first-last; "
             "write it as in gpu:0=0-19,gpu:1=20-39."
         )
     device, first, last = match["device"], int(match["first"]), int(match["last"])
     if not NAME.fullmatch(device):
-        raise GLMImageError(
+        raise DeviceError(
             f"{stage}_split names the device '{device}'; devices are called cpu, gpu:0, gpu:1 ..."
         )
     if last < first:
-        raise GLMImageError(
+        raise DeviceError(
             f"{stage}_split holds '{piece}', whose last layer comes before its first; swap them."
         )
     return device, range(first, last + 1)

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..errors import GLMImageError
+from ..errors import WeightsError
 
 FORMATS = ("int8", "int4")
 GROUPS = (128, 64, 32)  # numbers of a row that share an int4 scale: the first that divides K
@@ -68,7 +68,7 @@ def packing(shape: tuple[int, int], name: str) -> Packing:
         return Packing(rows, columns, 8, columns)
     group = next((size for size in GROUPS if columns % size == 0), None)
     if group is None:
-        raise GLMImageError(
+        raise WeightsError(
             f"int4 takes layers whose width is a multiple of {GROUPS[-1]}, and this model has one "
             f"of width {columns}; choose int8."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..data.grids import Grid
-from ..errors import GLMImageError
+from ..errors import CheckpointError
 from ..fallbacks import sample_table
 from ..layers import Layers
 from ..schema import EPSILON, FLAG, HEADS, LAYERS, WIDTH, exactly, optional, read, whole
@@ -68,7 +68,7 @@ class VisionConfig:
         values = read(config, CONFIG, "The AR model's config.json", ADVICE)
         features, width = values["latent_channels"], values["hidden_size"]
         if features != width:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The vision encoder's latent_channels is {features}, but only {width} is "
                 "supported, its hidden_size."
             )
@@ -88,12 +88,12 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The vision encoder's hidden_size {self.hidden_size} is no multiple of its "
                 f"{self.heads} heads."
             )
         if self.position_side < 1:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The vision encoder's patch_size {self.patch_size} is larger than its image_size; "
                 f"{ADVICE}."
             )

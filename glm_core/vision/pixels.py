@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..data.grids import PIXELS_PER_TOKEN, Size, token_grid
-from ..errors import GLMImageError
+from ..errors import CheckpointError, ReferenceImageError
 from ..schema import exactly, many, number, optional, read, whole
 
 MAX_ASPECT = 4  # the checkpoint's processor refuses longer images
@@ -68,12 +68,12 @@ class ImageConfig:
     def __post_init__(self) -> None:
         # The processor halves an image. A patch of the half is a token.
         if 2 * self.patch_size != PIXELS_PER_TOKEN:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The image processor's patch_size is {self.patch_size}, but a token of "
                 f"{PIXELS_PER_TOKEN} pixels needs {PIXELS_PER_TOKEN // 2}."
             )
         if self.min_side > self.max_side:
-            raise GLMImageError(
+            raise CheckpointError(
                 f"The image processor's min_pixels and max_pixels leave no side between "
                 f"{self.min_side} and {self.max_side} pixels."
             )
@@ -90,12 +90,12 @@ def reference_size(height: int, width: int, config: ImageConfig) -> Size:
     """
     short, long = sorted((height, width))
     if short < PIXELS_PER_TOKEN:
-        raise GLMImageError(
+        raise ReferenceImageError(
             f"The reference image has {width}x{height} pixels: use one with at least "
             f"{PIXELS_PER_TOKEN} pixels a side."
         )
     if long > MAX_ASPECT * short:
-        raise GLMImageError(
+        raise ReferenceImageError(
             f"The reference image has {width}x{height} pixels, an aspect of {long / short:.3g}: "
             f"crop it until its longer side is at most {MAX_ASPECT} times the shorter one."
         )
@@ -113,11 +113,11 @@ def opaque(image: Tensor) -> Tensor:
         GLMImageError: another number of channels, or a pixel that is NaN or infinite.
     """
     if image.shape[-1] not in (3, 4):
-        raise GLMImageError(
+        raise ReferenceImageError(
             f"The reference image has {image.shape[-1]} channels: use an RGB or RGBA image."
         )
     if not image.isfinite().all():
-        raise GLMImageError(
+        raise ReferenceImageError(
             "The reference image holds pixels that are no numbers (NaN or infinite): check what "
             "made it, often a VAE decode in half precision."
         )

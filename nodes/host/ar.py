@@ -28,7 +28,7 @@ from ...glm_core.data.layout import (
 )
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Forced, Layout, SemanticTokens
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import InputError
 from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
@@ -279,7 +279,7 @@ class HostAR:
         self, tokens: SemanticTokens | None, mask: Tensor | None, height: int, width: int
     ) -> None:
         if (tokens is None) != (mask is None):
-            raise GLMImageError(
+            raise InputError(
                 "tokens and mask belong together: connect both to draw part of an image anew, or "
                 "neither."
             )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import BatchError
 
 MAX_DRAWS = 64
 """Rows of noise that `drawn_numbers` draws, each as large as a latent, besides one a latent."""
@@ -31,7 +31,7 @@ def pictures_of(images: int, latents: int, numbers: list[int] | None, known: boo
         if whole and (len(set(numbers)) == latents or _equally_often(pictures, images)):
             return pictures
     if not whole:
-        raise GLMImageError(
+        raise BatchError(
             f"The latent holds {latents} images, which is no multiple of the {images} that the "
             "semantic tokens hold; set batch_index on GLM-Image Apply Tokens, change the latent's "
             "batch, or connect GLM-Image Split Batch before a sampler that takes images one by one."

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, next_multiples
 from ...glm_core.data.tokens import SemanticTokens
 from ...glm_core.decoder.model import DROPPED, DecoderConfig
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import SizeError, TokensError
 from .batches import drawn_numbers, pictures_of
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
@@ -104,7 +104,7 @@ def empty_text(conditioning: Conditioning) -> Conditioning:
 
 def require_glyphs(name: str, conditioning: Conditioning) -> None:
     if not conditioning or any(EMPTY not in values for _, values in conditioning):
-        raise GLMImageError(
+        raise TokensError(
             f"The {name} conditioning was not made with GLM-Image's glyph encoder; "
             "connect GLM-Image Glyph Encode."
         )
@@ -112,7 +112,7 @@ def require_glyphs(name: str, conditioning: Conditioning) -> None:
 
 def require_tokens(name: str, conditioning: Conditioning) -> None:
     if not conditioning or any(TOKENS not in values for _, values in conditioning):
-        raise GLMImageError(
+        raise TokensError(
             f"The {name} conditioning carries no semantic tokens; connect GLM-Image Apply Tokens."
         )
 
@@ -134,17 +134,17 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
     """
     glyphs, tokens = entry["cross_attn"], entry.get(TOKENS)
     if tokens is None:
-        raise GLMImageError(
+        raise TokensError(
             "This conditioning carries no semantic tokens; "
             "connect GLM-Image Apply Tokens before the sampler, for positive and negative."
         )
     if glyphs.shape[-1] != config.text_embed_dim:
-        raise GLMImageError(
+        raise TokensError(
             f"The conditioning's states have {glyphs.shape[-1]} channels and the decoder takes "
             f"{config.text_embed_dim}; encode with the glyph encoder of the decoder's checkpoint."
         )
     if entry[CODEBOOK] != config.prior_vq_quantizer_codebook_size:
-        raise GLMImageError(
+        raise TokensError(
             f"The semantic tokens have a codebook of {entry[CODEBOOK]} ids and the decoder one of "
             f"{config.prior_vq_quantizer_codebook_size}; sample them with the AR model of the "
             "decoder's checkpoint."
@@ -180,7 +180,7 @@ def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> N
             f"of {PIXELS_PER_TOKEN}, before VAE Encode, use tokens of that size, "
             "and crop the finished picture with GLM-Image Crop To Size"
         )
-    raise GLMImageError(
+    raise SizeError(
         f"The semantic tokens are a {rows} x {cols} grid for {size[1]} x {size[0]} pixels and "
         f"the latent is one of {width} x {height} pixels; {advice}."
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...glm_core.decoder.model import Decoder, DecoderConfig, block_segment
 from ...glm_core.decoder.schedule import ScheduleConfig
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import CheckpointError, LoraError, ModelError, SizeError, UnsupportedError
 from ...glm_core.files.component import Component
 from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.latent_rgb import LatentColours
@@ -76,11 +76,11 @@ class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
             GLMImageError: the network is only a part of the decoder, or its weights are quantised.
         """
         if self.segments:
-            raise GLMImageError(
+            raise UnsupportedError(
                 "A decoder that a device plan has split cannot be saved; load it without the plan."
             )
         if self.quantisation is not None:
-            raise GLMImageError(
+            raise UnsupportedError(
                 f"A decoder in {self.quantisation} cannot be saved; load the snapshot with "
                 "weight_dtype default, and quantise what you have saved when it is loaded."
             )
@@ -110,7 +110,7 @@ class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
             cache.check_decoder(self.current_patcher)
             hooks = kwargs.get("hooks")
             if hooks is not None and hooks.get_type(comfy.hooks.EnumHookType.Weight):
-                raise GLMImageError(
+                raise LoraError(
                     "A reference cache cannot be used with LoRA hooks, which change the decoder "
                     "from step to step; load the LoRA into the MODEL instead."
                 )
@@ -298,7 +298,7 @@ def require_size(patcher: Any, latent: torch.Size) -> None:
         GLMImageError: a latent [B, C, H, W] is not an image's, or no step over it fits into memory.
     """
     if len(latent) != 4:
-        raise GLMImageError(
+        raise SizeError(
             f"The latent has {len(latent)} dimensions, as a video's, and an image's has 4; "
             "use the LATENT of GLM-Image Apply Tokens."
         )
@@ -336,7 +336,7 @@ def _end_run(patcher: Any) -> None:
 def _latent_format(component: Component, config: DecoderConfig) -> LatentFormat:
     latents = LatentFormat(component.vae["latents_mean"], component.vae["latents_std"])
     if latents.latent_channels != config.in_channels:
-        raise GLMImageError(
+        raise CheckpointError(
             f"The decoder in {component.path} takes {config.in_channels} latent channels and the "
             f"VAE beside it makes {latents.latent_channels}; take both from one checkpoint."
         )
@@ -351,7 +351,7 @@ def require_decoder(patcher: Any) -> GLMImageModel:
     """
     model = patcher.model
     if not isinstance(model, GLMImageModel):
-        raise GLMImageError(
+        raise ModelError(
             f"This MODEL is {type(model).__name__} and not GLM-Image's decoder; "
             "connect GLM-Image Load Decoder."
         )

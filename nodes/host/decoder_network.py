@@ -16,7 +16,7 @@ from ...glm_core.decoder.model import (
     ReferenceKeysValues,
     StepInvariants,
 )
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import LoraError
 from ...glm_core.split import LayerSegment
 from .progress import check_interrupt
 
@@ -198,7 +198,7 @@ class StepInvariantsCache:
 def _refuse_bypass(embedding: nn.Module) -> None:
     """Current hosts multiply the input of any layer by a LoRA in bypass mode, ids included."""
     if hasattr(getattr(embedding.forward, "__self__", None), "adapter"):
-        raise GLMImageError(
+        raise LoraError(
             "ComfyUI's bypass mode takes the embedding of GLM-Image's tokens for a linear layer; "
             "train with bypass_mode off, and load the LoRA with GLM-Image Load LoRA."
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...glm_core.data.grids import PIXELS_PER_TOKEN, Size, preview_grid, token_grid
 from ...glm_core.data.references import Reference, References
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import ReferenceImageError
 from ...glm_core.placement import memory
 from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size
 from .ar import HostAR
@@ -30,7 +30,7 @@ def encode_references(
         the longer chain, and the (height, width) that the images were resized to
     """
     if not len(images):
-        raise GLMImageError("There is no image in the batch; connect at least one.")
+        raise ReferenceImageError("There is no image in the batch; connect at least one.")
     size = reference_size(*images.shape[1:3], ar.vision.image_config)
     _require_room(images, size, "use fewer images")
     images = opaque(images)

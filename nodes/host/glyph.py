@@ -9,7 +9,7 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import ModelError
 from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.glyph.advice import advice
 from ...glm_core.glyph.encoder import GlyphConfig, GlyphEncoder
@@ -72,7 +72,7 @@ class GlyphModel(nn.Module):
     def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None, dict]:
         """States [1, L, d_model], no pooled output, and under EMPTY the states [1, 1, d_model]."""
         if TOKENS not in tokens:
-            raise GLMImageError(
+            raise ModelError(
                 "These tokens were not made by GLM-Image's glyph encoder; "
                 "tokenize and encode with the same CLIP."
             )

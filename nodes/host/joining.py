@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import BatchError
 
 Batches = Sequence[Any]
 Latent = dict[str, Any]
@@ -45,7 +45,7 @@ def join_layouts(batches: Sequence[Layout], indices: Sequence[int]) -> Layout:
     first = chosen[0][0]
     _require_equal("layouts", [(one.width, one.height, one.codebook) for one, _ in chosen])
     if not all(torch.equal(one.locked, first.locked) for one, _ in chosen):
-        raise GLMImageError(
+        raise BatchError(
             "The layouts differ in their locked cells, which a batch shares; keep one of them, or "
             "unlock them with GLM-Image Lock Layout first."
         )
@@ -132,7 +132,7 @@ def _pixels(samples: Tensor) -> tuple[int, int]:
 def _require_equal(name: str, kinds: Sequence[tuple[int, ...]]) -> None:
     if len(set(kinds)) > 1:
         sizes = " and ".join(f"{width}x{height}" for width, height, *_ in dict.fromkeys(kinds))
-        raise GLMImageError(
+        raise BatchError(
             f"The best {name} are of several sizes or models ({sizes}), which do not fit into one "
             "batch; set count to 1."
         )

@@ -9,7 +9,7 @@ import comfy.lora
 import torch
 from torch import Size, nn
 
-from ...glm_core.errors import GLMImageError, first_few
+from ...glm_core.errors import LoraError, first_few
 from ...glm_core.files.lora import lora_key_map, read_lora, require_match
 from ...glm_core.files.lora_kinds import Change, changes_of
 from ...glm_core.quant.linear import PackedLinear
@@ -49,7 +49,7 @@ def apply_lora(
         if not any(added):
             unread += change.keys
     if not any(target.rounds for target in targets):
-        raise GLMImageError(
+        raise LoraError(
             f"{path} names layers of the connected models but holds no whole pair of matrices for "
             "any; save the LoRA again, or choose another file."
         )
@@ -117,7 +117,7 @@ class _Target:
     def _require_fit(self, change: Change, weight: str, shape: Size) -> None:
         if not change.fits(shape):
             sizes = [f"{name} {list(value.shape)}" for name, value in change.tensors.items()]
-            raise GLMImageError(
+            raise LoraError(
                 f"{self.path} has a {change.kind.name} of {', '.join(sizes)} for "
                 f"{weight.removesuffix('weight')}{change.kind.target}, which is "
                 f"{' x '.join(map(str, shape))}: it is a LoRA of another model; "

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import UnsupportedError
 from .conditioning import guides_away_from_tokens
 from .progress import show_text
 from .tiles import PLACES, without_places
@@ -66,7 +66,7 @@ def about_conditions(conds: dict[str, list[dict[str, Any]]], guided: bool) -> li
     sentences = []
     for name, entries in conds.items():
         if any(entry.get("control") is not None for entry in entries):
-            raise GLMImageError(
+            raise UnsupportedError(
                 "GLM-Image's decoder takes no ControlNet; remove the Apply ControlNet node."
             )
         keys = {key: None for entry in entries for key in entry if _is_set(key, entry[key])}
@@ -117,7 +117,7 @@ def refuse_recorded_attention(options: dict[str, Any]) -> None:
     """
     replaced = options.get("transformer_options", {}).get("patches_replace", {})
     if replaced.get("attn1") and options.get("sampler_post_cfg_function"):
-        raise GLMImageError(
+        raise UnsupportedError(
             "A node guides by what it records in a U-Net's attention (Self-Attention Guidance is "
             "one), and GLM-Image's decoder is no U-Net; remove that node."
         )

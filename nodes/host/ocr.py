@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import FileError
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements-ocr.txt"
 OUTLINE = (220, 30, 60)
@@ -59,7 +59,7 @@ def _reader() -> Any:
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise GLMImageError(
+        raise FileError(
             f"Read Text needs RapidOCR, which is not installed ({error}); run pip install -r "
             f'"{REQUIREMENTS}" with ComfyUI\'s own Python and start ComfyUI again.'
         ) from error

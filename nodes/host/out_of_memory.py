@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import comfy.model_management
 import torch
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import LowMemoryError
 from ...glm_core.placement.plan import gib
 from .devices import name_of, usable
 
@@ -44,7 +44,7 @@ def explain_out_of_memory(
         for device in needs:  # 0.3.75 unloaded only those on its own device
             comfy.model_management.free_memory(ALL, device)
         comfy.model_management.soft_empty_cache()
-        raise GLMImageError(_sentence(stage, needs, free, helps, split)) from None
+        raise LowMemoryError(_sentence(stage, needs, free, helps, split)) from None
 
 
 def require_room(stage: str, needs: Mapping[torch.device, float], helps: str) -> None:
@@ -62,7 +62,7 @@ def require_room(stage: str, needs: Mapping[torch.device, float], helps: str) ->
     for device, need in needs.items():
         free = usable(device)
         if need > free:
-            raise GLMImageError(
+            raise LowMemoryError(
                 f"{stage} needs {gib(need)} on {name_of(device)}, and {gib(free)} are free; "
                 f"{helps}."
             )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...glm_core.data.grids import Size
-from ...glm_core.errors import GLMImageError, shown
+from ...glm_core.errors import FileError, SizeError, shown
 from ...glm_core.foreign import wall
 
 PAINT_AGAIN = "empty the input image and paint the mask again"
@@ -30,12 +30,12 @@ def find_painting(name: str) -> Path:
     root = os.path.abspath(folder or folder_paths.get_input_directory())
     path = Path(os.path.abspath(os.path.join(root, plain)))
     if not path.is_relative_to(root):
-        raise GLMImageError(
+        raise FileError(
             f"image is '{shown(name)}', which lies outside the {Path(root).name} folder; "
             f"{PAINT_AGAIN}."
         )
     if not os.path.isfile(path):  # False also for names that no file can have
-        raise GLMImageError(f"There is no painted mask '{shown(name)}'; {PAINT_AGAIN}.")
+        raise FileError(f"There is no painted mask '{shown(name)}'; {PAINT_AGAIN}.")
     return path
 
 
@@ -66,7 +66,7 @@ def painted_mask(name: str, size: Size) -> Tensor:
     with wall(f"'{name}' cannot be read as a picture", PAINT_AGAIN), Image.open(path) as picture:
         width, height = picture.size  # of the header; no pixel is read before it is checked
         if (height, width) != size:
-            raise GLMImageError(
+            raise SizeError(
                 f"The mask in '{shown(name)}' was painted on a picture of {width}x{height} "
                 f"pixels, and this one has {size[1]}x{size[0]}; {PAINT_AGAIN}."
             )

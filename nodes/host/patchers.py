@@ -9,7 +9,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import DeviceError, LoraError, UnsupportedError
 from ...glm_core.quant.linear import lay_out
 from ...glm_core.split import LayerSegment
 from .devices import Placement
@@ -72,7 +72,7 @@ class RefusesEmptyLoras:
 
     def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
         if not patches:
-            raise GLMImageError(
+            raise LoraError(
                 "ComfyUI's LoRA loader knows none of the names in this file for GLM-Image; "
                 "use GLM-Image Load LoRA, which also reads other trainers' names."
             )
@@ -102,7 +102,7 @@ class PackedPatcher(NotifyingPatcher):
     def add_weight_wrapper(self, name: str, function: Any) -> None:
         """Refuses training on packed bytes; its nodes would train them as if they were a bias."""
         if is_packed(self.model):
-            raise GLMImageError(
+            raise LoraError(
                 "A LoRA cannot be trained on int8 or int4 weights; load the decoder with "
                 "weight_dtype default or fp8_e4m3fn from a snapshot."
             )
@@ -163,26 +163,26 @@ class SplitPatcher(LimitedPatcher):
         return patches
 
     def add_hook_patches(self, *_: Any, **__: Any) -> list:
-        raise GLMImageError(
+        raise LoraError(
             "LoRA hooks cannot change a model that a device plan has split; "
             "load the LoRA into the MODEL instead, or plan it onto one device."
         )
 
     def add_weight_wrapper(self, *_: Any, **__: Any) -> None:
-        raise GLMImageError(
+        raise LoraError(
             "A LoRA cannot be trained on a model that a device plan has split, since the node sees "
             "only its first layers; plan the model onto one device."
         )
 
     def set_injections(self, *_: Any, **__: Any) -> None:
-        raise GLMImageError(
+        raise LoraError(
             "Injections into layers, such as a LoRA that bypasses weights, do not reach all layers "
             "of a model that a device plan has split; load the LoRA into the weights instead, or "
             "plan the model onto one device."
         )
 
     def deepclone_multigpu(self, *_: Any, **__: Any) -> ModelPatcher:
-        raise GLMImageError(
+        raise UnsupportedError(
             "This model is split over devices by a device plan and cannot be copied to another "
             "one as well; remove MultiGPU CFG Split or Select Device, or the split."
         )
@@ -266,7 +266,7 @@ def require_layers(placement: Placement, total: int, what: str) -> None:
         GLMImageError: the plan splits a model with another number of layers.
     """
     if placement.segments and placement.segments[-1][0].stop != total:
-        raise GLMImageError(
+        raise DeviceError(
             f"The device plan splits {placement.segments[-1][0].stop} layers and this {what} has "
             f"{total}; choose the same model in GLM-Image Device Plan."
         )

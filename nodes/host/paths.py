@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
-from ...glm_core.errors import GLMImageError, first_few, shown
+from ...glm_core.errors import FileError, GLMImageError, InputError, first_few, shown
 from ...glm_core.files.component import COMPONENTS
 from ...glm_core.files.listing import list_folder
 from ...glm_core.files.model_folder import components_in, find_component, places
@@ -86,7 +86,7 @@ def find_place(component: str, name: str) -> Path:
             return next(iter(_holding(component, files) or files))
     names = model_names(component)
     known = f"installed are: {first_few(names, MAX_NAMES)}" if names else "none is installed"
-    raise GLMImageError(
+    raise FileError(
         f"No {kind.title} is called '{shown(name)}' ({known}); put a snapshot of zai-org/GLM-Image "
         f"into models/{SNAPSHOTS}/<name>/ or a single file into models/{MODEL_FOLDERS[component]}/."
     )
@@ -131,9 +131,7 @@ def spellings(input_name: str, name: object) -> list[str]:
         GLMImageError: it is no text.
     """
     if not isinstance(name, str):
-        raise GLMImageError(
-            f"{input_name} is {shown(name)} and not a name; choose one from the list."
-        )
+        raise InputError(f"{input_name} is {shown(name)} and not a name; choose one from the list.")
     return list(dict.fromkeys((name, name.replace("/", "\\"), name.replace("\\", "/"))))
 
 

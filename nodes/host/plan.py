@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import comfy.model_management
 
-from ...glm_core.errors import GLMImageError, shown
+from ...glm_core.errors import FileError, shown
 from ...glm_core.files.component import COMPONENTS, Component
 from ...glm_core.placement.plan import GIB, plan_stages
 from ...glm_core.placement.splits import parse_split
@@ -27,7 +27,7 @@ def require_plannable(model_name: object) -> None:
         GLMImageError: no model has that name.
     """
     if as_listed("model_name", model_name, plannable_names()) is None:
-        raise GLMImageError(
+        raise FileError(
             f"No model is called '{shown(model_name)}'; choose one that the loaders list."
         )
 

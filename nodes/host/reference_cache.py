@@ -10,7 +10,7 @@ import torch
 from ...glm_core.data.references import References
 from ...glm_core.decoder.config import DecoderConfig
 from ...glm_core.decoder.reference_cache import FP8, ReferenceCache, make_cache
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import BatchError, LowMemoryError, ModelError, ReferenceImageError
 from ...glm_core.placement.memory import whole_reference_cache
 from ...glm_core.placement.plan import gib
 from ...glm_core.split import on_device
@@ -61,7 +61,7 @@ class HostReferenceCache:
         """
         sets = self.sets
         if batch % sets:
-            raise GLMImageError(
+            raise BatchError(
                 f"The reference cache holds references for {sets} samples, one set each, and the "
                 f"tokens hold {batch} images, which is no multiple; sample the tokens with the "
                 "same references."
@@ -85,7 +85,7 @@ class HostReferenceCache:
             GLMImageError: the cache was made with other weights or LoRAs, or with another split.
         """
         if _split(decoder) != self._split:
-            raise GLMImageError(
+            raise ModelError(
                 "The reference cache was made with a MODEL whose layers are split over devices "
                 "otherwise; connect the MODEL that is sampling to GLM-Image Reference Cache."
             )
@@ -94,7 +94,7 @@ class HostReferenceCache:
             or _injections(decoder) != self._injections
             or not same_patches(all_patches(decoder), self._patches)
         ):
-            raise GLMImageError(
+            raise ModelError(
                 "The reference cache was made with another decoder or with other LoRAs than the "
                 "MODEL that is sampling; connect that MODEL to GLM-Image Reference Cache."
             )
@@ -165,16 +165,16 @@ def compute_cache(
 def _check_references(references: References, config: DecoderConfig) -> None:
     images = [image for images in references.sets for image in images]
     if not images:
-        raise GLMImageError("The chain of references is empty; encode at least one image.")
+        raise ReferenceImageError("The chain of references is empty; encode at least one image.")
     channels = {image.latent.shape[1] for image in images} - {config.in_channels}
     if channels:
-        raise GLMImageError(
+        raise ModelError(
             f"A reference's latent has {channels.pop()} channels and the decoder takes "
             f"{config.in_channels}; encode it with GLM-Image Load VAE."
         )
     codebook = config.prior_vq_quantizer_codebook_size
     if references.codebook != codebook:
-        raise GLMImageError(
+        raise ModelError(
             f"The references are of a codebook of {references.codebook} ids and the decoder knows "
             f"{codebook}; encode them with the AR model of the decoder's checkpoint."
         )
@@ -184,7 +184,7 @@ def _require_host_memory(nbytes: int, fp8: bool) -> None:
     host = torch.device("cpu")
     free = comfy.model_management.get_free_memory(host)
     if nbytes > free:
-        raise GLMImageError(
+        raise LowMemoryError(
             f"The references' keys and values need {gib(nbytes)} and {gib(free)} "
             f"of {host} memory are free; use fewer or smaller references"
             f"{'' if fp8 else ', or precision fp8'}."
@@ -212,7 +212,7 @@ def _is_streamed(
         for nbytes, device in shares:
             total = comfy.model_management.get_total_memory(device)
             if nbytes > total:
-                raise GLMImageError(
+                raise LowMemoryError(
                     f"The references' keys and values need {gib(nbytes)} and {device} has "
                     f"{gib(total)}; set store to cpu or auto."
                 )

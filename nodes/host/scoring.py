@@ -14,7 +14,7 @@ from ...glm_core.data.grids import token_grid
 from ...glm_core.data.layout import common_batch, require_codebook, require_layout_fits
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import InputError
 from ...glm_core.split import on_device
 from .ar import HostAR
 from .out_of_memory import explain_out_of_memory, require_room
@@ -95,13 +95,13 @@ def _grids(
 ) -> tuple[dict[str, Grids], tuple[int, int]]:
     """What is scored, in the order of writing, for as many samples each; and the image's size."""
     if layout is not None and references is not None:
-        raise GLMImageError(
+        raise InputError(
             "A layout and references cannot be used together, because an image from references "
             "has no preview stage; disconnect one of them."
         )
     if tokens is None:
         if layout is None:
-            raise GLMImageError(
+            raise InputError(
                 "Score Tokens has nothing to score; connect a layout, or tokens with their layout."
             )
         require_codebook("layout", layout.codebook, ar.config.codebook)
@@ -116,7 +116,7 @@ def _grids(
         )
         return {LARGE: _repeated(large, count)}, size
     if layout is None:
-        raise GLMImageError(
+        raise InputError(
             "The tokens were written after a preview, which their score needs; connect the layout "
             "that GLM-Image Sample Tokens gave with them, or the references they were made from."
         )

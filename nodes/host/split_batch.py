@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import BatchError
 from .batches import pictures_of
 from .conditioning import REFERENCES, TOKENS, Conditioning, require_tokens
 
@@ -20,7 +20,7 @@ def split_latent(latent: dict[str, Any]) -> list[dict[str, Any]]:
     """
     samples, mask = latent["samples"], latent.get("noise_mask")
     if not len(samples):
-        raise GLMImageError("The latent holds no image; connect the latent of the batch.")
+        raise BatchError("The latent holds no image; connect the latent of the batch.")
     numbers = _numbers(latent) or range(len(samples))
     singles = [
         {**latent, "samples": samples[i : i + 1], "batch_index": [number]}

@@ -13,7 +13,7 @@ from einops import repeat
 from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, Grid, Size
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import BatchError, SizeError
 
 LATENTS_PER_TOKEN = PIXELS_PER_TOKEN // PIXELS_PER_LATENT
 PLACES = "reference_latents"
@@ -88,7 +88,7 @@ def tokens_of_tile(
         return tokens, size  # which do not fit, as the check of sizes says
     _check_scale([length for _, length in lines], tile, size)
     if latents[0] != len(tokens):
-        raise GLMImageError(
+        raise BatchError(
             f"A batch of {latents[0]} tiles is painted with semantic tokens of {len(tokens)}, and "
             "only the place of the first is known; set the tile upscaler's batch_size to 1."
         )
@@ -111,7 +111,7 @@ def _check_scale(shown: Sequence[float], tile: Sequence[int], size: Size) -> Non
         return
     shown_height, shown_width = (round(length * PIXELS_PER_TOKEN) for length in shown)
     height, width = (cells * PIXELS_PER_TOKEN for cells in tile)
-    raise GLMImageError(
+    raise SizeError(
         f"The latent is a tile of {width} x {height} pixels, and shows {shown_width} x "
         f"{shown_height} of the {size[1]} x {size[0]} that the semantic tokens are of; give the "
         "scaled picture to GLM-Image Encode Tokens at its own size and choose tiles that divide "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import CheckpointError
 from ...glm_core.files.saved import CONFIG, config_tensor
 from ...glm_core.placement import memory
 from ...glm_core.placement.stages import TILE
@@ -98,7 +98,7 @@ def load_vae_patcher(
     component = open_model("vae", model_name)
     config = VAEConfig.from_dict(component.config)
     if config.downscale != PIXELS_PER_LATENT:
-        raise GLMImageError(
+        raise CheckpointError(
             f"The VAE in {component.path} makes one latent of {config.downscale} x "
             f"{config.downscale} pixels, and GLM-Image's VAE one of {PIXELS_PER_LATENT} x "
             f"{PIXELS_PER_LATENT}; choose GLM-Image's VAE."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...glm_core.ar.row_linear import RowLinear, cpu_has
-from ...glm_core.errors import GLMImageError
+from ...glm_core.errors import WeightsError
 from ...glm_core.files.component import Component
 from ...glm_core.files.opening import open_component
 from ...glm_core.files.quantisation import FP8, layer_of
@@ -82,7 +82,7 @@ def choose_precision(
     """
     own = component.quantisation
     if own is not None and weight_dtype not in ("default", own):
-        raise GLMImageError(
+        raise WeightsError(
             f"{component.path} holds the {component.title} in {own}, which cannot be turned into "
             f"{weight_dtype}; set weight_dtype to default, or load the snapshot it was made from."
         )

@@ -96,7 +96,7 @@ def unless_refused(read: Callable[[], Any]) -> Any:
     try:
         return read()
     except GLMImageError as error:
-        sentence = str(error)
+        sentence = error.sentence
     assert len(sentence) < 1000
     assert sentence.endswith(".")
     return None

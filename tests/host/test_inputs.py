@@ -55,7 +55,7 @@ def test_every_input_refuses_values_of_other_types(require, inputs) -> None:
                 continue
             sentence = refusal(require, given, value)
             assert sentence.startswith(f"{given.id} is ")
-            assert sentence.endswith(".")
+            assert sentence.endswith(". [GLM-INPUT]")
 
 
 def test_an_optional_input_may_be_empty(require, inputs) -> None:

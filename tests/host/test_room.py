@@ -88,7 +88,7 @@ def test_what_no_memory_holds_is_refused(nodes, run, free, work, stage, at_least
     with pytest.raises(GLMImageError) as refused:
         work(nodes, run)
     found = re.fullmatch(
-        rf"{stage} needs ([\d.]+) GiB on cpu, and 6\.0 GiB are free; .*\.", str(refused.value)
+        rf"{stage} needs ([\d.]+) GiB on cpu, and 6\.0 GiB are free; .*\.", refused.value.sentence
     )
     assert found is not None, str(refused.value)
     assert float(found[1]) * GIB >= max(free, at_least)

@@ -1,5 +1,6 @@
 """Every bad input gives one clear sentence at the right node, and the next prompt works."""
 
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -17,7 +18,7 @@ def refused(client, picture):
         message = str(refusal.value)
         assert refusal.value.node_id == the(prompt, node_type), message
         assert "Traceback" not in message
-        assert message.rstrip().endswith(".")
+        assert re.search(r"\.( \[GLM-[A-Z]+\])?\s*$", message)
         assert picture(fresh()).std() > 1
 
     return check
