@@ -1,5 +1,7 @@
 """ComfyUI-GLM-Image: GLM-Image as native ComfyUI nodes."""
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """Called by ComfyUI once, at start; nothing of the host is imported before."""

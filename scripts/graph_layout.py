@@ -38,8 +38,8 @@ STAGES = {
     "Result": ("VAEDecode", "PreviewImage", "SaveImage"),
 }
 SIZES = {
-    "PrimitiveStringMultiline": (380, 140),
-    "LoadImage": (320, 400),
+    "PrimitiveStringMultiline": (360, 140),
+    "LoadImage": (320, 470),
     "PreviewImage": (420, 480),
     "SaveImage": (420, 480),
 }
@@ -53,8 +53,8 @@ SHOW_PICTURES = {  # below the widgets, while they run or after it
 }
 ROOM = 260  # pixels under a node that shows a picture
 WIDTH = 270
-STRIP = 140  # between columns; a curve of 1600 pixels up or down stays within it
-GAP, PADDING, TITLE = 60, 20, 70
+STRIP = 160  # between columns; a curve of 1600 pixels up or down stays within it
+GAP, PADDING, TITLE = 90, 20, 70  # nodes are taller where the page draws them as elements
 REROUTE = 45  # pixels between a column and the reroutes of its links
 LANE = 24
 LANES_GAP = 70  # between the lowest lane and the frames: the curves at a reroute dip a little
@@ -181,9 +181,7 @@ def _frames(runs: list[dict], columns: Columns) -> list[Frame]:
             [
                 columns.left[run["columns"][0]] - PADDING,
                 run["top"] - TITLE,
-                columns.right[run["columns"][-1]]
-                - columns.left[run["columns"][0]]
-                + 2 * PADDING,
+                columns.right[run["columns"][-1]] - columns.left[run["columns"][0]] + 2 * PADDING,
                 run["bottom"] - run["top"] + TITLE + PADDING,
             ],
         )
@@ -216,9 +214,7 @@ def _lanes(graph: dict, depths: dict[int, int]) -> dict[Place, int]:
     return lanes
 
 
-def _reroutes(
-    graph: dict, columns: Columns, lanes: dict[Place, int], lowest: float
-) -> list[dict]:
+def _reroutes(graph: dict, columns: Columns, lanes: dict[Place, int], lowest: float) -> list[dict]:
     """One reroute where an output's links enter their lane, and one before each of its targets.
 
     Each names the one before it as its parent, and the links that pass through it.

@@ -119,8 +119,17 @@ class Page:
         return self.browser_page.locator(MESSAGES).all_inner_texts()
 
     def export_prompt(self) -> Prompt:
-        """The prompt in API form, by the page's own export."""
-        return self._evaluate("async () => (await app.graphToPrompt()).output")
+        """The prompt in API form, by the page's own export, with titles as its only notes.
+
+        Newer pages also write down the pack of each node.
+        """
+        return self._evaluate(
+            """async () => {
+                const {output} = await app.graphToPrompt()
+                for (const node of Object.values(output)) node._meta = {title: node._meta.title}
+                return output
+            }"""
+        )
 
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
@@ -168,15 +177,6 @@ class Page:
     def overlaps(self) -> list[str]:
         """Which nodes overlap, and behind which ones a link passes, as the page draws them now."""
         return self._evaluate(OVERLAPS)
-
-    def use_vue_nodes(self, on: bool) -> None:
-        self._evaluate(
-            """async on => {
-                await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)
-                await new Promise(done => setTimeout(done, 500))
-            }""",
-            on,
-        )
 
     def picture(self, file: Path, side: int = PICTURE_SIDE) -> None:
         """Writes a JPEG of the whole graph without the page's bars, each side at most `side`."""

@@ -13,14 +13,13 @@ import uuid
 from pathlib import Path
 
 from . import environment, graph_layout, host
-from .client import Prompt
 from .page import Page, open_page
+from .tiny_graphs import CONTROLS
 from .workflow_texts import MODEL_NOTE, WORKFLOWS
 
 FOLDER = environment.ROOT / "workflows"
 PACK_ID, CORE_ID = "glm-image-native", "comfy-core"  # in ComfyUI's registry
 NOTE_WIDTH, NOTE_HEIGHT, GAP = 700, 290, 40
-CONTROLS = ("fixed", "increment", "decrement", "randomize")  # of a seed, after each run
 
 
 def main(names: list[str]) -> None:

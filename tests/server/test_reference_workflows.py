@@ -55,7 +55,7 @@ def test_stored_workflow_paints(client, name, shape):
 def test_a_second_prompt_and_seed_encode_and_cache_nothing(client):
     prompt = reference_workflow("style_transfer")
     client.run(prompt)
-    changed(prompt, value="another prompt", seed=next(_seeds))
+    changed(prompt, prompt="another prompt", seed=next(_seeds))
     run = client.run(prompt)
     assert {the(prompt, node) for node in ONCE} <= run.cached
     assert the(prompt, "GLMImageSampleTokens") in run.executed
