@@ -31,8 +31,7 @@ def test_each_graph_has_an_api_form_a_title_and_a_picture():
     assert sorted(file.stem for file in WORKFLOWS.glob("*.jpg")) == NAMES
     assert sorted(TEXTS) == NAMES
     for name in NAMES:
-        picture = Image.open(WORKFLOWS / f"{name}.jpg")
-        assert (picture.format, picture.width) == ("JPEG", picture.height)
+        assert Image.open(WORKFLOWS / f"{name}.jpg").format == "JPEG"
 
 
 def test_the_template_browser_lists_them(address):
