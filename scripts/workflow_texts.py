@@ -82,7 +82,7 @@ and seed, so only the first run pays for it.
 The reference gives the style, the prompt the content, and **Sample Tokens** has size and seed. \
 Change any of these: the reference is neither encoded nor cached again.
 """,
-        {"Prompt": "the circle alone on a purple background"},
+        {"Prompt": "change the background to purple"},
     ),
     "two_references": Workflow(
         "Two references",
