@@ -64,7 +64,7 @@ class Settings:
         """A stored workflow with these values in every input of their names that is not a link."""
         values = {
             "model_name": self.model, "width": self.width, "height": self.height,
-            "steps": self.steps, "value": prompt, "seed": seed,
+            "steps": self.steps, "prompt": prompt, "seed": seed,
             "filename_prefix": f"evaluation/{name}",
         }  # fmt: skip
         graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text())

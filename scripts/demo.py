@@ -68,7 +68,7 @@ def override(prompt: Prompt, settings: Mapping[str, str], model: str) -> None:
         ("HEIGHT", "height", int),
         ("STEPS", "steps", int),
         ("SEED", "seed", int),
-        ("PROMPT", "value", str),
+        ("PROMPT", "prompt", str),
     ):
         if settings.get(variable):
             values[name] = kind(settings[variable])
@@ -76,16 +76,21 @@ def override(prompt: Prompt, settings: Mapping[str, str], model: str) -> None:
 
 
 def set_inputs(prompt: Prompt, values: Mapping[str, object]) -> set[str]:
-    """The names found, after setting every node input of such a name that is not a link.
+    """The names found, after setting every node input of such a name.
 
-    Masks keep their size: they are stretched over the picture anyway.
+    An input that is linked to a primitive is set there; other links stay. Masks keep their size:
+    they are stretched over the picture anyway.
     """
     found = set()
-    for node in (node for node in prompt.values() if node["class_type"] != "SolidMask"):
+    for node in [node for node in prompt.values() if node["class_type"] != "SolidMask"]:
         for name in values.keys() & node["inputs"].keys():
             if not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = values[name]
-                found.add(name)
+            elif (source := prompt[node["inputs"][name][0]])["class_type"].startswith("Primitive"):
+                source["inputs"]["value"] = values[name]
+            else:
+                continue
+            found.add(name)
     return found
 
 

@@ -29,6 +29,51 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # draw text at every zoom
 }
 MESSAGES = "[role=dialog], .p-toast-message, [role=alert], [role=status]"
+# Vue nodes are elements; their rectangles are turned into the canvas's units, in which links are
+# drawn. All links are drawn once more, smaller and alone, and looked for behind each node; INSET
+# leaves out the slots at its edge.
+OVERLAPS = """() => {
+    const INSET = 22, ZOOM = 0.25
+    const {scale, offset} = app.canvas.ds
+    app.canvas.draw(true, true)
+    const corner = app.canvas.canvas.getBoundingClientRect()
+    const boxes = app.graph.nodes.map(node => {
+        let [left, top, width, height] = node.boundingRect
+        const element = document.querySelector(`[data-node-id="${node.id}"]`)
+        if (LiteGraph.vueNodesMode && element) {
+            const box = element.getBoundingClientRect()
+            left = (box.left - corner.left) / scale - offset[0]
+            top = (box.top - corner.top) / scale - offset[1]
+            width = box.width / scale, height = box.height / scale
+        }
+        const name = `${node.title} (${node.id})`
+        return {name, left, top, right: left + width, bottom: top + height}
+    })
+    const found = []
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+        if (a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
+            found.push(`${a.name} overlaps ${b.name}`)
+    }))
+    const left = Math.min(...boxes.map(box => box.left))
+    const top = Math.min(...boxes.map(box => box.top))
+    const sheet = document.createElement('canvas')
+    sheet.width = (Math.max(...boxes.map(box => box.right)) - left) * ZOOM
+    sheet.height = (Math.max(...boxes.map(box => box.bottom)) - top) * ZOOM
+    const context = sheet.getContext('2d', {willReadFrequently: true})
+    context.setTransform(ZOOM, 0, 0, ZOOM, -left * ZOOM, -top * ZOOM)
+    context.lineWidth = 3
+    const links = [...app.graph.links.values(), ...app.graph.reroutes.values()]
+    links.forEach(({path}) => path && context.stroke(path))
+    for (const box of boxes) {
+        const width = (box.right - box.left - 2 * INSET) * ZOOM
+        const height = (box.bottom - box.top - 2 * INSET) * ZOOM
+        const x = (box.left - left + INSET) * ZOOM, y = (box.top - top + INSET) * ZOOM
+        const pixels = context.getImageData(x, y, width, height).data
+        if (pixels.some((value, i) => i % 4 === 3 && value))
+            found.push(`a link passes behind ${box.name}`)
+    }
+    return found
+}"""
 VIEWPORT = {"width": 1920, "height": 1080}
 PICTURE_SIDE = 1000
 START_TIMEOUT_MS = 60_000
@@ -74,18 +119,31 @@ class Page:
         return self.browser_page.locator(MESSAGES).all_inner_texts()
 
     def export_prompt(self) -> Prompt:
-        """The prompt in API form, by the page's own export."""
-        return self._evaluate("async () => (await app.graphToPrompt()).output")
+        """The prompt in API form, by the page's own export, with titles as its only notes.
+
+        Newer pages also write down the pack of each node.
+        """
+        return self._evaluate(
+            """async () => {
+                const {output} = await app.graphToPrompt()
+                for (const node of Object.values(output)) node._meta = {title: node._meta.title}
+                return output
+            }"""
+        )
 
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_inputs(self, **values: int | str) -> None:
-        """Sets every widget of these names; masks keep their size."""
+        """Sets every input of these names, at its primitive if it is linked to one."""
         self._evaluate(
-            """values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
-                if (node.type !== 'SolidMask' && widget.name in values)
-                    widget.value = values[widget.name]
+            """values => app.graph.nodes.forEach(node => node.inputs?.forEach((input, slot) => {
+                if (node.type === 'SolidMask' || !input.widget || !(input.name in values)) return
+                const source = input.link == null ? null : node.getInputNode(slot)
+                if (source && !source.type.startsWith('Primitive')) return
+                const widgets = (source ?? node).widgets
+                const name = source ? 'value' : input.name
+                widgets.find(widget => widget.name === name).value = values[input.name]
             }))""",
             values,
         )
@@ -115,6 +173,10 @@ class Page:
                 await new Promise(done => setTimeout(done, 1000))
             }"""
         )
+
+    def overlaps(self) -> list[str]:
+        """Which nodes overlap, and behind which ones a link passes, as the page draws them now."""
+        return self._evaluate(OVERLAPS)
 
     def picture(self, file: Path, side: int = PICTURE_SIDE) -> None:
         """Writes a JPEG of the whole graph without the page's bars, each side at most `side`."""

@@ -1,11 +1,13 @@
-"""`make serve`: the demo's ComfyUI, left running for a browser."""
+"""`make serve`: the demo's ComfyUI, left running for a browser, with graphs for its model."""
 
 import contextlib
 import os
 import time
 
 from . import environment, host
-from .demo import BASE, demo_server, prepare_model
+from .demo import BASE, TINY, demo_server, prepare_model
+from .tiny_graphs import write_graphs
+from .workflow_texts import file_title
 
 WORKFLOW_MODEL = "GLM-Image"
 """The model name in the workflows' loaders."""
@@ -17,11 +19,17 @@ def main() -> None:
     alias = models / WORKFLOW_MODEL
     if model != WORKFLOW_MODEL and (alias.is_symlink() or not alias.exists()):
         host.add_model(BASE, models / model, WORKFLOW_MODEL)
+    graphs = write_graphs(BASE, tiny=model == TINY.name)
     port = int(os.environ.get("PORT", "8188"))
     server = demo_server(environment.host(), model, "--preview-method", "auto", port=port)
     with server as address:
         print(f"ComfyUI with the pack is at http://{address} (Ctrl-C stops it).")
-        print(f"Its model is {model}; the workflows find it as {WORKFLOW_MODEL}.", flush=True)
+        print(f"Its model is {model}; the workflows find it as {WORKFLOW_MODEL}.")
+        print(
+            f"Graphs for it are in the page's sidebar, Workflows (key W); begin with "
+            f"'{file_title('text_to_image')}'. They lie in {graphs}.",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)

@@ -41,8 +41,8 @@ def fresh(name: str = "text_to_image", **inputs) -> Prompt:
     return workflow(name, seed=next(_fresh), **inputs)
 
 
-def changed(prompt: Prompt, **inputs) -> Prompt:
-    """Sets every unlinked input of these names.
+def changed(prompt: Prompt, /, **inputs) -> Prompt:
+    """Sets every input of these names, at its primitive if it is linked to one.
 
     Raises:
         KeyError: no node has such an input.

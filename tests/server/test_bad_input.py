@@ -39,7 +39,7 @@ def test_size(refused, width, height, sentence):
 
 @pytest.mark.parametrize("text", ["", " \n "])
 def test_empty_prompt(refused, text):
-    refused(fresh(value=text), "GLMImageSampleTokens", "prompt is empty")
+    refused(fresh(prompt=text), "GLMImageSampleTokens", "prompt is empty")
 
 
 @pytest.mark.parametrize("text", ["", " \n "])

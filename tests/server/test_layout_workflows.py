@@ -38,7 +38,9 @@ def titled(prompt, title):
 
 def seeds_apart(prompt):
     """Gives each sampler its own seed, as in the stored workflow."""
-    samplers = [node["inputs"] for node in prompt.values() if "seed" in node["inputs"]]
+    samplers = [
+        node["inputs"] for node in prompt.values() if isinstance(node["inputs"].get("seed"), int)
+    ]
     for i, inputs in enumerate(samplers):
         inputs["seed"] = inputs["seed"] * 100 + i
     return prompt
@@ -55,22 +57,44 @@ def test_it_paints_and_a_new_decoder_seed_samples_nothing(client, name):
     decode = max(
         (key for key, node in prompt.items() if node["class_type"] == "GLMImageDecode"), key=int
     )
-    prompt[decode]["inputs"]["seed"] += 1
+    prompt[decode]["inputs"]["seed"] = 12345  # in place of a link to the seed of both
     again = client.run(prompt)
     assert decode in again.executed
     assert not [k for k in again.executed if "Sample" in prompt[k]["class_type"]]
 
 
-def test_contact_sheet(client):
+def test_contact_sheet_and_the_chosen_picture(client):
     prompt = fresh(name="layout_contact_sheet")
     run = client.run(prompt)
-    pictures = images(client, run, prompt)
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(data))).astype(int)
+        for data in client.images(run, titled(prompt, "Small pictures"))
+    ]
     assert len(pictures) == 8
     assert {picture.shape for picture in pictures} == {(13 * 32, 19 * 32, 3)}
     assert all((a != b).any() for a, b in itertools.pairwise(pictures))
-    (sheet,) = images(client, run, prompt, "PreviewImage")
+    (sheet,) = client.images(run, titled(prompt, "Layouts"))
     # 3 x 3 layouts of 13 x 19 cells of 16 pixels, 8 pixels apart
-    assert sheet.shape == (3 * 13 * 16 + 2 * 8, 3 * 19 * 16 + 2 * 8, 3)
+    assert Image.open(io.BytesIO(sheet)).size == (3 * 19 * 16 + 2 * 8, 3 * 13 * 16 + 2 * 8)
+    (first,) = images(client, run, prompt)
+
+    prompt[titled(prompt, "Choose one")]["inputs"]["batch_index"] = 5
+    again = client.run(prompt)
+    assert the(prompt, "GLMImageSampleLayout") in again.cached
+    assert titled(prompt, "Decode small pictures") in again.cached
+    (other,) = images(client, again, prompt)
+    assert first.shape == other.shape == (64, 96, 3)
+    assert (first != other).any()
+
+
+def test_another_prompt_and_seed_keep_the_locked_region(client):
+    prompt = fresh(name="lock_region_resample_rest")
+    client.run(prompt)
+    prompt[titled(prompt, "Prompt")]["inputs"]["value"] = "something else"
+    prompt[titled(prompt, "Seed")]["inputs"]["value"] += 1
+    run = client.run(prompt)
+    assert titled(prompt, "Lock the region") in run.cached
+    assert titled(prompt, "Four layouts around the region") in run.executed
 
 
 def test_the_layout_stays_under_the_new_prompt(client):

@@ -62,7 +62,7 @@ def test_the_size_that_was_read_stays_at_the_node(client):
 def test_a_second_prompt_and_seed_encode_and_cache_nothing(client):
     prompt = reference_workflow("style_transfer")
     client.run(prompt)
-    changed(prompt, value="another prompt", seed=next(_seeds))
+    changed(prompt, prompt="another prompt", seed=next(_seeds))
     run = client.run(prompt)
     assert {the(prompt, node) for node in ONCE} <= run.cached
     assert the(prompt, "GLMImageSampleTokens") in run.executed

@@ -174,7 +174,7 @@ def test_sampler_custom_advanced_gives_the_same_picture(picture):
 
 
 def test_the_words_in_quotes_change_the_picture(picture):
-    prompt = fresh(value='a sign that reads "OPEN"')
+    prompt = fresh(prompt='a sign that reads "OPEN"')
     texts = the(prompt, "GLMImageGlyphEncode")
     before = picture(prompt)
     prompt[texts]["inputs"]["texts"] = "SHUT"
@@ -199,7 +199,7 @@ def test_what_is_rendered_stays_at_the_node(client, base):
 
 
 def test_clip_text_encode_works_on_the_glyph_encoder(picture):
-    prompt = fresh(value='a sign that reads "OPEN"')
+    prompt = fresh(prompt='a sign that reads "OPEN"')
     expected = picture(prompt)
     glyphs = the(prompt, "GLMImageGlyphEncode")
     inputs = prompt[glyphs]["inputs"]
