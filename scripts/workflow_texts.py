@@ -206,9 +206,9 @@ painted anew.
         "Best of eight layouts",
         """\
 # GLM-Image: the best of eight layouts
-**Sample Layout** writes eight previews. **Score Tokens** says how much each speaks for the prompt, \
-and **Keep Best** hands on the best, which the large picture keeps. In the heat maps red cells speak \
-for the prompt and blue ones against it.
+**Sample Layout** writes eight previews. **Score Tokens** says how much each speaks for the \
+prompt, and **Keep Best** hands on the best, which the large picture keeps. In the heat maps red \
+cells speak for the prompt and blue ones against it.
 """,
         {"Prompt": "a red circle, a blue square and a green star, white background"},
     ),
@@ -216,9 +216,9 @@ for the prompt and blue ones against it.
         "Best text of four",
         """\
 # GLM-Image: the best text of four
-Four pictures are painted in a few steps. **Read Text** compares the texts in them with those in the \
-quotes of the prompt, and **Keep Best** hands on the tokens and the noise of the best one, which is \
-painted in all steps. Read Text needs the packages of `requirements-ocr.txt`.
+Four pictures are painted in a few steps. **Read Text** compares the texts in them with those in \
+the quotes of the prompt, and **Keep Best** hands on the tokens and the noise of the best one, \
+which is painted in all steps. Read Text needs the packages of `requirements-ocr.txt`.
 """,
         {"Prompt": TINY_PROMPT},
     ),
