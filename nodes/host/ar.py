@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
+from ...glm_core.ar.graphs import CudaGraphs
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
-from ...glm_core.ar.replay import CudaGraphs
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
 from ...glm_core.data.grids import preview_grid, token_grid

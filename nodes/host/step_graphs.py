@@ -6,7 +6,9 @@ from typing import Any
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.cli_args import args
 
+from ...glm_core.ar.graphs import captures_failed
 from ...glm_core.ar.replay import EagerRunner, Recorder, ReplayRunner, Runner
 from .patchers import ON_PARTIAL_UNLOAD
 
@@ -52,8 +54,13 @@ class StepGraphs:
 
 
 def runs_graphs(device: torch.device) -> bool:
-    """Whether steps can be graphs: on CUDA and ROCm, which torch has under one name."""
+    """Whether steps can be graphs: on CUDA and ROCm, which torch has under one name.
+
+    Hosts since 0.36 have a flag against graphs; it is for theirs and for ours.
+    """
     management = comfy.model_management
+    if getattr(args, "disable_cuda_graphs", False) or captures_failed():
+        return False
     return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
 
 

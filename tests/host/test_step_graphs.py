@@ -80,7 +80,7 @@ def test_unloading_the_model_drops_recordings_and_buffers(nodes, recorder) -> No
     assert ar.graphs._replay._buffers is not None
     comfy.model_management.unload_all_models()
     assert ar.graphs._replay._buffers is None
-    assert not ar.graphs._replay._recorded
+    assert not recorder.recorded
 
 
 def test_a_partial_unloading_drops_recordings_and_buffers(nodes, recorder) -> None:
@@ -152,6 +152,17 @@ def test_a_dynamic_patcher_is_not_recorded(nodes, recorder, monkeypatch) -> None
     comfy.model_management.load_models_gpu([ar.patcher])
     monkeypatch.setattr(type(ar.patcher), "is_dynamic", lambda self: True, raising=False)
     assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
+
+
+def test_the_hosts_flag_and_a_failed_capture_forbid_graphs(nodes, monkeypatch) -> None:
+    management, device = comfy.model_management, torch.device("cuda", 0)
+    monkeypatch.setattr(management, "is_nvidia", lambda: True)
+    assert step_graphs.runs_graphs(device)
+    monkeypatch.setattr(step_graphs.args, "disable_cuda_graphs", True, raising=False)
+    assert not step_graphs.runs_graphs(device)
+    monkeypatch.setattr(step_graphs.args, "disable_cuda_graphs", False, raising=False)
+    monkeypatch.setattr(step_graphs, "captures_failed", lambda: True)
+    assert not step_graphs.runs_graphs(device)
 
 
 def test_a_cpu_records_nothing(nodes) -> None:
