@@ -43,6 +43,7 @@ from .patchers import (
     with_segments,
 )
 from .progress import TokenProgress, check_interrupt
+from .step_choice import chooser
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
 from .weights import check_keys, choose_precision, load_weights, open_model
@@ -252,6 +253,7 @@ class HostAR:
             dtype=self.dtype,
             lookahead=lookahead,
             runner=self.graphs.runner(self.patcher),
+            choose=chooser(self.patcher),
             progress=progress.update,
             show=progress.show,
             check_interrupt=check_interrupt,

@@ -53,15 +53,19 @@ class StepGraphs:
             self._replay.drop()
 
 
+def is_trusted(device: torch.device) -> bool:
+    """Whether a device takes graphs and kernels: CUDA's and ROCm's, which torch has as one."""
+    management = comfy.model_management
+    return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
+
+
 def runs_graphs(device: torch.device) -> bool:
-    """Whether steps can be graphs: on CUDA and ROCm, which torch has under one name.
+    """Whether steps can be graphs.
 
     Hosts since 0.36 have a flag against graphs; it is for theirs and for ours.
     """
-    management = comfy.model_management
-    if getattr(args, "disable_cuda_graphs", False) or captures_failed():
-        return False
-    return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
+    forbidden = getattr(args, "disable_cuda_graphs", False) or captures_failed()
+    return is_trusted(device) and not forbidden
 
 
 def is_resident(patcher: Any) -> bool:
