@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
-from glm_core.ar.cache import BlockPass, attend_to_span, span_of, step_mask
+from glm_core.ar.cache import BlockPass, span_of, step_mask
+from glm_core.ar.graphs import CudaGraphs
 from glm_core.ar.model import ARModel, rope_table
+from glm_core.ar.operations import attend_to_span
 from glm_core.ar.prompt import Prompt
-from glm_core.ar.replay import CudaGraphs, EagerRunner, ReplayRunner, Runner
+from glm_core.ar.replay import EagerRunner, ReplayRunner, Runner
 from glm_core.ar.sampler import SamplingRun, sample_tokens
 from glm_core.ar.step import SamplingOptions, StepBuffers, StepShape, set_target, step
 from glm_core.data.grids import Grid, preview_grid, text_positions, token_grid

@@ -1,7 +1,10 @@
-"""The exceptions that the pack raises on purpose, by kind, and how sentences show values."""
+"""The exceptions that the pack raises on purpose, by kind; their values; full devices."""
 
 from collections.abc import Iterable
 
+import torch
+
+FULL = ("out of memory", "alloc_failed", "can't allocate memory")
 LONGEST = 200
 """Characters of a value in a sentence."""
 
@@ -128,3 +131,11 @@ def first_few(items: Iterable[str], count: int = 3) -> str:
     """The first `count` items, each as `shown`, with dots if there are more."""
     items = list(items)
     return ", ".join(map(shown, items[:count])) + (", ..." if len(items) > count else "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device is full. torch has a type for it, and libraries texts."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in FULL)

@@ -1,8 +1,11 @@
 """Imports the pack as `glm_image` by its path, as ComfyUI does, without `sys.path`."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which other packages may do
 
 import torch
 

@@ -43,12 +43,26 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
+    """A `replay.Recorder` of tapes."""
+
     def __init__(self):
         self.tapes = []
+        self.recorded = {}
 
-    def __call__(self, step):
+    def warm_up(self, step):
+        step()
+
+    def record(self, work, step):
         tape = Tape()
         with tape:
             step()
         self.tapes.append(tape)
-        return tape
+        self.recorded[work] = tape
+
+    def replay(self, work):
+        if work in self.recorded:
+            self.recorded[work]()
+        return work in self.recorded
+
+    def drop(self):
+        self.recorded = {}

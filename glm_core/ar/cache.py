@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fallbacks import index_copy_
+from .operations import PLAIN, Operations, Rotation, rotate_together
 
 SPAN = 256
 """A step attends to a multiple of this many positions: few shapes serve a whole image."""
@@ -56,8 +56,11 @@ class KVCache:
 class AttentionPass(Protocol):
     """What the layers attend with: the cache, and the positions that this pass reads."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, L, heads, D], k and v [B, L, kv_heads, D] -> [B, L, heads * D]"""
+    operations: Operations
+    """Those of the blocks."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """q [B, L, heads, D], k and v [B, L, kv_heads, D], not rotated -> [B, L, heads * D]"""
 
     def to(self, device: torch.device) -> "AttentionPass":
         """The same pass for layers that compute on that device."""
@@ -66,14 +69,17 @@ class AttentionPass(Protocol):
 class BlockPass:
     """Ids after `start` positions of a sequence; each attends to itself and all before it."""
 
+    operations = PLAIN
+
     def __init__(self, cache: KVCache, start: int) -> None:
         self.cache = cache
         self.start = start
         self._mask: Tensor | None = None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         length, heads = q.shape[1:3]
         end = self.start + length
+        q, k = rotate_together(q, k, rotation)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         written = self.cache.layers[layer][..., :end, :]
         written[0, :, :, self.start :] = k
@@ -115,30 +121,17 @@ class StepPass:
     cache: KVCache
     position: Tensor
     mask: Tensor
+    operations: Operations = PLAIN
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, length, kv_heads, head_dim = k.shape
-        keys, values = self.cache.layers[layer]
-        index_copy_(keys, 2, self.position, k.transpose(1, 2))
-        index_copy_(values, 2, self.position, v.transpose(1, 2))
-        span = self.mask.shape[-1]
-        # Heads that share keys become queries of one head, so that the keys are read once.
-        q = q.view(batch, length, kv_heads, -1, head_dim).transpose(1, 2)
-        grouped = q.reshape(batch, kv_heads, -1, head_dim)
-        out = attend_to_span(grouped, keys[:, :, :span], values[:, :, :span], self.mask)
-        return out.view(q.shape).transpose(1, 2).reshape(batch, length, -1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        cache = self.cache.layers[layer]
+        q = self.operations.rotate_write(q, k, v, rotation, cache, self.position)
+        keys, values = cache[..., : self.mask.shape[-1], :]
+        return self.operations.attend(q, keys, values, self.mask, self.position)
 
     def to(self, device: torch.device) -> "StepPass":
+        """The plain operations: others are for models that are on one device."""
         return StepPass(self.cache, self.position.to(device), self.mask.to(device))
-
-
-def attend_to_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Few queries, q [B, H, Q, D], over many keys, k and v [B, H, span, D]: [B, H, Q, D].
-
-    Two products and a softmax may be faster in bf16 (`make bench` shows it), but they round every
-    score to bf16.
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ Written after `transformers.models.glm_image`; parameter names are the checkpoin
 tower of the same checkpoint (`VISION_PREFIXES`) is not part of this network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..schema import (
 )
 from ..split import LayerSegment, on_device, own_layers
 from .cache import AttentionPass, KVCache
+from .operations import Operations, Rotation
 from .row_linear import RowOperations
 
 VOCABULARY = whole(1, 2**20)
@@ -148,24 +149,6 @@ def rope_table(config: ARConfig, positions: Tensor, dtype: torch.dtype) -> Tenso
     return torch.stack([cos, sin]).to(dtype)
 
 
-Rotation = tuple[Tensor, Tensor]
-"""A `rope_table` as layers take it: cosines and signed sines, each [L, 1, head_dim]."""
-
-
-def _rotation(rope: Tensor) -> Rotation:
-    cos, sin = rope.unsqueeze(2)
-    return cos, sin
-
-
-def apply_rope(x: Tensor, rotation: Rotation, rotary_dim: int) -> Tensor:
-    """Rotate x [B, L, H, D] in pairs (i, i + rotary_dim / 2)."""
-    cos, sin = rotation
-    first, second, unrotated = x.split(
-        (rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim), dim=-1
-    )
-    return torch.addcmul(x * cos, torch.cat([second, first, unrotated], dim=-1), sin)
-
-
 class ARModel(nn.Module):
     """`vision_language_encoder` without its vision tower: ids in, logits of semantic tokens out."""
 
@@ -230,6 +213,7 @@ class TextModel(nn.Module):
     ) -> None:
         super().__init__()
         self.segments = segments
+        self.rotary_dim = config.rotary_dim
         self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, i, layers) for i in range(own_layers(config.layers, segments))
@@ -241,17 +225,34 @@ class TextModel(nn.Module):
     ) -> Tensor:
         """ids [B, L] to hidden states [B, L, hidden_size]"""
         x = self.embed_tokens(ids).to(dtype)
-        rotation = _rotation(rope)
-        for layer in self.layers:
-            x = layer(x, rotation, attention)
+        rotation = Rotation.of(rope, self.rotary_dim)
+        if not self.segments:
+            return run_blocks(self.layers, x, rotation, attention, self.norm)[1]
+        x, _ = run_blocks(self.layers, x, rotation, attention, None)
         device = x.device
         for segment in self.segments:
-            x, rotation = x.to(segment.compute_device), _rotation(rope.to(segment.compute_device))
-            moved = attention.to(segment.compute_device)
-            with on_device(segment.compute_device, current=device):
-                for layer in segment.layers:
-                    x = layer(x, rotation, moved)
+            on = segment.compute_device
+            x, rotation = x.to(on), Rotation.of(rope.to(on), self.rotary_dim)
+            moved = attention.to(on)
+            with on_device(on, current=device):
+                x, _ = run_blocks(segment.layers, x, rotation, moved, None)
         return self.norm(x.to(device))
+
+
+def run_blocks(
+    blocks: Iterable["Block"],
+    x: Tensor,
+    rotation: Rotation,
+    attention: AttentionPass,
+    last: nn.Module | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [B, L, hidden_size] after the blocks, and the norm `last` of them."""
+    first, *others = blocks
+    normed = first.input_layernorm(x)
+    for block, following in zip((first, *others), (*others, None), strict=True):
+        norm = last if following is None else following.input_layernorm
+        x, normed = block(x, normed, rotation, attention, norm)
+    return x, normed
 
 
 def layer_segment(
@@ -270,7 +271,10 @@ def layer_segment(
 
 
 class Block(nn.Module):
-    """Attention and MLP, each between two norms."""
+    """Attention and MLP, each between two norms.
+
+    The first norm is applied by the block before, together with the end of its own work.
+    """
 
     def __init__(self, config: ARConfig, index: int, layers: Layers) -> None:
         super().__init__()
@@ -285,20 +289,38 @@ class Block(nn.Module):
         self.mlp = MLP(config, layers)
         self.post_mlp_layernorm = norm()
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: AttentionPass) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotation, attention)
-        x = x + self.post_self_attn_layernorm(attended)
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        rotation: Rotation,
+        attention: AttentionPass,
+        following: nn.Module | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            normed: this block's first norm of the hidden states x.
+            following: the norm that is applied to the hidden states next.
+
+        Returns:
+            The hidden states after the block, and `following` of them.
+        """
+        operations = attention.operations
+        attended = self.self_attn(normed, rotation, attention)
+        x, normed = operations.add_norm(
+            x, attended, self.post_self_attn_layernorm, self.post_attention_layernorm
+        )
+        written = self.mlp(normed, operations)
+        return operations.add_norm(x, written, self.post_mlp_layernorm, following)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache; queries and keys are rotated together."""
+    """Grouped-query attention over the cache."""
 
     def __init__(self, config: ARConfig, index: int, layers: Layers) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self.rotary_dim = config.rotary_dim
         width, kv_width = (n * config.head_dim for n in (config.heads, config.kv_heads))
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = layers.Linear(hidden, width, bias=bias)
@@ -312,9 +334,7 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = apply_rope(torch.cat([q, k], dim=2), rotation, self.rotary_dim)
-        q, k = rotated.split((q.shape[2], k.shape[2]), dim=2)
-        return self.o_proj(attention.attend(self.index, q, k, v))
+        return self.o_proj(attention.attend(self.index, q, k, v, rotation))
 
 
 class MLP(nn.Module):
@@ -326,6 +346,5 @@ class MLP(nn.Module):
         self.gate_up_proj = layers.Linear(config.hidden_size, 2 * width, bias=False)
         self.down_proj = layers.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, operations: Operations) -> Tensor:
+        return self.down_proj(operations.gate(self.gate_up_proj(x)))

@@ -1,19 +1,31 @@
-"""Running steps as they come, or recorded once as a CUDA graph and replayed."""
+"""Running steps as they come, or recorded once and replayed."""
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
-import torch
-
+from .graphs import CaptureError, Step
 from .model import ARModel
 from .step import StepBuffers, StepShape
 
-log = logging.getLogger(__name__)
 
-Step = Callable[[], None]
-Recorder = Callable[[Step], Step]
-"""Records a step, which may run it, and returns a function that does the same work again."""
+class Recorder(Protocol):
+    """Records steps, and runs them again; `graphs.CudaGraphs` is one."""
+
+    def warm_up(self, step: Step) -> None:
+        """Run a step in the way that a recording of it needs."""
+
+    def record(self, work: Hashable, step: Step) -> None:
+        """Record a step, which may run it.
+
+        Raises:
+            CaptureError: the device refuses.
+        """
+
+    def replay(self, work: Hashable) -> bool:
+        """Run a recording; False if there is none, or it was dropped for another recorder's."""
+
+    def drop(self) -> None:
+        """Free all recordings."""
 
 
 class Runner(Protocol):
@@ -22,8 +34,11 @@ class Runner(Protocol):
     def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
         """Buffers of that shape; an earlier run may have used them, but left no NaN."""
 
-    def run(self, step: Step, span: int) -> None:
-        """Run a step over the buffers given last; steps of the same span are the same work."""
+    def run(self, step: Step, work: Hashable) -> None:
+        """Run a step over the buffers given last; steps of equal `work` do the same."""
+
+    def forget(self) -> None:
+        """Free what is kept of the steps that were run; the buffers stay."""
 
 
 class EagerRunner:
@@ -32,12 +47,15 @@ class EagerRunner:
     def buffers(self, model: ARModel, shape: StepShape) -> StepBuffers:
         return StepBuffers.allocate(model, shape)
 
-    def run(self, step: Step, span: int) -> None:
+    def run(self, step: Step, work: Hashable) -> None:
         step()
+
+    def forget(self) -> None:
+        pass
 
 
 class ReplayRunner:
-    """Records a step once for each span and replays it, also for later prompts of that shape.
+    """Records a step once for each kind of work and replays it, also for later prompts.
 
     A recording holds addresses. It is dropped when the shape, the options or the address of any
     weight is another than when it was made.
@@ -46,15 +64,21 @@ class ReplayRunner:
     def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
         """new_recorder: called before the first recording, and anew after each `drop`."""
         self._new_recorder = new_recorder
+        self._recorder: Recorder | None = None
         self.drop()
 
     def drop(self) -> None:
         """Free the buffers and all recordings."""
         self._made_for: tuple | None = None
         self._buffers: StepBuffers | None = None
-        self._warmed_up: set[int] = set()
-        self._record: Recorder | None = None
-        self._recorded: dict[int, Step] = {}
+        self._refused = False
+        self.forget()
+
+    def forget(self) -> None:
+        if self._recorder is not None:
+            self._recorder.drop()
+        self._recorder = None
+        self._warmed_up: set[Hashable] = set()
 
     @property
     def nbytes(self) -> int:
@@ -68,54 +92,33 @@ class ReplayRunner:
             self._buffers, self._made_for = StepBuffers.allocate(model, shape), made_for
         return self._buffers
 
-    def run(self, step: Step, span: int) -> None:
-        if span not in self._warmed_up:  # kernels are chosen and memory is taken outside a graph
-            self._warmed_up.add(span)
+    def run(self, step: Step, work: Hashable) -> None:
+        if self._refused:
             step()
             return
-        if span not in self._recorded:
-            self._recorded[span] = self._recording(step)
-        self._recorded[span]()
+        self._recorder = self._recorder or self._new_recorder()
+        if self._recorder.replay(work):
+            return
+        if work not in self._warmed_up:
+            self._recorder.warm_up(step)
+            self._warmed_up.add(work)
+            return
+        self._record(step, work)
 
-    def _recording(self, step: Step) -> Step:
-        """A recording of the step, or the step itself where the device refuses to record it."""
+    def _record(self, step: Step, work: Hashable) -> None:
+        """Record a step and run it, or run it alone where the device refuses to record it.
+
+        Any error drops all recordings: they address memory that the failed one may have freed. A
+        run that goes on has its own reference to the buffers.
+        """
         try:
-            self._record = self._record or self._new_recorder()
-            return self._record(step)
-        except RuntimeError as error:
-            log.warning("The AR model's steps run without graphs, slower: %s", error)
-            self._record = _unrecorded  # until all is dropped: the next span would be refused too
-            return step
-
-
-def _unrecorded(step: Step) -> Step:
-    return step
-
-
-class CudaGraphs:
-    """A `Recorder` of CUDA graphs that share a stream and a pool of memory.
-
-    ROCm's devices have them under the same name. The graphs are dropped together: the pool, and
-    cuBLAS' workspace for the stream, live as long as any of them. The stream is of the device, for
-    torch's own recording stream is one for all devices.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: Step) -> Step:
-        """
-        Raises:
-            RuntimeError: the device refuses to record the step; it may still be run.
-        """
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the server's other threads may use the device meanwhile.
-        recording = torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        current = torch.cuda.current_stream(self._stream.device)
-        # After a failure torch stays on the recording stream; the outer block leaves it.
-        with torch.cuda.stream(current), recording:
+            self._recorder.record(work, step)
+        except CaptureError:
+            self.drop()
+            self._refused = True
             step()
-        return graph.replay
+            return
+        except BaseException:
+            self.drop()
+            raise
+        self._recorder.replay(work)

@@ -18,8 +18,10 @@ from ..data.grids import Grid, preview_grid
 from ..data.tokens import UNKNOWN, Forced
 from ..errors import BatchError, InputError, TokensError
 from .cache import span_of
+from .choice import Chooser, plainly
 from .lookahead import guess_row
 from .model import ARModel, rope_table
+from .operations import Operations
 from .philox import sample_keys
 from .prompt import Prompt, positions_with_grids
 from .replay import EagerRunner, Runner
@@ -48,6 +50,7 @@ class SamplingRun:
         lookahead: cells that one step of the model may write, all but the first only if they were
             guessed right, see `lookahead.py`. 1 writes one a step. The tokens are the same.
         runner: runs the steps.
+        choose: gives the operations that the steps run with, see `choice.py`.
         progress: called with (cells drawn, cells to draw), at most every 100 ms and at the end.
         show: called before each progress with the grids so far, int64 [B, rows, columns] on the
             CPU; cells that are not known yet are `UNKNOWN`.
@@ -61,6 +64,7 @@ class SamplingRun:
     dtype: torch.dtype
     lookahead: int = 1
     runner: Runner = field(default_factory=EagerRunner)
+    choose: Chooser = plainly
     progress: Callable[[int, int], None] = lambda done, total: None
     show: Callable[[list[Tensor]], None] = lambda grids: None
     check_interrupt: Callable[[], None] = lambda: None
@@ -211,6 +215,7 @@ class _Writer:
         self._buffers.rope[:, : positions.shape[1]] = rope
         self._read = 0  # positions that the cache holds
         self._row_start = 0  # the first cell of the row being written
+        self._operations: Operations | None = None  # chosen before the first step
 
     @property
     def tokens(self) -> Tensor:
@@ -277,8 +282,11 @@ class _Writer:
 
     def _step(self, span: int) -> int:
         """Run one step. Returns how many cells are final after it."""
-        model, buffers, runner = self._model, self._buffers, self._run.runner
-        runner.run(lambda: step(model, buffers, span), span)
+        model, buffers, run = self._model, self._buffers, self._run
+        if self._operations is None:
+            self._operations = run.choose(model, buffers, run.runner, run.check_interrupt)
+        operations = self._operations
+        run.runner.run(lambda: step(model, buffers, span, operations), (span, operations))
         return 1 if self._run.lookahead == 1 else int(buffers.final)  # waits for the device
 
 

@@ -16,6 +16,7 @@ from ..fallbacks import index_copy_
 from .cache import BlockPass, KVCache, StepPass, step_mask
 from .lookahead import count_final
 from .model import ARModel
+from .operations import PLAIN, Operations
 from .philox import gumbel
 
 MIN_TEMPERATURE = 1e-30  # logits divided by less overflow float32
@@ -162,28 +163,31 @@ def set_target(buffers: StepBuffers, cell: int, column: int, position: int, rema
     buffers.remaining.fill_(remaining)
 
 
-def step(model: ARModel, buffers: StepBuffers, span: int) -> None:
+def step(model: ARModel, buffers: StepBuffers, span: int, operations: Operations = PLAIN) -> None:
     """Write the target cells: one, or as many as were guessed right.
 
     Args:
         span: how many positions of the cache to attend to; more than the last position.
+        operations: those of the blocks, see `choice.py`.
     """
     decode = decode_one_token if buffers.shape.width == 1 else decode_ahead
-    decode(model, buffers, span)
+    decode(model, buffers, span, operations)
 
 
-def decode_one_token(model: ARModel, buffers: StepBuffers, span: int) -> None:
+def decode_one_token(
+    model: ARModel, buffers: StepBuffers, span: int, operations: Operations
+) -> None:
     """Read the id before the target cell, draw the cell's token, and write it."""
-    logits = next_logits(model, buffers, span)
+    logits = next_logits(model, buffers, span, operations)
     draw_and_write(buffers, logits)
 
 
-def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
+def decode_ahead(model: ARModel, buffers: StepBuffers, span: int, operations: Operations) -> None:
     """`decode_one_token` for several cells, each drawn after the guesses before it.
 
     Draws that are not final are written too: they are the next guesses.
     """
-    logits = next_logits(model, buffers, span)
+    logits = next_logits(model, buffers, span, operations)
     drawn = draw(buffers, logits, buffers.column)
     guesses = buffers.tokens.index_select(1, buffers.cell)
     buffers.final.copy_(torch.minimum(count_final(drawn, guesses), buffers.remaining))
@@ -191,13 +195,15 @@ def decode_ahead(model: ARModel, buffers: StepBuffers, span: int) -> None:
     index_copy_(buffers.tokens, 1, buffers.cell, tokens)
 
 
-def next_logits(model: ARModel, buffers: StepBuffers, span: int) -> Tensor:
+def next_logits(
+    model: ARModel, buffers: StepBuffers, span: int, operations: Operations = PLAIN
+) -> Tensor:
     """Logits [B, width, codebook] of the target cells, given the ids before them."""
     shape, config = buffers.shape, model.config
     ids = buffers.tokens.index_select(1, buffers.cell - 1)
     rope = buffers.rope.index_select(1, buffers.position)
     mask = step_mask(buffers.position, config.heads // config.kv_heads, span, shape.dtype)
-    attention = StepPass(buffers.cache, buffers.position, mask)
+    attention = StepPass(buffers.cache, buffers.position, mask, operations)
     return model(ids, rope, attention, shape.dtype, shape.width)
 
 

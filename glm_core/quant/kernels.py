@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..errors import is_out_of_memory
 from .packing import GROUPS, Packing, dequantise, join_nibbles, packing, quantise, split_nibbles
 
 
@@ -257,6 +258,9 @@ def passes_trial(kernel: Kernel, device: torch.device) -> bool:
 
     A device may list a product and refuse it (GPUs before Ampere), or order the numbers otherwise
     (CPUs without AVX). Kernels that fail are not used on that device.
+
+    Raises:
+        RuntimeError: the device is out of memory, which says nothing about the kernel.
     """
     shape = (64, 256)
     form = packing(shape, f"int{kernel.bits}")
@@ -268,7 +272,9 @@ def passes_trial(kernel: Kernel, device: torch.device) -> bool:
         laid_out = kernel.lay_out(form, stored)
         restored = kernel.restore(form, laid_out)
         product = kernel.product(form, x, laid_out).float()
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return False
     error = (product - expected).norm() / expected.norm()
     return torch.equal(restored, stored) and bool(error < 0.02)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
+from ...glm_core.ar.graphs import CudaGraphs
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
-from ...glm_core.ar.replay import CudaGraphs
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
 from ...glm_core.data.cells import format_cells
@@ -44,6 +44,7 @@ from .patchers import (
     with_segments,
 )
 from .progress import TokenProgress, check_interrupt
+from .step_choice import chooser
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
 from .weights import check_keys, choose_precision, load_weights, open_model
@@ -259,6 +260,7 @@ class HostAR:
             dtype=self.dtype,
             lookahead=lookahead,
             runner=self.graphs.runner(self.patcher),
+            choose=chooser(self.patcher),
             progress=progress.update,
             show=progress.show,
             check_interrupt=check_interrupt,

@@ -6,7 +6,9 @@ from typing import Any
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.cli_args import args
 
+from ...glm_core.ar.graphs import captures_failed
 from ...glm_core.ar.replay import EagerRunner, Recorder, ReplayRunner, Runner
 from .patchers import ON_PARTIAL_UNLOAD
 
@@ -51,10 +53,19 @@ class StepGraphs:
             self._replay.drop()
 
 
-def runs_graphs(device: torch.device) -> bool:
-    """Whether steps can be graphs: on CUDA and ROCm, which torch has under one name."""
+def is_trusted(device: torch.device) -> bool:
+    """Whether a device takes graphs and kernels: CUDA's and ROCm's, which torch has as one."""
     management = comfy.model_management
     return not management.is_device_cpu(device) and (management.is_nvidia() or management.is_amd())
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """Whether steps can be graphs.
+
+    Hosts since 0.36 have a flag against graphs; it is for theirs and for ours.
+    """
+    forbidden = getattr(args, "disable_cuda_graphs", False) or captures_failed()
+    return is_trusted(device) and not forbidden
 
 
 def is_resident(patcher: Any) -> bool:

@@ -1,6 +1,5 @@
 """Milliseconds of a step of the AR model, in each way that it can run."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,6 +9,7 @@ from bench.ar import LAYOUTS, LOOKAHEAD, ARBench
 from bench.measure import Bench
 from bench.networks import ar_pair
 from bench.presets import Preset
+from glm_core.ar.choice import candidates, operations_of
 from glm_core.ar.replay import EagerRunner, Runner
 from glm_core.ar.step import step
 from glm_core.data.grids import token_grid
@@ -63,12 +63,9 @@ def _steps(ar: ARBench, preset: Preset) -> Iterator[tuple[str, Callable[[], Step
 
 
 def _candidates() -> Iterator[tuple[str, Callable]]:
-    """Steps with one other operation in the place of a plain one, where `glm_core.ar` has any."""
-    if importlib.util.find_spec("glm_core.ar.choice") is None:
-        return
-    choice = importlib.import_module("glm_core.ar.choice")
-    found = choice.candidates()
+    """Steps with one other operation in the place of a plain one."""
+    found = candidates()
     for field, functions in found.items():
         for name in functions:
-            operations = choice.operations_of({field: name}, found)
+            operations = operations_of({field: name}, found)
             yield f"{field}={name}", partial(step, operations=operations)

@@ -98,6 +98,25 @@ def test_a_kernel_that_the_device_refuses_is_not_used() -> None:
     assert all(kernel.operation != IN_TILES.operation for kernel in kernels_of(CPU))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no room"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")],
+)
+def test_a_full_device_says_nothing_about_its_kernels(monkeypatch, error) -> None:
+    """The trial is made again when there is room."""
+    (kernel,) = (k for k in kernels_of(CPU) if isinstance(k, GroupedInt4))
+
+    def full(form, stored):
+        raise error
+
+    kernels_of.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "lay_out", full)
+        with pytest.raises(RuntimeError, match=str(error)):
+            kernels_of(CPU)
+    assert kernel in kernels_of(CPU)
+
+
 @pytest.mark.parametrize("kind", [GroupedInt4, Int8InNibbles])
 def test_the_layout_for_gpus_has_the_shapes_that_torch_declares(kind) -> None:
     """Torch's shape functions check every argument, and nothing is computed."""

@@ -7,9 +7,10 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
+from glm_image.glm_core.ar.choice import StepChoice, candidates, plainly
 from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
 from glm_image.nodes.host import ar as ar_module
-from glm_image.nodes.host import step_graphs
+from glm_image.nodes.host import step_choice, step_graphs
 from helpers import same
 from safetensors.torch import save_file
 from tape import Recorder
@@ -80,7 +81,7 @@ def test_unloading_the_model_drops_recordings_and_buffers(nodes, recorder) -> No
     assert ar.graphs._replay._buffers is not None
     comfy.model_management.unload_all_models()
     assert ar.graphs._replay._buffers is None
-    assert not ar.graphs._replay._recorded
+    assert not recorder.recorded
 
 
 def test_a_partial_unloading_drops_recordings_and_buffers(nodes, recorder) -> None:
@@ -154,8 +155,79 @@ def test_a_dynamic_patcher_is_not_recorded(nodes, recorder, monkeypatch) -> None
     assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
 
 
+def test_the_hosts_flag_and_a_failed_capture_forbid_graphs(nodes, monkeypatch) -> None:
+    management, device = comfy.model_management, torch.device("cuda", 0)
+    monkeypatch.setattr(management, "is_nvidia", lambda: True)
+    assert step_graphs.runs_graphs(device)
+    monkeypatch.setattr(step_graphs.args, "disable_cuda_graphs", True, raising=False)
+    assert not step_graphs.runs_graphs(device)
+    monkeypatch.setattr(step_graphs.args, "disable_cuda_graphs", False, raising=False)
+    monkeypatch.setattr(step_graphs, "captures_failed", lambda: True)
+    assert not step_graphs.runs_graphs(device)
+
+
 def test_a_cpu_records_nothing(nodes) -> None:
     ar = load(nodes)
     comfy.model_management.load_models_gpu([ar.patcher])
     assert step_graphs.is_resident(ar.patcher)
     assert isinstance(ar.graphs.runner(ar.patcher), EagerRunner)
+
+
+# ---- the operations of a step ------------------------------------------------------------------
+
+
+@pytest.fixture
+def step_choices(monkeypatch, tmp_path) -> StepChoice:
+    """Every AR model's steps are timed, as on a GPU; torch's operations are the candidates."""
+    choice = StepChoice(tmp_path / "steps.json", candidates(triton=False))
+    monkeypatch.setattr(step_choice, "is_trusted", lambda device: True)
+    monkeypatch.setattr(step_choice, "_choice", lambda: choice)
+    return choice
+
+
+def test_a_trial_changes_no_token_and_is_remembered(nodes, recorder, step_choices) -> None:
+    ar = load(nodes)
+    tokens = sample(nodes, ar, 1)
+    assert len(step_choices._known) == 1
+    assert step_choices._path.exists()
+    recorded = len(recorder.tapes)
+    assert same(sample(nodes, ar, 1), tokens)
+    assert len(recorder.tapes) == recorded
+    eager = load(nodes)
+    eager.graphs.runner = lambda patcher: EagerRunner()
+    assert same(sample(nodes, eager, 1), tokens)
+
+
+def test_steps_that_fetch_weights_are_not_timed(nodes, step_choices) -> None:
+    ar = load(nodes)
+    comfy.model_management.load_models_gpu([ar.patcher])
+    assert step_choice.chooser(ar.patcher) == step_choices.choose
+    layer = ar.patcher.model.get_submodule(LAYER)
+    layer.weight_function = [lambda weight: weight]
+    try:
+        assert step_choice.chooser(ar.patcher) == step_choices.recall
+    finally:
+        layer.weight_function = []
+
+
+def test_the_plain_step_can_be_pinned(nodes, step_choices, monkeypatch) -> None:
+    ar = load(nodes)
+    comfy.model_management.load_models_gpu([ar.patcher])
+    monkeypatch.setenv(step_choice.PLAIN_STEP, "1")
+    assert step_choice.chooser(ar.patcher) is plainly
+    monkeypatch.delenv(step_choice.PLAIN_STEP)
+    monkeypatch.setattr(step_choice.args, "deterministic", True)
+    assert step_choice.chooser(ar.patcher) is plainly
+    monkeypatch.setattr(step_choice.args, "deterministic", False)
+    monkeypatch.setattr(step_choice, "is_trusted", step_graphs.is_trusted)
+    assert step_choice.chooser(ar.patcher) is plainly  # on a CPU
+
+
+def test_the_hosts_flag_against_triton_leaves_torchs_own_operations(monkeypatch) -> None:
+    for disabled in (True, False):
+        monkeypatch.setattr(step_choice.args, "disable_triton_backend", disabled, raising=False)
+        step_choice._choice.cache_clear()
+        found = step_choice._choice()._found
+        assert "products" in found["attend"]
+        assert ("gate" in found) != disabled
+    step_choice._choice.cache_clear()

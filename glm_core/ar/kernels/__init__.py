@@ -1,0 +1,28 @@
+"""Triton kernels for the small operations of a step; none where Triton is missing.
+
+They accumulate in float32 and round where the plain operations do. They touch activations, the
+cache and the weights of norms, and leave products with weights to the layers.
+"""
+
+from collections.abc import Callable, Mapping
+
+VERSION = 1
+"""To be raised with every change of a kernel: choices that were made before are made again."""
+
+
+def triton_operations() -> Mapping[str, Mapping[str, Callable]]:
+    """The kernels by the field of `Operations` that they are for, and by name."""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # an installation for another torch or Python fails in many ways
+        return {}
+    from .attention import attend_in_parts
+    from .norms import add_norm
+    from .pointwise import gate, rotate_write
+
+    return {
+        "add_norm": {"triton": add_norm},
+        "rotate_write": {"triton": rotate_write},
+        "attend": {"split": attend_in_parts},
+        "gate": {"triton": gate},
+    }
