@@ -9,6 +9,7 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import BatchError
 from .host.joining import JOINERS, count_of
+from .messages import message
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
@@ -77,7 +78,8 @@ class KeepBest(Node):
             else ExecutionBlocker(f"Keep Best has no {name} to give; connect some to its input.")
             for name, join in JOINERS.items()
         ]
-        return io.NodeOutput(*kept, _table(lists, order))
+        table = _table(lists, order)
+        return io.NodeOutput(*kept, table, ui=message(table.splitlines()))
 
 
 def _score_inputs(name: str, weight: str, kind: str) -> list[io.Input]:

@@ -9,6 +9,7 @@ from ..glm_core.glyph.reading import Match, match_texts, plain, score
 from ..glm_core.glyph.texts import texts_that_fit, texts_to_render
 from .host.ocr import TextInPicture, outlined, read_texts
 from .host.progress import check_interrupt, progress_bar
+from .messages import message
 from .node import Node
 from .types import CATEGORY
 
@@ -64,7 +65,7 @@ class ReadText(Node):
             rows += _rows(i, scores[-1], matches, read)
             pictures.append(outlined(image, read))
             progress(i + 1, len(images))
-        return io.NodeOutput(scores, "\n".join(rows), torch.stack(pictures))
+        return io.NodeOutput(scores, "\n".join(rows), torch.stack(pictures), ui=message(rows))
 
 
 def _wanted(prompt: str, texts: str) -> list[str]:

@@ -10,6 +10,7 @@ from ..glm_core.data.tokens import UNKNOWN, SemanticTokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from .host.ar import HostAR
 from .host.scoring import Scores, score_tokens
+from .messages import message
 from .node import Node
 from .types import AR, CATEGORY, Layout, References, Tokens
 
@@ -86,7 +87,9 @@ class ScoreTokens(Node):
         references: ReferenceData | None = None,
     ) -> io.NodeOutput:
         scores = score_tokens(ar, prompt, against, tokens, layout, references)
-        return io.NodeOutput(scores.means, _table(scores), _heat_map(scores)[None])
+        table = _table(scores)
+        said = message(table.splitlines())
+        return io.NodeOutput(scores.means, table, _heat_map(scores)[None], ui=said)
 
 
 def _table(scores: Scores) -> str:

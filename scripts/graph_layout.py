@@ -40,7 +40,7 @@ STAGES = {
     ),
     "Best of": ("GLMImageScoreTokens", "GLMImageReadText", "GLMImageKeepBest"),
     "Joined tiles": ("ImageFromBatch", "ImageCompositeMasked"),
-    "Result": ("VAEDecode", "PreviewImage", "PreviewAny", "SaveImage"),
+    "Result": ("VAEDecode", "PreviewImage", "SaveImage"),
 }
 SIZES = {
     "PrimitiveStringMultiline": (360, 140),
@@ -54,6 +54,9 @@ SHOW_PICTURES = {  # below the widgets, while they run or after it
     "GLMImageShowTokens",
     "GLMImageLockLayout",
     "GLMImageDecode",
+    "GLMImageScoreTokens",  # a table
+    "GLMImageReadText",
+    "GLMImageKeepBest",
     "KSampler",
 }
 ROOM = 260  # pixels under a node that shows a picture

@@ -4,9 +4,9 @@ from graphs import fresh, the
 
 
 def best(run, prompt) -> int:
-    """The first candidate in the table that the workflow shows."""
-    (table,) = run.outputs[the(prompt, "PreviewAny")]["text"]
-    return int(table.splitlines()[1].split()[1])
+    """The first candidate in the table that the node shows."""
+    _, first, *_ = run.outputs[the(prompt, "GLMImageKeepBest")]["text"]
+    return int(first.split()[1])
 
 
 def test_the_layout_with_the_best_score_is_painted(client, picture) -> None:
