@@ -210,7 +210,7 @@ painted anew.
 prompt, and **Keep Best** hands on the best, which the large picture keeps. In the heat maps red \
 cells speak for the prompt and blue ones against it.
 """,
-        {"Prompt": "a red circle, a blue square and a green star, white background"},
+        {"Prompt": "a red square and a blue star, yellow background"},
     ),
     "best_text_of_four": Workflow(
         "Best text of four",
