@@ -64,7 +64,7 @@ class Report:
             found = open_component(path, component)
             _compare(found)
         except GLMImageError as error:
-            self.problems.append(str(error))
+            self.problems.append(error.sentence)
             return
         self.nbytes += found.nbytes
         files = len({info.file for info in found.tensors.values()})
@@ -119,7 +119,7 @@ def _check_file(file: Path, report: Report) -> None:
     try:
         read_header(file)
     except GLMImageError as error:
-        report.problems.append(str(error))
+        report.problems.append(error.sentence)
     else:
         report.problems.append(f"{file} holds no part of GLM-Image; choose another file.")
 
@@ -129,7 +129,7 @@ def _is_ours(file: Path, problems: list[str]) -> bool:
     try:
         return mentions(file, FORMAT, CONFIG)
     except GLMImageError as error:
-        problems.append(str(error))
+        problems.append(error.sentence)
         return False
 
 
@@ -197,7 +197,7 @@ def _shards(index: Path) -> Iterator[str]:
     try:
         names = read_json(index).get("weight_map")
     except GLMImageError as error:
-        yield str(error)
+        yield error.sentence
         return
     if not isinstance(names, dict):
         return
@@ -211,7 +211,7 @@ def _shards(index: Path) -> Iterator[str]:
         try:
             read_header(shard)
         except GLMImageError as error:
-            yield str(error)
+            yield error.sentence
 
 
 def _leftovers(folder: Path) -> Iterable[Path]:

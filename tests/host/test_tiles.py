@@ -138,7 +138,7 @@ def test_tokens_of_the_first_picture_are_refused_for_a_tile(run, scaled, sample,
 
 def test_tiles_in_one_batch_are_refused(run, scaled, whole) -> None:
     _, positive, negative = whole
-    with pytest.raises(GLMImageError, match=r"A batch of 2 tiles .* batch_size to 1\.$"):
+    with pytest.raises(GLMImageError, match=r"A batch of 2 tiles .* batch_size to 1\."):
         upscaled(run, by_ksampler, scaled, positive, negative, (0, 0, 96, 96), count=2)
 
 

@@ -213,5 +213,5 @@ def test_a_model_in_a_nested_folder(paint, prompt, plain) -> None:
 
 
 def test_a_models_name_is_a_number(client, prompt) -> None:
-    with pytest.raises(PromptError, match=r"model_name is 3 and not a name.*\.$"):
+    with pytest.raises(PromptError, match=r"model_name is 3 and not a name.*\."):
         client.run(changed(prompt, model_name=3))
