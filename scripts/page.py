@@ -184,6 +184,7 @@ class Page:
             """() => {
                 const boxes = app.graph.groups.map(group => group.boundingRect)
                     .concat(app.graph.nodes.map(node => node.boundingRect))
+                    .concat([...app.graph.reroutes.values()].map(({pos}) => [...pos, 0, 0]))
                 const {scale, offset} = app.canvas.ds
                 const sides = boxes.map(([x, y, width, height]) => [x, y, x + width, y + height])
                 return [0, 1, 2, 3].map(side => {
