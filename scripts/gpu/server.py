@@ -111,7 +111,7 @@ class Pictures:
 
     def prompt(self, workflow: str, **inputs) -> Prompt:
         prompt = json.loads((WORKFLOWS / f"{workflow}.json").read_text())
-        set_inputs(prompt, {"value": PROMPT, **self.settings, **inputs})
+        set_inputs(prompt, {"prompt": PROMPT, **self.settings, **inputs})
         return prompt
 
     def all(self, chosen: list[str] | None = None) -> dict[str, np.ndarray]:

@@ -102,7 +102,8 @@ def test_fp8_layers_use_the_whole_range_and_comfyuis_metadata(snapshot, tmp_path
     _, target = converted(snapshot, "decoder", "fp8", tmp_path)
     stored = load_file(target.path)
     metadata = json.loads(read_header(target.path)[1][QUANTISATION])
-    assert metadata["layers"] == {layer: {"format": "float8_e4m3fn"} for layer in target.quantised}
+    one = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    assert metadata["layers"] == dict.fromkeys(target.quantised, one)
     for layer in target.quantised:
         assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
         assert stored[f"{layer}.weight"].float().abs().max() == 448

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from glm_image.glm_core.ar.cache import KVCache, StepPass, step_mask
+from glm_image.glm_core.ar.operations import Rotation
 from glm_image.glm_core.fallbacks import bilinear, index_copy_, sample_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,10 +65,11 @@ def test_a_step_of_the_ar_model_writes_its_cache() -> None:
     position = torch.tensor([4])
     q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     mask = step_mask(position, 2, 16, torch.float32)
+    rotation = Rotation(torch.ones(1, 1, 8), torch.zeros(1, 1, 8), 8)
     for lacking in ((), ("index_copy_",)):
         cache = KVCache([(position.device, 1)], 1, 1, 16, 8, dtype=torch.float32)
         with Lacking(NotImplementedError, *lacking):
-            out = StepPass(cache, position, mask).attend(0, q, k, v)
+            out = StepPass(cache, position, mask).attend(0, q, k, v, rotation)
         caches.append((out, *cache.layers[0]))
     for plain, other in zip(*caches, strict=True):
         assert torch.equal(plain, other)

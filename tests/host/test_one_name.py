@@ -137,7 +137,7 @@ def test_the_weight_dtype_chooses_among_files(nodes, paths, converted, snapshot,
     assert node.validate_inputs(model_name="GLM") is True
     with pytest.raises(GLMImageError) as error:
         node.execute("GLM", "default")
-    assert str(error.value) == (
+    assert error.value.sentence == (
         f"{folder} holds the AR model 2 times, in {int4.name} (int4) and {int8.name} (int8); "
         "set weight_dtype to the format to load, or move all but one to other folders."
     )

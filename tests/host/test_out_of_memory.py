@@ -100,7 +100,7 @@ def test_each_stage_says_so_and_works_again(nodes, run, stage) -> None:
     expected = work(nodes, run)
     with Full(layer(run)), pytest.raises(GLMImageError) as said:
         work(nodes, run)
-    sentence = str(said.value)
+    sentence = said.value.sentence
     assert sentence.startswith(f"{stage} ran out of memory on cpu, where it needs ")
     assert "GiB were free; use " in sentence
     assert "fewer layers" not in sentence
@@ -179,7 +179,7 @@ def test_of_a_split_model_the_full_device_is_named(
     with pytest.raises(GLMImageError) as said:
         work(nodes, split_run)
     handle.remove()
-    sentence = str(said.value)
+    sentence = said.value.sentence
     assert [
         name for name in ("gpu:0", "gpu:1") if f"on {name}, where it needs" in sentence
     ] == named
@@ -204,7 +204,7 @@ def test_the_sentence_has_the_bytes_of_the_full_device(room) -> None:
             ),
         ):
             raise comfy.model_management.OOM_EXCEPTION
-        sentences.append(str(said.value))
+        sentences.append(said.value.sentence)
     assert sentences == [
         "The decoder ran out of memory on gpu:1, where it needs 5.0 GiB beside its weights and "
         "4.0 GiB were free; use a smaller size, or give gpu:1 fewer layers in decoder_split.",
