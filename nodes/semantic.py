@@ -6,10 +6,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.ar.step import SamplingOptions
 from ..glm_core.data.grids import size_advice
+from ..glm_core.data.layout import require_one_origin
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import InputError
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
 from .messages import warning
@@ -88,11 +88,7 @@ class SampleTokens(Node):
         if references is None:
             sampled = ar.sample(*request, layout=layout, **extra)
             return io.NodeOutput(*sampled, ui=warning(size_advice(height, width)))
-        if layout is not None:
-            raise InputError(
-                "A layout and references cannot be used together, because an image from references "
-                "has no preview stage; disconnect one of them."
-            )
+        require_one_origin(layout, references)
         edited = ar.sample_from_references(*request, references, **extra)
         said = warning(size_advice(height, width))
         return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT), ui=said)

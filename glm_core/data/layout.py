@@ -192,6 +192,18 @@ def common_batch(name: str, count: int, other_name: str, other_count: int) -> in
     return max(count, other_count)
 
 
+def require_one_origin(layout: object | None, references: object | None) -> None:
+    """
+    Raises:
+        InputError: there are both a layout and references.
+    """
+    if layout is not None and references is not None:
+        raise InputError(
+            "A layout and references cannot be used together, because an image from references "
+            "has no preview stage; disconnect one of them."
+        )
+
+
 def require_layout_fits(layout: Layout, codebook: int, height: int, width: int) -> None:
     """
     Raises:

@@ -11,7 +11,12 @@ from ...glm_core.ar.prompt import Prompt
 from ...glm_core.ar.score import BLOCK_IDS, ScoringRun, log_ratios, mean_of_cells
 from ...glm_core.data.cells import parse_cells
 from ...glm_core.data.grids import token_grid
-from ...glm_core.data.layout import common_batch, require_codebook, require_layout_fits
+from ...glm_core.data.layout import (
+    common_batch,
+    require_codebook,
+    require_layout_fits,
+    require_one_origin,
+)
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import InputError
@@ -94,11 +99,7 @@ def _grids(
     references: References | None,
 ) -> tuple[dict[str, Grids], tuple[int, int]]:
     """What is scored, in the order of writing, for as many samples each; and the image's size."""
-    if layout is not None and references is not None:
-        raise InputError(
-            "A layout and references cannot be used together, because an image from references "
-            "has no preview stage; disconnect one of them."
-        )
+    require_one_origin(layout, references)
     if tokens is None:
         if layout is None:
             raise InputError(
