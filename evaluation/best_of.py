@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from scripts.client import Client, Prompt
 
-from .cases import Case, Results, Settings, chinese_cases, latin_cases, node, painted, shape_cases
+from .cases import SETS, Case, Results, Settings, node, painted
 
 SCORES, READ = "scores", "read"  # ids of nodes that show scores
 BY_TOKENS, BY_OCR = "tokens", "OCR"
@@ -21,6 +21,8 @@ JUDGES = {
     "two Chinese characters read": BY_OCR,
 }
 """The score that chooses, by measure."""
+READS = {"shapes": False, "latin": True, "chinese": True}
+"""The kinds of cases, and whether their pictures are read as well."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Candidates:
     seconds: dict[str, float]
 
 
-def cases_of(settings: Settings, count: int, candidates: int) -> Iterator[Case]:
-    """Cases of shapes and of texts whose graph writes `candidates` and scores them."""
-    for cases, reads in ((shape_cases, False), (latin_cases, True), (chinese_cases, True)):
-        for case in cases(settings, count):
+def cases_of(
+    settings: Settings, count: int, candidates: int, kinds: Iterable[str] = tuple(READS)
+) -> Iterator[Case]:
+    """`count` cases of each of the kinds, whose graph writes `candidates` and scores them."""
+    for kind in kinds:
+        for case in SETS[kind](settings, count):
             (graph,) = case.graphs
-            yield replace(case, graphs=(_scored(graph, candidates, reads),))
+            yield replace(case, graphs=(_scored(graph, candidates, READS[kind]),))
 
 
 def _scored(graph: Prompt, candidates: int, reads: bool) -> Prompt:

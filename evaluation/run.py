@@ -98,7 +98,10 @@ def _measure_cases(settings: Settings, given: argparse.Namespace, used: dict) ->
 
 def _measure_best_of(settings: Settings, given: argparse.Namespace, used: dict) -> None:
     found, records = [], []
-    cases = list(best_of.cases_of(settings, given.count, given.best_of))
+    kinds = [kind for kind in given.kinds if kind in best_of.READS]
+    if not kinds:
+        raise SystemExit(f"--best-of chooses among cases of {', '.join(best_of.READS)} only.")
+    cases = list(best_of.cases_of(settings, given.count, given.best_of, kinds))
 
     def paint_candidates(client: Client, _: Path, case: Case) -> best_of.Candidates:
         return best_of.paint_candidates(client, case)
