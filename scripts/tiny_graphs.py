@@ -16,9 +16,9 @@ from training.render import render
 from training.scene import Scene, place_item
 
 from . import environment
+from .editor_graph import CONTROLS
 from .workflow_texts import WORKFLOWS, file_title
 
-CONTROLS = ("fixed", "increment", "decrement", "randomize")  # of a seed, after each run
 TINY_VALUES = {"width": 512, "height": 512, "steps": 20}
 PICTURE = "glm_image_shapes.png"
 WRITTEN = "glm_image_graphs.json"

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from glm_image.scripts import blueprints
+from glm_image.scripts.blueprints import BLUEPRINTS, inside, with_one_loader, without_ends
 from glm_image.scripts.client import Client
 from glm_image.scripts.host import PACK
 from glm_image.scripts.tiny_graphs import suit_tiny, write_graphs
@@ -82,6 +84,33 @@ def test_it_runs_and_shows_its_picture(page, name):
     page.set_inputs(width=256, height=192, steps=4)
     page.run()
     assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN[name]
+    assert page.errors == []
+
+
+def test_the_blueprints_export_what_their_workflows_do(page):
+    files = {file.stem: file for file in blueprints.FOLDER.glob("*.json")}
+    assert sorted(files) == sorted(BLUEPRINTS)
+    for name, blueprint in BLUEPRINTS.items():
+        stored = json.loads((WORKFLOWS / "api" / f"{blueprint.workflow}.json").read_text())
+        page.open_file(files[name].read_text(), f"{name}.json")
+        assert page.messages() == []
+        assert inside(page.export_prompt()) == without_ends(with_one_loader(stored))
+    assert page.errors == []
+
+
+def test_a_blueprint_is_found_placed_and_run(page):
+    page.place_node("Text to Image (GLM-Image)")
+    page.browser_page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(node => node.subgraph)
+            const save = LiteGraph.createNode('SaveImage')
+            app.graph.add(save)
+            node.connect(0, save, 0)
+        }"""
+    )
+    page.set_inputs(width=256, height=192, steps=4)
+    page.run()
+    assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN["text_to_image"]
     assert page.errors == []
 
 
