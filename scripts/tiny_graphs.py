@@ -15,9 +15,8 @@ from PIL import Image
 from training.render import render
 from training.scene import Scene, place_item
 
-from . import environment
 from .editor_graph import CONTROLS
-from .workflow_texts import WORKFLOWS, file_title
+from .workflow_texts import WORKFLOWS, graph_file
 
 TINY_VALUES = {"width": 512, "height": 512, "steps": 20}
 PICTURE = "glm_image_shapes.png"
@@ -34,10 +33,10 @@ def write_graphs(base: Path, tiny: bool) -> Path:
     record = folder.parent / WRITTEN
     written = json.loads(record.read_text()) if record.is_file() else {}
     for name in WORKFLOWS:
-        graph = json.loads((environment.ROOT / "workflows" / f"{name}.json").read_text())
+        graph = json.loads(graph_file(name).read_text())
         if tiny:
             suit_tiny(graph, name)
-        file, text = folder / f"{file_title(name)}.json", json.dumps(graph)
+        file, text = folder / graph_file(name).name, json.dumps(graph)
         if not file.exists() or _checksum(file.read_text()) == written.get(file.name):
             file.write_text(text)
             written[file.name] = _checksum(text)

@@ -4,13 +4,17 @@ The order teaches: each workflow needs only what those before it showed.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from . import environment
 from .demo import TINY_PROMPT
+
+FOLDER = environment.ROOT / "workflows"
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """The texts of `workflows/NAME.json`.
+    """The texts of the graph of `workflows/api/NAME.json`.
 
     Args:
         note: Markdown that stands in the graph.
@@ -228,3 +232,8 @@ which is painted in all steps. Read Text needs the packages of `requirements-ocr
 def file_title(name: str) -> str:
     """A workflow's number and title, as the names of files that a page sorts."""
     return f"{list(WORKFLOWS).index(name) + 1:02} {WORKFLOWS[name].title}"
+
+
+def graph_file(name: str) -> Path:
+    """The editor's graph. The template browser's title is the name of its file."""
+    return FOLDER / f"{file_title(name)}.json"

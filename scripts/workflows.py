@@ -2,9 +2,10 @@
 
 `workflows/api/NAME.json` is the source. ComfyUI's page opens it, and `graph_layout` places its
 nodes and leads its links around them. The page then opens the result and exports it; if the export
-is the same prompt and nothing overlaps, the graph is written to `workflows/NAME.json`. The
+is the same prompt and nothing overlaps, the graph is written to `workflows/` under its title. The
 blueprints in `subgraphs/` are made of some of these prompts, by `blueprints`. `ARGS="NAME ..."`
-draws only those. `make pictures` makes their thumbnails.
+draws only those. `make pictures` makes their thumbnails. Graphs whose titles or numbers have
+changed get their new names.
 """
 
 import json
@@ -17,12 +18,11 @@ from . import environment, graph_layout, host
 from .blueprints import BLUEPRINTS, write_blueprint
 from .editor_graph import GAP, NOTE_HEIGHT, NOTE_WIDTH, groups, name_packs, note
 from .page import Page, open_page
-from .workflow_texts import MODEL_NOTE, WORKFLOWS
-
-FOLDER = environment.ROOT / "workflows"
+from .workflow_texts import FOLDER, MODEL_NOTE, WORKFLOWS, graph_file
 
 
 def main(names: list[str]) -> None:
+    rename_graphs()
     names = names or [*WORKFLOWS, *BLUEPRINTS]
     with tempfile.TemporaryDirectory() as folder:
         base = host.make_base(Path(folder))
@@ -31,19 +31,34 @@ def main(names: list[str]) -> None:
                 if name in BLUEPRINTS:
                     write_blueprint(page, name)
                 else:
-                    write_workflow(page, FOLDER / "api" / f"{name}.json")
+                    write_workflow(page, name)
 
 
-def write_workflow(page: Page, file: Path) -> None:
-    prompt = json.loads(file.read_text())
-    page.open_api(prompt, file.stem)
-    graph = arrange(page.serialize(), file.stem)
-    page.open_file(json.dumps(graph), file.name)
+def rename_graphs() -> None:
+    """Gives each graph, and its picture, the file's name that its workflow has now."""
+    ids = {graph_id(name): name for name in WORKFLOWS}
+    for file in FOLDER.glob("*.json"):
+        name = ids.get(json.loads(file.read_text())["id"])
+        if name and file != graph_file(name):
+            for suffix in (".json", ".jpg"):
+                if file.with_suffix(suffix).exists():
+                    file.with_suffix(suffix).rename(graph_file(name).with_suffix(suffix))
+
+
+def write_workflow(page: Page, name: str) -> None:
+    prompt = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    page.open_api(prompt, name)
+    graph = arrange(page.serialize(), name)
+    page.open_file(json.dumps(graph), graph_file(name).name)
     if page.export_prompt() != prompt:
-        raise SystemExit(f"{file}: its graph exports another prompt; compare the nodes' inputs.")
+        raise SystemExit(f"{name}: its graph exports another prompt; compare the nodes' inputs.")
     if found := page.overlaps():
-        raise SystemExit(f"{file}: {'; '.join(found)}.")
-    (FOLDER / file.name).write_text(json.dumps(graph, indent=2) + "\n")
+        raise SystemExit(f"{name}: {'; '.join(found)}.")
+    graph_file(name).write_text(json.dumps(graph, indent=2) + "\n")
+
+
+def graph_id(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"glm-image/{name}"))
 
 
 def arrange(graph: dict, name: str) -> dict:
@@ -62,7 +77,7 @@ def arrange(graph: dict, name: str) -> dict:
         note(last + 2, NOTE_WIDTH + GAP, "The model", MODEL_NOTE),
     ]
     return graph | {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"glm-image/{name}")),
+        "id": graph_id(name),
         "last_node_id": last + len(notes),
         "nodes": [*sorted(graph["nodes"], key=lambda node: node["id"]), *notes],
         "groups": groups(frames),
