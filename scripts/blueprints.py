@@ -3,7 +3,8 @@
 ComfyUI's page lists a pack's `subgraphs/*.json` in its node library and search, each under its
 file's name. Such a file is a graph of one node; the definition of its type holds the nodes of the
 workflow. What only feeds these becomes an input of the one node, what only shows their pictures an
-output, and the four loaders become one.
+output, and the four loaders become one. The workflows themselves have no subgraphs: they teach by
+what each node shows, and a subgraph that is closed shows nothing.
 """
 
 import json

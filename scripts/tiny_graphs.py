@@ -32,7 +32,7 @@ def write_graphs(base: Path, tiny: bool) -> Path:
         draw_picture(base / "input" / PICTURE)
     record = folder.parent / WRITTEN
     written = json.loads(record.read_text()) if record.is_file() else {}
-    for name in WORKFLOWS:
+    for name in (name for name in WORKFLOWS if WORKFLOWS[name].suits_tiny or not tiny):
         graph = json.loads(graph_file(name).read_text())
         if tiny:
             suit_tiny(graph, name)

@@ -19,11 +19,13 @@ class Workflow:
     Args:
         note: Markdown that stands in the graph.
         tiny: by the title of their nodes, the prompts for the model `tiny/`.
+        suits_tiny: whether `tiny/` does what they ask. If not, `make serve` leaves the graph out.
     """
 
     title: str
     note: str
     tiny: dict[str, str] = field(default_factory=dict)
+    suits_tiny: bool = True
 
 
 MODEL_NOTE = """\
@@ -111,6 +113,7 @@ order. Size and seed are those of **Sample Tokens**.
 One **Reference Cache** holds all references; `fp8` halves its memory, `cpu` streams it.
 """,
         {"Prompt": "change the background to yellow"},
+        suits_tiny=False,  # it has learned edits of one picture, and copies the first of two
     ),
     "layout_contact_sheet": Workflow(
         "Choose one of eight layouts",
