@@ -187,6 +187,16 @@ class Page:
             }"""
         )
 
+    def draw_nodes_as_elements(self, on: bool) -> None:
+        """Sets whether nodes are elements of the page, or drawn on its canvas."""
+        self._evaluate(
+            """async on => {
+                await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)
+                await new Promise(done => setTimeout(done, 1000))
+            }""",
+            on,
+        )
+
     def overlaps(self) -> list[str]:
         """Which nodes overlap, and behind which ones a link passes, as the page draws them now."""
         return self._evaluate(OVERLAPS)

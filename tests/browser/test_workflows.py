@@ -20,6 +20,7 @@ from PIL import Image
 NAMES = sorted(file.stem for file in (FOLDER / "api").glob("*.json"))
 # (height, width) of the saved pictures of those that run; an edit has its picture's size
 RUN = {"text_to_image": (192, 256), "edit_image": (768, 768)}
+CROWDED = ("text_to_image", "layout_contact_sheet")
 TIMEOUT_S = 60
 
 
@@ -73,6 +74,17 @@ def test_they_open_export_and_leave_links_and_nodes_in_sight(page):
         assert page.export_prompt() == stored
         assert page.overlaps() == [], name
     assert page.errors == []
+
+
+def test_as_elements_they_do_not_overlap(page):
+    page.draw_nodes_as_elements(True)
+    try:
+        for name in CROWDED:
+            page.open_file(graph_file(name).read_text(), f"{name}.json")
+            assert page.browser_page.locator("[data-node-id]").count() == len(page.node_types())
+            assert page.overlaps() == [], name
+    finally:
+        page.draw_nodes_as_elements(False)
 
 
 def test_hidden_links_and_nodes_are_found(page):
