@@ -1,6 +1,6 @@
 # Everything is built under .cache; only Python is needed to start. See scripts/.
 #   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [STEPS=...] [SEED=...] [MODEL=name or folder]
-#   make serve  [PORT=8188]
+#   make serve  [PORT=8188] [ARGS="--listen"]    flags of ComfyUI
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
 #   make fuzz   [TIMES=200]             the readers' property tests, for about an hour
@@ -15,8 +15,11 @@ PYTHON ?= python3
 
 .PHONY: demo serve test lint workflows pictures bench gpu simulated-cards soak fuzz train-tiny eval clean python
 
-demo serve lint soak: python
+demo lint soak: python
 	@$(PYTHON) -m scripts $@
+
+serve: python
+	@$(PYTHON) -m scripts serve $(ARGS)
 
 workflows: python
 	@$(PYTHON) -m scripts workflows $(ARGS)

@@ -48,20 +48,17 @@ SIZES = {
     "PreviewImage": (420, 480),
     "SaveImage": (420, 480),
 }
-SHOW_PICTURES = {  # below the widgets, while they run or after it
-    "GLMImageSampleLayout",
-    "GLMImageSampleTokens",
-    "GLMImageShowTokens",
-    "GLMImageLockLayout",
-    "GLMImageDecode",
-    "GLMImageScoreTokens",  # a table
-    "GLMImageReadText",
-    "GLMImageKeepBest",
-    "KSampler",
+EDITORS = ("GLMImageLockLayout", "GLMImageComposeLayouts", "GLMImageSampleTokens")
+GRIDS = ("GLMImageSampleLayout", "GLMImageShowTokens", "GLMImageEncodeTokens", "GLMImageLoadTokens")
+PREVIEWS = ("GLMImageDecode", "KSampler")
+TABLES = ("GLMImageScoreTokens", "GLMImageReadText", "GLMImageKeepBest")
+ROOM = {  # pixels under what a node shows below its widgets, while it runs or after it
+    **dict.fromkeys(EDITORS, 560),
+    **dict.fromkeys(GRIDS, 440),
+    **dict.fromkeys(PREVIEWS + TABLES, 260),
 }
-ROOM = 260  # pixels under a node that shows a picture
-WIDTH = 270
-STRIP = 160  # between columns; a curve of 1600 pixels up or down stays within it
+WIDTH, GRID_WIDTH = 270, 400
+STRIP = 260  # between columns; a curve of 2500 pixels up or down stays within it
 GAP, PADDING, TITLE = 90, 20, 70  # nodes are taller where the page draws them as elements
 REROUTE = 45  # pixels between a column and the reroutes of its links
 LANE = 24
@@ -141,7 +138,7 @@ def _place(nodes: list[dict], depths: dict[int, int], top: float) -> tuple[Colum
             if before is not None and stage != before:
                 y += TITLE - GAP + 2 * PADDING
             node["pos"], node["size"] = [left, y], [width, _size(node)[1]]
-            bottom = y + node["size"][1] + (ROOM if node["type"] in SHOW_PICTURES else 0)
+            bottom = y + node["size"][1] + ROOM.get(node["type"], 0)
             if stage == before:
                 runs[-1]["bottom"] = bottom
             else:
@@ -164,7 +161,8 @@ def _rank(node: dict) -> int:
 def _size(node: dict) -> list[float]:
     if node["type"] in SIZES:
         return list(SIZES[node["type"]])
-    return [max(WIDTH, node["size"][0]), node["size"][1]]
+    width = GRID_WIDTH if node["type"] in EDITORS + GRIDS else WIDTH
+    return [max(width, node["size"][0]), node["size"][1]]
 
 
 def _frames(runs: list[dict], columns: Columns) -> list[Frame]:

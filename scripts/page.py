@@ -74,6 +74,8 @@ OVERLAPS = """() => {
     }
     return found
 }"""
+EMPTY_GRAPH = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "version": 0.4}
+EMPTY_SPOT = (960, 700)  # of the canvas, in the viewport
 VIEWPORT = {"width": 1920, "height": 1080}
 PICTURE_SIDE = 1000
 START_TIMEOUT_MS = 60_000
@@ -134,6 +136,17 @@ class Page:
     def serialize(self) -> dict:
         return json.loads(self._evaluate("() => JSON.stringify(app.graph.serialize())"))
 
+    def place_node(self, title: str) -> None:
+        """Opens an empty graph and places a node, or a blueprint, by the page's search."""
+        self.open_file(json.dumps(EMPTY_GRAPH), "empty.json")
+        self.browser_page.mouse.dblclick(*EMPTY_SPOT)
+        self.browser_page.wait_for_function("document.activeElement.tagName === 'INPUT'")
+        self.browser_page.keyboard.type(title)
+        self.browser_page.get_by_text(title).first.wait_for()
+        self.browser_page.keyboard.press("Enter")
+        self.browser_page.mouse.click(*EMPTY_SPOT)  # newer pages let it hang on the pointer
+        self.browser_page.wait_for_function("app.graph.nodes.length === 1")
+
     def set_inputs(self, **values: int | str) -> None:
         """Sets every input of these names, at its primitive if it is linked to one."""
         self._evaluate(
@@ -172,6 +185,16 @@ class Page:
                 while ((await waits()).queue_remaining) await new Promise(d => setTimeout(d, 200))
                 await new Promise(done => setTimeout(done, 1000))
             }"""
+        )
+
+    def draw_nodes_as_elements(self, on: bool) -> None:
+        """Sets whether nodes are elements of the page, or drawn on its canvas."""
+        self._evaluate(
+            """async on => {
+                await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)
+                await new Promise(done => setTimeout(done, 1000))
+            }""",
+            on,
         )
 
     def overlaps(self) -> list[str]:

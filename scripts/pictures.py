@@ -1,9 +1,9 @@
 """`make pictures`: the workflows' thumbnails, painted by the tiny model.
 
 Each workflow runs on a real server with the model `tiny/`, prompts that this model understands,
-512x512 and 20 steps; all else is as stored. Its picture becomes `workflows/NAME.jpg`, a square,
-with what led to it along the upper edge. `ARGS="NAME ..."` makes only those. The name `graph` makes
-the README's picture of the page with a finished graph.
+512x512 and 20 steps; all else is as stored. Its picture becomes the thumbnail of its graph, a
+square, with what led to it along the upper edge. `ARGS="NAME ..."` makes only those. The name
+`graph` makes the README's picture of the page with a finished graph.
 """
 
 import io
@@ -18,9 +18,8 @@ from . import demo, environment
 from .client import Client, Prompt
 from .page import open_page
 from .tiny_graphs import draw_picture
-from .workflow_texts import WORKFLOWS
+from .workflow_texts import FOLDER, WORKFLOWS, graph_file
 
-FOLDER = environment.ROOT / "workflows"
 SIDE = 640  # pixels of a thumbnail, as the template browser shows it
 INSET, FRAME, GAP = 190, 4, 10  # pixels: an inset's side, its frame, around it
 GRAPH = environment.ROOT / "docs" / "images" / "graph.jpg"
@@ -47,12 +46,13 @@ def main(names: list[str]) -> None:
             prompt = workflow_prompt(name, model, drawn.name)
             sources = [Image.open(drawn)] if _loads_image(prompt) else []
             *previews, picture = run_images(Client(address), prompt)
-            thumbnail(picture, sources + previews).save(FOLDER / f"{name}.jpg", quality=88)
+            file = graph_file(name).with_suffix(".jpg")
+            thumbnail(picture, sources + previews).save(file, quality=88)
 
 
 def photograph_graph(address: str, model: str) -> None:
     """Runs the text-to-image graph, without its note, in the real page and writes `GRAPH`."""
-    graph = json.loads((FOLDER / "text_to_image.json").read_text())
+    graph = json.loads(graph_file("text_to_image").read_text())
     graph["nodes"] = [node for node in graph["nodes"] if node["type"] != "MarkdownNote"]
     os.environ["CHROMIUM"] = environment.chromium()
     with open_page(address, GRAPH_SCALE) as page:

@@ -1,7 +1,11 @@
-"""`make serve`: the demo's ComfyUI, left running for a browser, with graphs for its model."""
+"""`make serve`: the demo's ComfyUI, left running for a browser, with graphs for its model.
+
+`ARGS="--listen ..."` are flags for ComfyUI.
+"""
 
 import contextlib
 import os
+import sys
 import time
 
 from . import environment, host
@@ -13,7 +17,7 @@ WORKFLOW_MODEL = "GLM-Image"
 """The model name in the workflows' loaders."""
 
 
-def main() -> None:
+def main(flags: list[str]) -> None:
     model = prepare_model(os.environ.get("MODEL"))
     models = BASE / "models" / "glm_image"
     alias = models / WORKFLOW_MODEL
@@ -21,7 +25,8 @@ def main() -> None:
         host.add_model(BASE, models / model, WORKFLOW_MODEL)
     graphs = write_graphs(BASE, tiny=model == TINY.name)
     port = int(os.environ.get("PORT", "8188"))
-    server = demo_server(environment.host(), model, "--preview-method", "auto", port=port)
+    flags = ["--preview-method", "auto", *flags]
+    server = demo_server(environment.host(), model, *flags, port=port)
     with server as address:
         print(f"ComfyUI with the pack is at http://{address} (Ctrl-C stops it).")
         print(f"Its model is {model}; the workflows find it as {WORKFLOW_MODEL}.")
@@ -36,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

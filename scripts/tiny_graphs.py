@@ -15,10 +15,9 @@ from PIL import Image
 from training.render import render
 from training.scene import Scene, place_item
 
-from . import environment
-from .workflow_texts import WORKFLOWS, file_title
+from .editor_graph import CONTROLS
+from .workflow_texts import WORKFLOWS, graph_file
 
-CONTROLS = ("fixed", "increment", "decrement", "randomize")  # of a seed, after each run
 TINY_VALUES = {"width": 512, "height": 512, "steps": 20}
 PICTURE = "glm_image_shapes.png"
 WRITTEN = "glm_image_graphs.json"
@@ -33,11 +32,11 @@ def write_graphs(base: Path, tiny: bool) -> Path:
         draw_picture(base / "input" / PICTURE)
     record = folder.parent / WRITTEN
     written = json.loads(record.read_text()) if record.is_file() else {}
-    for name in WORKFLOWS:
-        graph = json.loads((environment.ROOT / "workflows" / f"{name}.json").read_text())
+    for name in (name for name in WORKFLOWS if WORKFLOWS[name].suits_tiny or not tiny):
+        graph = json.loads(graph_file(name).read_text())
         if tiny:
             suit_tiny(graph, name)
-        file, text = folder / f"{file_title(name)}.json", json.dumps(graph)
+        file, text = folder / graph_file(name).name, json.dumps(graph)
         if not file.exists() or _checksum(file.read_text()) == written.get(file.name):
             file.write_text(text)
             written[file.name] = _checksum(text)

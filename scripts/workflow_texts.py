@@ -4,22 +4,28 @@ The order teaches: each workflow needs only what those before it showed.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from . import environment
 from .demo import TINY_PROMPT
+
+FOLDER = environment.ROOT / "workflows"
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """The texts of `workflows/NAME.json`.
+    """The texts of the graph of `workflows/api/NAME.json`.
 
     Args:
         note: Markdown that stands in the graph.
         tiny: by the title of their nodes, the prompts for the model `tiny/`.
+        suits_tiny: whether `tiny/` does what they ask. If not, `make serve` leaves the graph out.
     """
 
     title: str
     note: str
     tiny: dict[str, str] = field(default_factory=dict)
+    suits_tiny: bool = True
 
 
 MODEL_NOTE = """\
@@ -107,6 +113,7 @@ order. Size and seed are those of **Sample Tokens**.
 One **Reference Cache** holds all references; `fp8` halves its memory, `cpu` streams it.
 """,
         {"Prompt": "change the background to yellow"},
+        suits_tiny=False,  # it has learned edits of one picture, and copies the first of two
     ),
     "layout_contact_sheet": Workflow(
         "Choose one of eight layouts",
@@ -228,3 +235,8 @@ which is painted in all steps. Read Text needs the packages of `requirements-ocr
 def file_title(name: str) -> str:
     """A workflow's number and title, as the names of files that a page sorts."""
     return f"{list(WORKFLOWS).index(name) + 1:02} {WORKFLOWS[name].title}"
+
+
+def graph_file(name: str) -> Path:
+    """The editor's graph. The template browser's title is the name of its file."""
+    return FOLDER / f"{file_title(name)}.json"

@@ -18,10 +18,16 @@ const TEXTS = {
 }
 const told = new Set()
 
-function* allNodes(graph) {
+/** Each loader of a graph and of the subgraphs in it, with the model's name that it will get. */
+function* loaders(graph, host) {
   for (const node of graph.nodes) {
-    yield node
-    if (node.subgraph) yield* allNodes(node.subgraph)
+    if (node.subgraph) yield* loaders(node.subgraph, node)
+    const widget = node.widgets?.find(widget => widget.name === 'model_name')
+    if (!widget || !node.type?.startsWith('GLMImage')) continue
+    const { link } = node.inputs?.find(input => input.widget?.name === 'model_name') ?? {}
+    const from = link != null && graph.inputs?.find(input => input.linkIds.includes(link))
+    const shown = from && host?.widgets?.find(widget => widget.name === from.name)
+    yield [node, (shown || widget).value]
   }
 }
 
@@ -33,11 +39,8 @@ function listed(node, input) {
 
 function missingModels(graph) {
   const missing = new Set()
-  for (const node of allNodes(graph)) {
-    if (!node.type?.startsWith('GLMImage')) continue
-    const name = node.widgets?.find(widget => widget.name === 'model_name')?.value
+  for (const [node, name] of loaders(graph))
     if (name && listed(node, 'model_name')?.includes(name) === false) missing.add(name)
-  }
   return [...missing]
 }
 

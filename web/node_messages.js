@@ -1,6 +1,8 @@
-// Shows the lines that a node of the pack says after a run, under its widgets.
-// ComfyUI's own page shows the `text` of an output on a few of its nodes only.
+// Shows the lines that a node of the pack says after a run, under its widgets, and what the decoder
+// says of the node that samples it, which may be ComfyUI's own. ComfyUI's page shows the `text` of
+// an output on a few of its nodes only, and takes away a running node's text when the prompt ends.
 import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
 
 const NAME = "glm_message"
 const LINE = 18 // pixels
@@ -51,8 +53,30 @@ function show(node, lines) {
   node.setDirtyCanvas(true, true)
 }
 
+/** The node of an id as a prompt or an output has it: of this graph, or of subgraphs, by ":". */
+function find(id) {
+  let graph = app.rootGraph ?? app.graph
+  let node
+  for (const part of String(id).split(":")) {
+    const subgraph = graph?.subgraphs?.get(part)
+    if (!subgraph) node = graph?.getNodeById(part)
+    graph = subgraph ?? node?.subgraph
+  }
+  return node
+}
+
 app.registerExtension({
   name: "GLMImage.NodeMessages",
+  setup() {
+    api.addEventListener("glm_image.notice", ({ detail }) => {
+      const node = find(detail.node)
+      if (node) show(node, detail.text.split("\n"))
+    })
+    api.addEventListener("executing", ({ detail }) => {
+      const node = detail && find(detail)
+      if (node) show(node, [])
+    })
+  },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("GLMImage")) return
     const before = node.onExecuted
@@ -64,7 +88,7 @@ app.registerExtension({
   // Outputs that come back with a workflow's tab, or from the queue's history.
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
-      const node = app.graph.getNodeById(id)
+      const node = find(id)
       if (output?.text && node?.comfyClass?.startsWith("GLMImage")) show(node, output.text)
     }
   },

@@ -8,7 +8,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...glm_core.errors import UnsupportedError
 from .conditioning import guides_away_from_tokens
-from .progress import show_text
+from .progress import show_notice
 from .tiles import PLACES, without_places
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Notices:
         self.said += new
         running = get_executing_context()
         if new and running is not None:
-            show_text(running.node_id, "\n".join(self.said))
+            show_notice(running, "\n".join(self.said))
 
 
 def about_conditions(conds: dict[str, list[dict[str, Any]]], guided: bool) -> list[str]:

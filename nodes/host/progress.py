@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from comfy_execution.utils import ExecutionContext
 from PIL import Image
 from torch import Tensor
 
@@ -64,11 +65,14 @@ def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:
     return Image.fromarray((255 * sheet).round().to(torch.uint8).numpy())
 
 
-def show_text(node_id: str, text: str) -> None:
-    """Shows lines under the widgets of a node, also one of ComfyUI's own, while it runs.
+def show_notice(node: ExecutionContext, text: str) -> None:
+    """Shows lines under the widgets of a node, also one of ComfyUI's own, until it runs again.
 
-    Current pages take them away when the prompt ends; what a node says itself is its `ui`.
+    The pack's page script shows them. ComfyUI's own text of a running node is gone from current
+    pages when the prompt ends. What a node of the pack says itself is its `ui`.
     """
     from server import PromptServer  # only a running server has it
 
-    PromptServer.instance.send_progress_text(text, node_id)
+    server = PromptServer.instance
+    notice = {"prompt_id": node.prompt_id, "node": node.node_id, "text": text}
+    server.send_sync("glm_image.notice", notice, server.client_id)

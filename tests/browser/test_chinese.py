@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from glm_image.scripts.client import Client, Prompt
 from glm_image.scripts.page import Page, open_page
+from glm_image.scripts.workflow_texts import graph_file
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOW = ROOT / "workflows" / "text_to_image_chinese.json"
+NAME = "text_to_image_chinese"
+WORKFLOW = graph_file(NAME)
 LAYOUT_NODES = ("采样布局", "锁定布局", "组合布局", "布局转 token")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 EMPTY_SPOT = (960, 950)  # of the canvas
@@ -37,7 +39,7 @@ def test_nodes_search_and_help_are_in_chinese(chinese_page):
     assert [title for title in titles if not CHINESE.search(title)] == []
 
     chinese_page.open_file(WORKFLOW.read_text(), WORKFLOW.name)
-    stored = json.loads((ROOT / "workflows" / "api" / WORKFLOW.name).read_text())
+    stored = json.loads((ROOT / "workflows" / "api" / f"{NAME}.json").read_text())
     assert _inputs(chinese_page.export_prompt()) == _inputs(stored)
     sampler = page.evaluate(
         """() => {

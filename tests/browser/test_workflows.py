@@ -4,43 +4,53 @@
 """
 
 import json
-from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from glm_image.scripts import blueprints
+from glm_image.scripts.blueprints import BLUEPRINTS, inside, with_one_loader, without_ends
 from glm_image.scripts.client import Client
 from glm_image.scripts.host import PACK
 from glm_image.scripts.tiny_graphs import suit_tiny, write_graphs
+from glm_image.scripts.workflow_texts import FOLDER, file_title, graph_file
 from glm_image.scripts.workflow_texts import WORKFLOWS as TEXTS
-from glm_image.scripts.workflow_texts import file_title
+from glm_image.scripts.workflows import graph_id
 from PIL import Image
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+NAMES = sorted(file.stem for file in (FOLDER / "api").glob("*.json"))
 # (height, width) of the saved pictures of those that run; an edit has its picture's size
 RUN = {"text_to_image": (192, 256), "edit_image": (768, 768)}
+CROWDED = ("text_to_image", "layout_contact_sheet")
 TIMEOUT_S = 60
 
 
 def graph(name):
-    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return json.loads(graph_file(name).read_text())
+
+
+def stored_prompt(name):
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text())
 
 
 def test_each_graph_has_an_api_form_a_title_and_a_picture():
     assert NAMES
-    assert sorted(file.stem for file in (WORKFLOWS / "api").glob("*.json")) == NAMES
-    assert sorted(file.stem for file in WORKFLOWS.glob("*.jpg")) == NAMES
     assert sorted(TEXTS) == NAMES
+    graphs = sorted(graph_file(name) for name in NAMES)
+    assert sorted(FOLDER.glob("*.json")) == graphs
+    assert sorted(FOLDER.glob("*.jpg")) == [file.with_suffix(".jpg") for file in graphs]
     for name in NAMES:
-        assert Image.open(WORKFLOWS / f"{name}.jpg").format == "JPEG"
+        assert graph(name)["id"] == graph_id(name)
+        assert Image.open(graph_file(name).with_suffix(".jpg")).format == "JPEG"
 
 
-def test_the_template_browser_lists_them(address):
+def test_the_template_browser_lists_them_by_their_titles(address):
     client = Client(address)
-    assert sorted(json.loads(client.get("/workflow_templates"))[PACK]) == NAMES
+    titles = [file_title(name) for name in TEXTS]
+    assert sorted(json.loads(client.get("/workflow_templates"))[PACK]) == titles
     for name in NAMES:
-        for suffix in ("json", "jpg"):
-            served = client.get(f"/api/workflow_templates/{PACK}/{name}.{suffix}")
-            assert served == (WORKFLOWS / f"{name}.{suffix}").read_bytes()
+        for file in (graph_file(name), graph_file(name).with_suffix(".jpg")):
+            served = client.get(f"/api/workflow_templates/{PACK}/{quote(file.name)}")
+            assert served == file.read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,14 +66,25 @@ def test_each_node_names_its_pack_and_has_a_title(name):
 
 def test_they_open_export_and_leave_links_and_nodes_in_sight(page):
     for name in NAMES:
-        stored = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
-        page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
+        stored = stored_prompt(name)
+        page.open_file(graph_file(name).read_text(), f"{name}.json")
         assert page.unknown_node_types() == []
         assert {node["class_type"] for node in stored.values()} <= set(page.node_types())
         assert page.messages() == []
         assert page.export_prompt() == stored
         assert page.overlaps() == [], name
     assert page.errors == []
+
+
+def test_as_elements_they_do_not_overlap(page):
+    page.draw_nodes_as_elements(True)
+    try:
+        for name in CROWDED:
+            page.open_file(graph_file(name).read_text(), f"{name}.json")
+            assert page.browser_page.locator("[data-node-id]").count() == len(page.node_types())
+            assert page.overlaps() == [], name
+    finally:
+        page.draw_nodes_as_elements(False)
 
 
 def test_hidden_links_and_nodes_are_found(page):
@@ -78,10 +99,37 @@ def test_hidden_links_and_nodes_are_found(page):
 
 @pytest.mark.parametrize("name", RUN)
 def test_it_runs_and_shows_its_picture(page, name):
-    page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
+    page.open_file(graph_file(name).read_text(), f"{name}.json")
     page.set_inputs(width=256, height=192, steps=4)
     page.run()
     assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN[name]
+    assert page.errors == []
+
+
+def test_the_blueprints_export_what_their_workflows_do(page):
+    files = {file.stem: file for file in blueprints.FOLDER.glob("*.json")}
+    assert sorted(files) == sorted(BLUEPRINTS)
+    for name, blueprint in BLUEPRINTS.items():
+        stored = stored_prompt(blueprint.workflow)
+        page.open_file(files[name].read_text(), f"{name}.json")
+        assert page.messages() == []
+        assert inside(page.export_prompt()) == without_ends(with_one_loader(stored))
+    assert page.errors == []
+
+
+def test_a_blueprint_is_found_placed_and_run(page):
+    page.place_node("Text to Image (GLM-Image)")
+    page.browser_page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(node => node.subgraph)
+            const save = LiteGraph.createNode('SaveImage')
+            app.graph.add(save)
+            node.connect(0, save, 0)
+        }"""
+    )
+    page.set_inputs(width=256, height=192, steps=4)
+    page.run()
+    assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN["text_to_image"]
     assert page.errors == []
 
 
@@ -105,6 +153,8 @@ def test_a_missing_model_is_told_once(page):
 
 def test_the_tiny_models_graphs_are_written_and_a_changed_one_stays(tmp_path):
     folder = write_graphs(tmp_path, tiny=True)
+    left_out = {name for name in TEXTS if not TEXTS[name].suits_tiny}
+    assert len(list(folder.glob("*.json"))) == len(TEXTS) - len(left_out)
     first, second = (folder / f"{file_title(name)}.json" for name in list(TEXTS)[:2])
     assert sorted(folder.glob("*.json"))[:2] == [first, second]
     first.write_text("mine")

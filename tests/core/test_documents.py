@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from glm_image.glm_core import convert
@@ -20,7 +21,7 @@ def test_links_lead_somewhere(document) -> None:
     links = re.findall(r"\]\(([^)]+)\)", document.read_text())
     for link in (link for link in links if ":" not in link):
         file, _, heading = link.partition("#")
-        target = document.parent / file if file else document
+        target = document.parent / unquote(file) if file else document
         assert target.exists(), link
         assert not heading or heading in headings(target.read_text()), link
 

@@ -28,7 +28,7 @@ def test_every_ignored_name_exists() -> None:
 
 def test_what_the_nodes_need_is_shipped() -> None:
     top = {file.relative_to(ROOT).parts[0] for file in shipped()}
-    needed = {"__init__.py", "nodes", "glm_core", "web", "locales", "workflows"}
+    needed = {"__init__.py", "nodes", "glm_core", "web", "locales", "workflows", "subgraphs"}
     assert needed <= top
     assert {"requirements.txt", "pyproject.toml", "LICENSE", "README.md", "docs"} <= top
 

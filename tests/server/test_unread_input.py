@@ -14,8 +14,8 @@ def test_the_sampling_node_says_what_is_not_read(client, name, sampler):
     guidance = add(prompt, "FluxGuidance", guidance=3.5)
     relink(prompt, (apply, 0), (guidance, 0))
     prompt[guidance]["inputs"]["conditioning"] = [apply, 0]
-    messages = []
-    client.run(prompt, on_picture=messages.append)
-    (text,) = [m.decode() for m in messages if b"does not read 'guidance'" in m]
-    node = the(prompt, sampler)
-    assert text.split("GLM-Image's decoder")[0].endswith(node)
+    events = []
+    client.run(prompt, on_event=events.append)
+    (notice,) = [event["data"] for event in events if event["type"] == "glm_image.notice"]
+    assert notice["node"] == the(prompt, sampler)
+    assert "does not read 'guidance'" in notice["text"]
