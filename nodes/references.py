@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..glm_core.data.grids import size_advice
 from ..glm_core.data.references import References as ReferenceData
+from .grid_ui import grids
 from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
@@ -151,5 +152,6 @@ class EncodeTokens(Node):
 
     @classmethod
     def execute(cls, ar: HostAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
-        encoded = encode_tokens(ar, image, height, width)
-        return io.NodeOutput(*encoded, width, height, ui=warning(size_advice(height, width)))
+        tokens, layout = encode_tokens(ar, image, height, width)
+        said = warning(size_advice(height, width)) | grids(tokens)
+        return io.NodeOutput(tokens, layout, width, height, ui=said)

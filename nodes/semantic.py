@@ -12,6 +12,7 @@ from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import InputError, shown
+from .grid_ui import grids
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
 from .messages import warning
@@ -98,11 +99,12 @@ class SampleTokens(Node):
         request = (prompt, height, width, seed, batch_size, options)
         extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
         if references is None:
-            sampled = ar.sample(*request, layout=layout, **extra)
-            return io.NodeOutput(*sampled, ui=warning(size_advice(height, width)))
+            written, used = ar.sample(*request, layout=layout, **extra)
+            said = warning(size_advice(height, width)) | grids(written)
+            return io.NodeOutput(written, used, ui=said)
         require_one_origin(layout, references)
         edited = ar.sample_from_references(*request, references, **extra)
-        said = warning(size_advice(height, width))
+        said = warning(size_advice(height, width)) | grids(edited)
         return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT), ui=said)
 
 
@@ -148,7 +150,7 @@ class SampleLayout(Node):
         sampled = ar.sample_layout(
             prompt, height, width, seed, batch_size, options, layout=layout, lookahead=lookahead
         )
-        return io.NodeOutput(sampled, ui=warning(size_advice(height, width)))
+        return io.NodeOutput(sampled, ui=warning(size_advice(height, width)) | grids(sampled))
 
 
 def _region(

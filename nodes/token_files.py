@@ -14,6 +14,7 @@ from ..glm_core.data.token_file import MAX_FILE_BYTES, load_tokens, save_tokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import FileError, InputError, shown
+from .grid_ui import grids
 from .host.paths import spellings
 from .inputs import size_outputs, validate
 from .node import Node
@@ -121,6 +122,7 @@ class LoadTokens(Node):
             tokens.width,
             tokens.height,
             _prompt(tokens.info),
+            ui=grids(tokens),
         )
 
 

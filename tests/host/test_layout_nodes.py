@@ -264,6 +264,26 @@ def test_colours_where_the_file_has_no_codebook(ar, monkeypatch):
     assert same(type(ar.palette)(component, 64).colours, hash_palette(64))
 
 
+def test_nodes_show_the_grid_that_they_wrote_or_read(nodes, sample, ar):
+    settings = (PROMPT, 96, 64, 5, 0.9, 0.75, 0, 2)
+    written = nodes["GLMImageSampleTokens"].execute(ar, *settings)
+    drawn = nodes["GLMImageSampleLayout"].execute(ar, *settings)
+    read = nodes["GLMImageEncodeTokens"].execute(ar, torch.rand(2, 64, 96, 3), 96, 64)
+    (saved,) = nodes["GLMImageSaveTokens"].execute(written.result[0], "shown/test").ui["tokens"]
+    name = f"{saved['subfolder']}/{saved['filename']} [output]"
+    loaded = nodes["GLMImageLoadTokens"].execute(name)
+    for output, kind, shape in (
+        (written, "tokens", (2, 3)),
+        (drawn, "layout", (13, 19)),
+        (read, "tokens", (2, 3)),
+        (loaded, "tokens", (2, 3)),
+    ):
+        (grid,) = output.ui["glm_grids"]
+        assert (grid["kind"], grid["rows"], grid["columns"], grid["total"]) == (kind, *shape, 2)
+    hashes = [output.ui["glm_grids"][0]["hashes"] for output in (written, loaded)]
+    assert hashes[0] == hashes[1]
+
+
 def test_what_cannot_be_shown(run, sample, wide_ar):
     tokens, layout = sample("Tokens")
     for given in ({}, {"tokens": tokens, "layout": layout}):
