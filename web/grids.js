@@ -7,7 +7,8 @@ const DIM = 0.68 // how much darker cells are that will be redrawn
 
 /**
  * A grid as it came from the server, ready to be drawn:
- * `tiles` are canvases of one pixel a cell, `locked` and `given` marks of `cells.js`.
+ * `tiles` are canvases of one pixel a cell, `locked` and `given` marks of `cells.js`, and
+ * `lockedText` the first of them as text.
  */
 export function decodeGrid(grid) {
   const { rows, columns, count } = grid
@@ -17,7 +18,8 @@ export function decodeGrid(grid) {
     tile(colours.subarray(i * size, (i + 1) * size), rows, columns)
   )
   const locked = parseCells(grid.locked, rows, columns)
-  return { ...grid, tiles, locked, given: parseCells(grid.given, rows, columns) }
+  const given = parseCells(grid.given, rows, columns)
+  return { ...grid, tiles, locked, given, lockedText: grid.locked }
 }
 
 function tile(colours, rows, columns) {

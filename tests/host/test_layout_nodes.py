@@ -329,3 +329,19 @@ def test_memory_counts_the_locked_cells_of_every_sample(run, sample, ar, monkeyp
     assert forced == 3 * cells
     (more,), (less,) = (required(3, prompt, block).values() for block in (forced, free))
     assert more > less
+
+
+def test_lock_layout_shows_what_it_was_given_and_what_it_locked(nodes, sample):
+    (layouts,) = sample("Layout", batch=3)
+    pictures = torch.rand(3, 16, 16, 3)
+    out = nodes["GLMImageLockLayout"].execute(
+        layouts, "whole", 2, images=pictures, cells="0-3:0; 5:1"
+    )
+    assert out.result[0].locked.sum() == 5
+    assert same(out.result[0].preview, layouts.preview[2:])
+    (shown,) = out.ui["glm_grids"]
+    assert (shown["count"], shown["taken"]) == (3, 2)
+    assert (shown["given"], shown["locked"]) == ("", "0-3:0; 5:1")
+    assert len(out.ui["glm_images"]) == 3
+    with pytest.raises(GLMImageError, match="2 images and 3 layouts"):
+        nodes["GLMImageLockLayout"].execute(layouts, "whole", 2, images=pictures[:2])
