@@ -195,9 +195,10 @@ A mask on Lock Layout holds a part of it only.
 **Width** and **Height** are the picture's, **Grow the canvas** says how many pixels are added on \
 each side (multiples of 32). The **Prompt** describes the whole of it.
 
-**Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are written \
-around them. The layout's cells at the seam see the grey that fills the canvas, so **Unlock the \
-seam** lets them be drawn anew. The first picture's pixels come back at the end, with a soft seam.
+**Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are \
+written around them. The layout's cells at the seam see the grey that fills the canvas, so \
+**Unlock the seam** lets them be drawn anew. The picture's own pixels come back at the end, with a \
+soft seam.
 """,
         {
             "Prompt": "a blue circle on the left, an orange diamond in the centre, a red star on "
