@@ -1,11 +1,17 @@
 """Nodes on layouts: choose and lock one, join two, paint one as a small image."""
 
-import torch
-from comfy_api.latest import io
+from dataclasses import replace
+from typing import Any
 
+import torch
+from comfy_api.latest import io, ui
+
+from ..glm_core.data.cells import cells_or_mask
 from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
+from ..glm_core.errors import BatchError
+from .grid_ui import KEY, grid
 from .inputs import check_choices, require_choices
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
@@ -24,7 +30,8 @@ class LockLayout(Node):
             category=SUBCATEGORY,
             description="Takes one layout of a batch and locks it, or a part of it. A sampler "
             "keeps the locked cells under any prompt, seed and temperature and draws the others "
-            "anew. New locks are added to those the layout has; none removes all.",
+            "anew. After a run it shows the layouts: click one to take it, drag over it to lock "
+            "cells. New locks are added to those the layout has; none removes all.",
             inputs=[
                 Layout.Input("layout", tooltip="From a sampler, Load Tokens or Encode Tokens."),
                 io.Combo.Input(
@@ -50,8 +57,23 @@ class LockLayout(Node):
                     tooltip="For masked and outside mask. Of any size: it is stretched over the "
                     "layout. A cell counts as masked when at least half of it is.",
                 ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The layouts as pictures, to choose by: Layout To Tokens, Apply "
+                    "Tokens, Decode in a few steps, VAE Decode. As many as there are layouts.",
+                ),
+                io.String.Input(
+                    "cells",
+                    default="",
+                    optional=True,
+                    tooltip="The cells to lock, such as 0-7:0-3; 9:2 (rows:columns from 0; * is "
+                    "all). Written by the picture on the node; you may also type it. If it is not "
+                    "empty, exactly these cells are locked, in place of lock and mask.",
+                ),
             ],
             outputs=[Layout.Output(display_name="layout")],
+            is_output_node=True,
         )
 
     @classmethod
@@ -60,10 +82,38 @@ class LockLayout(Node):
 
     @classmethod
     def execute(
-        cls, layout: LayoutData, lock: str, batch_index: int, mask: torch.Tensor | None = None
+        cls,
+        layout: LayoutData,
+        lock: str,
+        batch_index: int,
+        mask: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        cells: str = "",
     ) -> io.NodeOutput:
         require_choices(("lock", lock, LOCKS))
-        return io.NodeOutput(lock_cells(layout, lock, batch_index, mask))
+        locked = lock_cells(layout, lock, batch_index, mask, cells)
+        shown = replace(layout, locked=locked.locked)
+        entry = grid(shown, layout.locked) | {"taken": batch_index}
+        return io.NodeOutput(locked, ui={KEY: [entry], **_pictures(cls, images, entry)})
+
+
+def _pictures(
+    cls: type[io.ComfyNode], images: torch.Tensor | None, entry: dict[str, Any]
+) -> dict[str, list[dict[str, str]]]:
+    """The `ui` of the pictures [B, height, width, 3] of the layouts in an entry of `grid`.
+
+    Raises:
+        GLMImageError: there are not as many pictures as layouts.
+    """
+    if images is None:
+        return {}
+    if len(images) != entry["total"]:
+        raise BatchError(
+            f"There are {len(images)} images and {entry['total']} layouts: give a picture of each "
+            "layout, or disconnect images."
+        )
+    saved = ui.PreviewImage(images[: entry["count"]], cls=cls).as_dict()["images"]
+    return {"glm_images": saved}
 
 
 class ComposeLayouts(Node):
@@ -73,8 +123,8 @@ class ComposeLayouts(Node):
             node_id="GLMImageComposeLayouts",
             display_name="GLM-Image Compose Layouts",
             category=SUBCATEGORY,
-            description="Pastes one layout, or the part of it under a mask, into another. Both "
-            "keep their locks; connect Lock Layout after it to lock the result.",
+            description="Pastes one layout, or the part of it that cells or a mask name, into "
+            "another. Both keep their locks; connect Lock Layout after it to lock the result.",
             inputs=[
                 Layout.Input("base", tooltip="The layout to paste into. The result has its size."),
                 Layout.Input("source", tooltip="The layout to take cells from."),
@@ -98,6 +148,14 @@ class ComposeLayouts(Node):
                     optional=True,
                     tooltip="The part of the source to paste. Unconnected: all of it.",
                 ),
+                io.String.Input(
+                    "cells",
+                    default="",
+                    optional=True,
+                    tooltip="The part of the source to paste, in place of mask: rows:columns of "
+                    "its preview, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * "
+                    "is all. Empty: the mask.",
+                ),
             ],
             outputs=[Layout.Output(display_name="layout")],
         )
@@ -110,8 +168,10 @@ class ComposeLayouts(Node):
         row: int,
         column: int,
         mask: torch.Tensor | None = None,
+        cells: str = "",
     ) -> io.NodeOutput:
-        return io.NodeOutput(compose(base, source, row, column, mask))
+        chosen = cells_or_mask(cells, mask, tuple(source.locked.shape))
+        return io.NodeOutput(compose(base, source, row, column, chosen))
 
 
 class LayoutToTokens(Node):

@@ -9,6 +9,7 @@ from einops import repeat
 from torch import Tensor
 
 from ..errors import BatchError, InputError, SizeError, TokensError
+from .cells import parse_cells
 from .grids import PIXELS_PER_TOKEN, Grid, Size, preview_grid, token_grid
 from .tokens import Forced, Layout, SemanticTokens
 
@@ -58,16 +59,19 @@ def _shares(pixels: int, cells: int) -> Tensor:
     return covered * cells / pixels
 
 
-def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = None) -> Layout:
-    """A layout with more cells locked, or with none locked.
+def lock(
+    layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = None, cells: str = ""
+) -> Layout:
+    """A layout with more cells locked, or with none locked, or with those of a text.
 
     Args:
         how: one of `LOCKS`; "masked" and "outside mask" need a `mask`, see `mask_to_grid`. A half
             is one of `half`.
         batch_index: the layout of the batch to return, from 0; -1 returns all.
+        cells: if not empty, exactly these are locked, whatever `how` and `mask` say; see `cells`.
 
     Raises:
-        GLMImageError: the batch has no such layout, or `how` needs a mask.
+        GLMImageError: the batch has no such layout, `how` needs a mask, or the cells do not fit.
     """
     batch = len(layout.preview)
     if batch_index >= batch:
@@ -76,7 +80,11 @@ def lock(layout: Layout, how: str, batch_index: int = 0, mask: Tensor | None = N
         )
         raise BatchError(f"batch_index is {batch_index} and there {found}, or -1 for all.")
     preview = layout.preview if batch_index < 0 else layout.preview[batch_index, None]
-    return replace(layout, preview=preview, locked=_locked(layout.locked, how, mask))
+    if cells.strip():
+        locked = parse_cells(cells, tuple(layout.locked.shape))
+    else:
+        locked = _locked(layout.locked, how, mask)
+    return replace(layout, preview=preview, locked=locked)
 
 
 def _locked(before: Tensor, how: str, mask: Tensor | None) -> Tensor:
@@ -157,7 +165,7 @@ def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, s
 def to_tokens(layout: Layout) -> SemanticTokens:
     """The previews as the tokens of small images, with 32 px per cell."""
     height, width = (side * PIXELS_PER_TOKEN for side in layout.locked.shape)
-    return SemanticTokens(layout.preview, layout.codebook, height, width)
+    return SemanticTokens(layout.preview, layout.codebook, height, width, palette=layout.palette)
 
 
 def locked_cells(layout: Layout, samples: int) -> Forced:

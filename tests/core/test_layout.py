@@ -100,6 +100,22 @@ def test_halves_share_no_cell_and_leave_none_out(size):
     assert torch.equal(quarters, top | right)
 
 
+def test_named_cells_are_locked_and_no_others():
+    """Whatever `how`, the mask and earlier locks say; an empty text says nothing."""
+    top = lock(layout(), "masked", mask=half(64, 64))
+    named = lock(top, "whole", mask=half(64, 64), cells="8-15:0-7; 0:3")
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[8:, :8] = True
+    expected[0, 3] = True
+    assert torch.equal(named.locked, expected)
+    assert lock(top, "none", cells="*").locked.all()
+    assert lock(layout(), "whole", cells=" ").locked.all()
+    with pytest.raises(GLMImageError, match="names row 16, but the grid has the rows 0 to 15"):
+        lock(top, "whole", cells="0-16:0")
+    with pytest.raises(GLMImageError, match="write 3-7"):
+        lock(top, "whole", cells="7-3:0")
+
+
 def test_locks_are_added_to_earlier_ones():
     top = lock(layout(), "masked", mask=half(64, 64))
     both = lock(top, "masked", mask=half(64, 64, left=True))
