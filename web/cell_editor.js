@@ -128,9 +128,12 @@ export class CellEditor {
     canvas.addEventListener("pointerleave", () => this.hover(null))
     canvas.addEventListener("pointerenter", () => this.redraw())
     canvas.addEventListener("keydown", (event) => this.key(event))
-    canvas.addEventListener("blur", () => ((this.cursor = null), this.redraw()))
+    canvas.addEventListener("blur", () => this.leaveKeys())
     new ResizeObserver(() => this.redraw()).observe(canvas)
-    root.addEventListener("keydown", (event) => event.stopPropagation())
+    root.addEventListener("keydown", (event) => {
+      // The page would delete or move the node. Its own undo and Control+Enter go on to it.
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation()
+    })
   }
 
   /** A point in the canvas' own pixels, whatever the page scales it by. */
@@ -145,9 +148,8 @@ export class CellEditor {
 
   press(event) {
     if (event.button !== 0 || !this.grid || !this.places) return
-    event.preventDefault()
     this.parts.canvas.focus({ preventScroll: true })
-    this.cursor = null
+    this.leaveKeys()
     const [x, y] = this.point(event)
     const tile = tileAt(this.places, x, y)
     if (tile >= 0) return this.pick(tile)
@@ -200,9 +202,7 @@ export class CellEditor {
   }
 
   key(event) {
-    if (!this.grid) return
-    const act = this.actOf(event)
-    event.stopPropagation() // the page would delete or move the node
+    const act = this.grid && !event.ctrlKey && !event.metaKey && this.actOf(event)
     if (!act) return
     event.preventDefault()
     act()
@@ -211,7 +211,6 @@ export class CellEditor {
 
   actOf(event) {
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key
-    if (event.ctrlKey || event.metaKey) return key === "z" ? () => this.undo() : null
     if (STEPS[key]) return () => this.step(STEPS[key], event.shiftKey)
     const { taken } = this.inputs.read(this.grid)
     return {
@@ -236,6 +235,11 @@ export class CellEditor {
     this.anchor = extend ? (this.anchor ?? this.cursor ?? next) : null
     this.cursor = next
     this.hovered = next
+  }
+
+  leaveKeys() {
+    this.cursor = this.anchor = null
+    this.redraw()
   }
 
   fill(value) {

@@ -57,7 +57,7 @@ export function buildParts(texts, act) {
   bar.setAttribute("role", "toolbar")
   bar.append(...Object.values(buttons))
   const canvas = element("canvas", { width: "100%", height: "100%", touchAction: "none" })
-  Object.assign(canvas.style, { position: "absolute", inset: "0", outline: "none" })
+  Object.assign(canvas.style, { position: "absolute", inset: "0", outline: "none", userSelect: "none" })
   canvas.tabIndex = 0
   canvas.setAttribute("aria-label", texts.label)
   const frame = element("div", { position: "relative", flex: "1 1 0", minHeight: "0" })

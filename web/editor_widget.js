@@ -25,9 +25,18 @@ export const valueOf = (node, name) => widgetOf(node, name)?.value
 export function setValue(node, name, value) {
   const widget = widgetOf(node, name)
   if (!widget || widget.value === value) return
-  widget.value = value
-  widget.callback?.(value, app.canvas, node)
+  change(() => {
+    widget.value = value
+    widget.callback?.(value, app.canvas, node)
+  })
   node.setDirtyCanvas(true, true)
+}
+
+/** Does what the page's undo shall know as one change. */
+export function change(act) {
+  app.canvas.emitBeforeChange?.()
+  act()
+  app.canvas.emitAfterChange?.()
 }
 
 /** Calls `changed()` after the value of one of these widgets was changed. */
@@ -79,4 +88,11 @@ export function showGrids(node, editor, output) {
   editor.show(grid, urls)
   if (!roomy) node.setSize([width, bare + wantedHeight(grid, width - 30) + BARS])
   node.setDirtyCanvas(true, true)
+  setTimeout(() => takePlace(node, editor.element), 300) // after the page has shown the node
+}
+
+/** Vue nodes (1.58) go on showing the element of a node that the page's undo has replaced. */
+function takePlace(node, element) {
+  if (element.isConnected || node.graph !== app.canvas.graph) return
+  document.querySelector(`[data-node-id="${node.id}"] .${element.className}`)?.replaceWith(element)
 }
