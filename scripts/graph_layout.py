@@ -17,8 +17,9 @@ STAGES = {
     ),
     "Prompt": ("PrimitiveStringMultiline", "PrimitiveInt"),
     "Picture": ("LoadImage",),
-    "Tiles": ("ImageScaleBy", "GetImageSize", "ImageCrop", "ImageBatch", "RebatchImages"),
-    "Region": ("SolidMask", "MaskComposite", "FeatherMask"),
+    "Size": ("ImageScale", "ImageScaleBy", "ImagePadForOutpaint", "GetImageSize"),
+    "Tiles": ("ImageCrop", "ImageBatch", "RebatchImages"),
+    "Region": ("SolidMask", "MaskComposite", "FeatherMask", "GrowMask"),
     "References": ("GLMImageEncodeReference", "GLMImageReferenceCache"),
     "Layout": (
         "GLMImageEncodeTokens",
@@ -39,7 +40,7 @@ STAGES = {
         "KSampler",
     ),
     "Best of": ("GLMImageScoreTokens", "GLMImageReadText", "GLMImageKeepBest"),
-    "Joined tiles": ("ImageFromBatch", "ImageCompositeMasked"),
+    "Put together": ("ImageFromBatch", "ImageCompositeMasked"),
     "Result": ("VAEDecode", "PreviewImage", "SaveImage"),
 }
 SIZES = {

@@ -188,6 +188,34 @@ A mask on Lock Layout holds a part of it only.
 """,
         {"Prompt": "a blue circle on the left, an orange diamond on the right, white background"},
     ),
+    "extend_picture": Workflow(
+        "Extend a picture",
+        """\
+# GLM-Image: a picture beyond its edges
+**Width** and **Height** are the picture's, **Grow the canvas** says how many pixels are added on \
+each side (multiples of 32). The **Prompt** describes the whole of it.
+
+**Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are written \
+around them. The layout's cells at the seam see the grey that fills the canvas, so **Unlock the \
+seam** lets them be drawn anew. The first picture's pixels come back at the end, with a soft seam.
+""",
+        {
+            "Prompt": "a blue circle on the left, an orange diamond in the centre, a red star on "
+            "the right, white background"
+        },
+    ),
+    "upscale_by_tokens": Workflow(
+        "Twice the size",
+        """\
+# GLM-Image: the same picture at twice the size
+**Encode Tokens** reads the enlarged picture as tokens of its new size, and **Decode the large \
+picture** paints it anew where the enlarged one is soft. Its `denoise` says how much: the noise of \
+0.1 is strong already, as it grows with the size. Change it: the first picture is not made again.
+
+The large picture may have 2048 pixels a side. For more, or for less memory, see *Upscale in tiles*.
+""",
+        {"Prompt": TINY_PROMPT},
+    ),
     "upscale_in_tiles": Workflow(
         "Upscale in tiles",
         """\

@@ -6,11 +6,17 @@ import { api } from "../../scripts/api.js"
 const KEY = "glm_grids"
 const RUNS = 16 // of the history that are looked through
 const listeners = new Map() // by the node's type
+const restorers = new Map() // by the node's type
 const shown = new WeakSet() // nodes that have got grids
 
 /** Calls `listener(node, output)` when nodes of these types get grids. */
 export function onGrids(types, listener) {
   for (const type of types) listeners.set(type, [...(listeners.get(type) ?? []), listener])
+}
+
+/** Calls `listener(node, output)` when nodes of a type get an output back from the history. */
+export function onRestored(type, listener) {
+  restorers.set(type, listener)
 }
 
 function tell(node, output) {
@@ -29,7 +35,8 @@ function nodeOf(id) {
   return graph?.getNodeById(Number(last))
 }
 
-function* nodesOf(graph) {
+/** The nodes of a graph and of the subgraphs in it. */
+export function* nodesOf(graph) {
   for (const node of graph.nodes) {
     yield node
     if (node.subgraph) yield* nodesOf(node.subgraph)
@@ -47,13 +54,14 @@ async function lastOutputs(graph) {
 
 async function restore() {
   const graph = app.rootGraph ?? app.graph
-  const waiting = [...nodesOf(graph)].filter((node) => listeners.has(node.comfyClass))
-  if (!graph.id || !waiting.length) return
+  const waits = ({ comfyClass }) => listeners.has(comfyClass) || restorers.has(comfyClass)
+  if (!graph.id || ![...nodesOf(graph)].some(waits)) return
   const outputs = await lastOutputs(graph)
   if (graph !== (app.rootGraph ?? app.graph)) return
   for (const [id, output] of Object.entries(outputs)) {
     const node = nodeOf(id)
     if (node && !shown.has(node)) tell(node, output)
+    restorers.get(node?.comfyClass)?.(node, output)
   }
 }
 

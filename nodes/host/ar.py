@@ -283,7 +283,7 @@ class HostAR:
         if (tokens is None) != (mask is None):
             raise InputError(
                 "tokens and mask belong together: connect both to draw part of an image anew, or "
-                "neither."
+                "write cells in place of the mask; else connect neither."
             )
         if tokens is not None:
             require_tokens_fit(tokens, self.config.codebook, height, width)
