@@ -46,6 +46,7 @@ STAGES = {
 SIZES = {
     "PrimitiveStringMultiline": (360, 140),
     "LoadImage": (320, 470),
+    "GLMImageLockLayout": (400, 700),  # with the layouts on it
     "PreviewImage": (420, 480),
     "SaveImage": (420, 480),
 }
@@ -53,7 +54,6 @@ SHOW_PICTURES = {  # below the widgets, while they run or after it
     "GLMImageSampleLayout",
     "GLMImageSampleTokens",
     "GLMImageShowTokens",
-    "GLMImageLockLayout",
     "GLMImageDecode",
     "GLMImageScoreTokens",  # a table
     "GLMImageReadText",

@@ -10,7 +10,8 @@ const MOST_UNDO = 100
 
 export class CellEditor {
   /**
-   * `inputs`: {read, pick, write, keep}; `keep(grid)` says that the cells are meant for this grid.
+   * `inputs`: {read, pick, write, keep, run}; `keep(grid)` says that the cells are meant for this
+   * grid, `run` runs what leads to the node.
    * `read(grid)` returns {taken, cells, shown, given, lock, stale, fixed}: the index taken, or -1
    * for all; the text of the cells; the marks that count while it is empty, and those to begin
    * with; the name of what sets them; whether the cells are of other grids; whether the inputs are
@@ -29,6 +30,7 @@ export class CellEditor {
     this.anchor = null
     this.hovered = null
     this.parts = buildParts(texts, {
+      run: () => this.inputs.run(),
       rectangle: () => this.choose("rectangle", this.value),
       brush: () => this.choose("brush", this.value),
       mark: () => this.choose(this.tool, 1),
@@ -256,8 +258,9 @@ export class CellEditor {
   }
 
   draw() {
-    const { canvas, bar, notice, readout, buttons } = this.parts
-    bar.style.display = this.grid ? "flex" : "none"
+    const { canvas, notice, readout, buttons } = this.parts
+    const { run, ...others } = buttons
+    for (const made of Object.values(others)) made.style.display = this.grid ? "" : "none"
     if (!this.grid) {
       readout.textContent = this.texts.empty
       return
@@ -265,7 +268,7 @@ export class CellEditor {
     const now = this.inputs.read(this.grid)
     const marks = this.gesture?.marks ?? this.marks(now) ?? new Uint8Array(this.size)
     notice.style.display = now.stale ? "flex" : "none"
-    for (const made of Object.values(buttons)) made.disabled = now.fixed
+    for (const made of Object.values(others)) made.disabled = now.fixed
     buttons.invert.disabled ||= !now.cells.trim()
     buttons.undo.disabled = !this.undoable.length
     readout.textContent = this.said(now, marks)

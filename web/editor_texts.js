@@ -3,7 +3,8 @@ import { app } from "../../scripts/app.js"
 
 const TEXTS = {
   en: {
-    empty: "Run once: the layouts appear here. Click one to take it, drag over it to lock cells.",
+    empty: "Press ▶ or run: the layouts appear here. Click one to take it, drag over it to lock cells.",
+    run: "Run only what leads to this node",
     rectangle: "Drag rectangles",
     brush: "Drag with a brush",
     mark: "Lock cells",
@@ -26,7 +27,8 @@ const TEXTS = {
     label: "Layouts. Arrow keys move, Space locks, Shift and arrows choose, Page keys change layout.",
   },
   zh: {
-    empty: "运行一次，布局就显示在这里。单击选取，在上面拖动以锁定格子。",
+    empty: "按 ▶ 或运行，布局就显示在这里。单击选取，在上面拖动以锁定格子。",
+    run: "只运行到这个节点",
     rectangle: "拖出矩形",
     brush: "用画笔拖动",
     mark: "锁定格子",

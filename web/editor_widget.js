@@ -7,7 +7,7 @@ import { wantedHeight } from "./editor_view.js"
 import { decodeGrid } from "./grids.js"
 
 const NAME = "glm_editor"
-const EMPTY = 44 // pixels of height: without grids, with them, and of the bar and the readout
+const EMPTY = 72 // pixels of height: without grids, with them, and of the bar and the readout
 const LEAST = 220
 const BARS = 76
 const WIDTH = 380 // of a node that shows grids, at least
@@ -48,6 +48,13 @@ function watch(node, names, changed) {
       changed()
     }
   }
+}
+
+/** Runs what an output node needs, and nothing else of the graph. */
+export function runOnly(node) {
+  app.canvas.deselectAll()
+  app.canvas.selectNode(node)
+  app.extensionManager.command.execute("Comfy.QueueSelectedOutputNodes")
 }
 
 /**

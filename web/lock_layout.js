@@ -3,7 +3,7 @@
 // property of the node, by which the page tells cells that were chosen for other layouts.
 import { app } from "../../scripts/app.js"
 import { lockedBy } from "./cells.js"
-import { addEditor, change, isLinked, setValue, showGrids, valueOf } from "./editor_widget.js"
+import { addEditor, change, isLinked, runOnly, setValue, showGrids, valueOf } from "./editor_widget.js"
 import { onGrids } from "./node_grids.js"
 
 const TYPE = "GLMImageLockLayout"
@@ -46,6 +46,7 @@ function inputsOf(node) {
       setValue(node, "cells", text)
     },
     keep: (grid) => change(() => keep(grid)),
+    run: () => runOnly(node),
     /** After an input was changed by hand: cells that fitted go with the layout now taken. */
     typed(grid) {
       if (!stale) keep(grid)
