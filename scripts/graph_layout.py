@@ -46,10 +46,11 @@ STAGES = {
 SIZES = {
     "PrimitiveStringMultiline": (360, 140),
     "LoadImage": (320, 470),
+    "GLMImageLockLayout": (400, 700),  # with the layouts on it
     "PreviewImage": (420, 480),
     "SaveImage": (420, 480),
 }
-EDITORS = ("GLMImageLockLayout", "GLMImageComposeLayouts", "GLMImageSampleTokens")
+EDITORS = ("GLMImageComposeLayouts", "GLMImageSampleTokens")
 GRIDS = ("GLMImageSampleLayout", "GLMImageShowTokens", "GLMImageEncodeTokens", "GLMImageLoadTokens")
 PREVIEWS = ("GLMImageDecode", "KSampler")
 TABLES = ("GLMImageScoreTokens", "GLMImageReadText", "GLMImageKeepBest")

@@ -128,6 +128,24 @@ seed + *i* gives alone.
 """,
         {"Prompt": "a red square and a blue star, yellow background"},
     ),
+    "layouts_by_hand": Workflow(
+        "Layouts by hand",
+        """\
+# GLM-Image: layouts by hand
+1. Press ▶ on **Click one, drag over it**: eight layouts are drawn and painted quickly, no more.
+2. Click the one you like. 3. Drag over what shall stay; without that all of it stays.
+4. Write the **Prompt** and run.
+
+The layouts have a prompt and a seed of their own, so they stay when **Prompt** or the seed of \
+Sample Tokens changes. If you change **Layouts' prompt**, the node says that your cells were \
+chosen for other layouts.
+""",
+        {
+            "Layouts' prompt": "a red circle on the left, a blue star on the right, yellow "
+            "background",
+            "Prompt": "a red circle on the left, a green square on the right, yellow background",
+        },
+    ),
     "lock_layout_change_prompt": Workflow(
         "Lock a layout, change the prompt",
         """\

@@ -10,7 +10,8 @@ const MOST_UNDO = 100
 
 export class CellEditor {
   /**
-   * `inputs`: {read, pick, write, keep}; `keep(grid)` says that the cells are meant for this grid.
+   * `inputs`: {read, pick, write, keep, run}; `keep(grid)` says that the cells are meant for this
+   * grid, `run` runs what leads to the node.
    * `read(grid)` returns {taken, cells, shown, given, lock, stale, fixed}: the index taken, or -1
    * for all; the text of the cells; the marks that count while it is empty, and those to begin
    * with; the name of what sets them; whether the cells are of other grids; whether the inputs are
@@ -29,6 +30,7 @@ export class CellEditor {
     this.anchor = null
     this.hovered = null
     this.parts = buildParts(texts, {
+      run: () => this.inputs.run(),
       rectangle: () => this.choose("rectangle", this.value),
       brush: () => this.choose("brush", this.value),
       mark: () => this.choose(this.tool, 1),
@@ -128,9 +130,12 @@ export class CellEditor {
     canvas.addEventListener("pointerleave", () => this.hover(null))
     canvas.addEventListener("pointerenter", () => this.redraw())
     canvas.addEventListener("keydown", (event) => this.key(event))
-    canvas.addEventListener("blur", () => ((this.cursor = null), this.redraw()))
+    canvas.addEventListener("blur", () => this.leaveKeys())
     new ResizeObserver(() => this.redraw()).observe(canvas)
-    root.addEventListener("keydown", (event) => event.stopPropagation())
+    root.addEventListener("keydown", (event) => {
+      // The page would delete or move the node. Its own undo and Control+Enter go on to it.
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation()
+    })
   }
 
   /** A point in the canvas' own pixels, whatever the page scales it by. */
@@ -145,9 +150,8 @@ export class CellEditor {
 
   press(event) {
     if (event.button !== 0 || !this.grid || !this.places) return
-    event.preventDefault()
     this.parts.canvas.focus({ preventScroll: true })
-    this.cursor = null
+    this.leaveKeys()
     const [x, y] = this.point(event)
     const tile = tileAt(this.places, x, y)
     if (tile >= 0) return this.pick(tile)
@@ -200,9 +204,7 @@ export class CellEditor {
   }
 
   key(event) {
-    if (!this.grid) return
-    const act = this.actOf(event)
-    event.stopPropagation() // the page would delete or move the node
+    const act = this.grid && !event.ctrlKey && !event.metaKey && this.actOf(event)
     if (!act) return
     event.preventDefault()
     act()
@@ -211,7 +213,6 @@ export class CellEditor {
 
   actOf(event) {
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key
-    if (event.ctrlKey || event.metaKey) return key === "z" ? () => this.undo() : null
     if (STEPS[key]) return () => this.step(STEPS[key], event.shiftKey)
     const { taken } = this.inputs.read(this.grid)
     return {
@@ -238,6 +239,11 @@ export class CellEditor {
     this.hovered = next
   }
 
+  leaveKeys() {
+    this.cursor = this.anchor = null
+    this.redraw()
+  }
+
   fill(value) {
     if (!this.cursor) return
     const [from, to] = [this.anchor ?? this.cursor, this.cursor]
@@ -252,8 +258,9 @@ export class CellEditor {
   }
 
   draw() {
-    const { canvas, bar, notice, readout, buttons } = this.parts
-    bar.style.display = this.grid ? "flex" : "none"
+    const { canvas, notice, readout, buttons } = this.parts
+    const { run, ...others } = buttons
+    for (const made of Object.values(others)) made.style.display = this.grid ? "" : "none"
     if (!this.grid) {
       readout.textContent = this.texts.empty
       return
@@ -261,7 +268,7 @@ export class CellEditor {
     const now = this.inputs.read(this.grid)
     const marks = this.gesture?.marks ?? this.marks(now) ?? new Uint8Array(this.size)
     notice.style.display = now.stale ? "flex" : "none"
-    for (const made of Object.values(buttons)) made.disabled = now.fixed
+    for (const made of Object.values(others)) made.disabled = now.fixed
     buttons.invert.disabled ||= !now.cells.trim()
     buttons.undo.disabled = !this.undoable.length
     readout.textContent = this.said(now, marks)

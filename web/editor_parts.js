@@ -31,7 +31,7 @@ export function press(made, pressed) {
   made.style.outlineOffset = "-2px"
 }
 
-/** `act`: a function for each button. Returns {root, bar, canvas, readout, notice, buttons}. */
+/** `act`: a function for each button. Returns {root, canvas, readout, notice, buttons}. */
 export function buildParts(texts, act) {
   const root = element("div", {
     boxSizing: "border-box",
@@ -45,6 +45,7 @@ export function buildParts(texts, act) {
   })
   root.className = "glm-image-editor"
   const buttons = {
+    run: button("▶", texts.run, act.run),
     rectangle: button("▭", texts.rectangle, act.rectangle),
     brush: button("✎", texts.brush, act.brush),
     mark: button("+", texts.mark, act.mark),
@@ -57,7 +58,7 @@ export function buildParts(texts, act) {
   bar.setAttribute("role", "toolbar")
   bar.append(...Object.values(buttons))
   const canvas = element("canvas", { width: "100%", height: "100%", touchAction: "none" })
-  Object.assign(canvas.style, { position: "absolute", inset: "0", outline: "none" })
+  Object.assign(canvas.style, { position: "absolute", inset: "0", outline: "none", userSelect: "none" })
   canvas.tabIndex = 0
   canvas.setAttribute("aria-label", texts.label)
   const frame = element("div", { position: "relative", flex: "1 1 0", minHeight: "0" })
@@ -74,5 +75,5 @@ export function buildParts(texts, act) {
   root.append(bar, notice, frame, readout)
   for (const type of ["pointerdown", "dblclick", "contextmenu"])
     root.addEventListener(type, (event) => event.stopPropagation())
-  return { root, bar, canvas, readout, notice, buttons }
+  return { root, canvas, readout, notice, buttons }
 }

@@ -7,7 +7,7 @@ import { wantedHeight } from "./editor_view.js"
 import { decodeGrid } from "./grids.js"
 
 const NAME = "glm_editor"
-const EMPTY = 44 // pixels of height: without grids, with them, and of the bar and the readout
+const EMPTY = 72 // pixels of height: without grids, with them, and of the bar and the readout
 const LEAST = 220
 const BARS = 76
 const WIDTH = 380 // of a node that shows grids, at least
@@ -25,9 +25,18 @@ export const valueOf = (node, name) => widgetOf(node, name)?.value
 export function setValue(node, name, value) {
   const widget = widgetOf(node, name)
   if (!widget || widget.value === value) return
-  widget.value = value
-  widget.callback?.(value, app.canvas, node)
+  change(() => {
+    widget.value = value
+    widget.callback?.(value, app.canvas, node)
+  })
   node.setDirtyCanvas(true, true)
+}
+
+/** Does what the page's undo shall know as one change. */
+export function change(act) {
+  app.canvas.emitBeforeChange?.()
+  act()
+  app.canvas.emitAfterChange?.()
 }
 
 /** Calls `changed()` after the value of one of these widgets was changed. */
@@ -39,6 +48,13 @@ function watch(node, names, changed) {
       changed()
     }
   }
+}
+
+/** Runs what an output node needs, and nothing else of the graph. */
+export function runOnly(node) {
+  app.canvas.deselectAll()
+  app.canvas.selectNode(node)
+  app.extensionManager.command.execute("Comfy.QueueSelectedOutputNodes")
 }
 
 /**
@@ -79,4 +95,11 @@ export function showGrids(node, editor, output) {
   editor.show(grid, urls)
   if (!roomy) node.setSize([width, bare + wantedHeight(grid, width - 30) + BARS])
   node.setDirtyCanvas(true, true)
+  setTimeout(() => takePlace(node, editor.element), 300) // after the page has shown the node
+}
+
+/** Vue nodes (1.58) go on showing the element of a node that the page's undo has replaced. */
+function takePlace(node, element) {
+  if (element.isConnected || node.graph !== app.canvas.graph) return
+  document.querySelector(`[data-node-id="${node.id}"] .${element.className}`)?.replaceWith(element)
 }

@@ -3,7 +3,7 @@
 // property of the node, by which the page tells cells that were chosen for other layouts.
 import { app } from "../../scripts/app.js"
 import { lockedBy } from "./cells.js"
-import { addEditor, isLinked, setValue, showGrids, valueOf } from "./editor_widget.js"
+import { addEditor, change, isLinked, runOnly, setValue, showGrids, valueOf } from "./editor_widget.js"
 import { onGrids } from "./node_grids.js"
 
 const TYPE = "GLMImageLockLayout"
@@ -45,7 +45,8 @@ function inputsOf(node) {
       stale = false
       setValue(node, "cells", text)
     },
-    keep,
+    keep: (grid) => change(() => keep(grid)),
+    run: () => runOnly(node),
     /** After an input was changed by hand: cells that fitted go with the layout now taken. */
     typed(grid) {
       if (!stale) keep(grid)

@@ -1,5 +1,6 @@
 """The stored workflows of layouts and tiles, and the live preview while they run."""
 
+import base64
 import io
 import itertools
 import struct
@@ -10,8 +11,8 @@ import pytest
 from glm_image.glm_core.data.token_file import load_tokens
 from glm_image.glm_core.data.token_image import DARK
 from glm_image.scripts import environment, host
-from glm_image.scripts.client import Client
-from graphs import add, changed, fresh, the
+from glm_image.scripts.client import Client, PromptError
+from graphs import add, changed, fresh, the, upstream
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,6 +91,38 @@ def test_contact_sheet_and_the_chosen_picture(client):
     (other,) = images(client, again, prompt)
     assert first.shape == other.shape == (64, 96, 3)
     assert (first != other).any()
+
+
+def test_layouts_by_hand(client):
+    """The layouts alone, then a picture in which the cells that were named have stayed."""
+    prompt = seeds_apart(fresh(name="layouts_by_hand", steps=1))
+    lock, layouts = (the(prompt, f"GLMImage{name}") for name in ("LockLayout", "SampleLayout"))
+    prompt[layouts]["inputs"]["batch_size"] = 2
+    alone = client.run({key: prompt[key] for key in upstream(prompt, lock)})
+    (shown,) = alone.outputs[lock]["glm_grids"]
+    assert (shown["rows"], shown["columns"], shown["count"]) == (13, 19, 2)
+    assert len(alone.outputs[lock]["glm_images"]) == 2
+
+    prompt[lock]["inputs"].update(batch_index=1, cells="0-12:0-9")
+    used = add(prompt, "GLMImageLockLayout", layout=[the(prompt, "GLMImageSampleTokens"), 1],
+               lock="none", batch_index=0)  # fmt: skip
+    run = client.run(prompt)
+    assert layouts in run.cached
+    (after,) = run.outputs[used]["glm_grids"]
+    assert after["given"] == "0-12:0-9"
+    before, after = colours(shown)[1], colours(after)[0]
+    np.testing.assert_array_equal(after[:, :10], before[:, :10])
+    assert (after[:, 10:] != before[:, 10:]).any()
+
+    prompt[lock]["inputs"]["cells"] = "0-13:0"
+    with pytest.raises(PromptError, match="names row 13, but the grid has the rows 0 to 12"):
+        client.run(prompt)
+
+
+def colours(grid):
+    """uint8 [count, rows, columns, 3] of an entry of `glm_grids`"""
+    raw = np.frombuffer(base64.b64decode(grid["colours"]), dtype=np.uint8)
+    return raw.reshape(grid["count"], grid["rows"], grid["columns"], 3)
 
 
 def test_another_prompt_and_seed_keep_the_locked_region(client):
