@@ -13,6 +13,7 @@ from torch import Tensor
 from ...glm_core.ar.cache import span_of
 from ...glm_core.ar.graphs import CudaGraphs
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
+from ...glm_core.ar.philox import batch_seeds
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
@@ -253,8 +254,7 @@ class HostAR:
         progress: TokenProgress,
     ) -> SamplingRun:
         return SamplingRun(
-            seed,
-            samples,
+            batch_seeds(seed, samples),
             options,
             device=self.patcher.load_device,
             dtype=self.dtype,
