@@ -19,20 +19,29 @@ MAX_CELLS = 2**17  # of all grids together: half a megabyte in the page and in t
 
 
 def grids(*shown: SemanticTokens | Layout) -> dict[str, list[dict[str, Any]]]:
-    """The `ui` of a node that shows grids."""
-    return {KEY: [grid(one) for one in shown]}
+    """The `ui` of a node that shows grids: the first of a list, as many as there is room for."""
+    entries, room = [], MAX_CELLS
+    for one in shown:
+        if room <= 0:
+            break
+        entries.append(grid(one, room=room))
+        room -= entries[-1]["count"] * entries[-1]["rows"] * entries[-1]["columns"]
+    return {KEY: entries}
 
 
-def grid(shown: SemanticTokens | Layout, given: Tensor | None = None) -> dict[str, Any]:
+def grid(
+    shown: SemanticTokens | Layout, given: Tensor | None = None, room: int = MAX_CELLS
+) -> dict[str, Any]:
     """One entry of the list that the page gets.
 
     Args:
         given: bool [rows, columns], cells that a layout had locked before the node ran.
+        room: cells at most, but one grid is always there.
     """
     is_layout = isinstance(shown, Layout)
     ids = shown.preview if is_layout else shown.tokens
     total, rows, columns = ids.shape
-    ids = ids[: max(1, MAX_CELLS // (rows * columns))]
+    ids = ids[: max(1, room // (rows * columns))]
     palette = hash_palette(shown.codebook) if shown.palette is None else shown.palette
     return {
         "kind": "layout" if is_layout else "tokens",

@@ -15,7 +15,7 @@ STAGES = {
         "GLMImageLoadDecoder",
         "GLMImageLoadVAE",
     ),
-    "Prompt": ("PrimitiveStringMultiline", "PrimitiveInt"),
+    "Prompt": ("PrimitiveStringMultiline", "PrimitiveInt", "GLMImagePromptLines"),
     "Picture": ("LoadImage",),
     "Size": ("ImageScale", "ImageScaleBy", "ImagePadForOutpaint", "GetImageSize"),
     "Tiles": ("ImageCrop", "ImageBatch", "RebatchImages"),
