@@ -19,7 +19,7 @@ from comfy_execution.graph_utils import is_link
 from ...glm_core.ar.protocol import Info
 from ...glm_core.ar.requests import SampleRequest
 from ...glm_core.errors import GLMImageError
-from .constants import Constants, Graph, NotKnown, Values, needed
+from .constants import Constants, Graph, NotConstantError, Values, needed
 from .remote_samples import RemoteSamples
 from .service_client import Clock, ServiceClient, persist
 from .services import MAX_AHEAD, Service, find_service
@@ -111,7 +111,7 @@ class Ahead:
             if graph[node_id]["class_type"] not in self._samplers or not is_link(ar):
                 continue
             if graph[ar[0]]["class_type"] == REMOTE_AR:
-                with suppress(NotKnown, GLMImageError):  # the node will say what is wrong
+                with suppress(NotConstantError, GLMImageError):  # the node will say what is wrong
                     (name,) = Constants(graph, self._givers).inputs(ar[0])["service"]
                     found[node_id] = find_service(name)
         return found
@@ -119,7 +119,7 @@ class Ahead:
     async def _ask(self, prompt_id: str, graph: Graph, samplers: dict[str, Service]) -> None:
         constants = Constants(graph, self._givers)
         for node_id, service in samplers.items():
-            with suppress(NotKnown, GLMImageError):
+            with suppress(NotConstantError, GLMImageError):
                 values = constants.inputs(node_id, frozenset({"ar"}))
                 info = await self._info(service)
                 requests = self._samplers[graph[node_id]["class_type"]](values, info.codebook)

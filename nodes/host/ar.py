@@ -1,7 +1,7 @@
 """The AR model on a graph: its network in a patcher, and the tokenizer of its checkpoint."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
 from ...glm_core.data.cells import format_cells
-from ...glm_core.data.grids import preview_grid, token_grid
+from ...glm_core.data.grids import Size, preview_grid, token_grid
 from ...glm_core.data.layout import (
     cells_outside,
     common_batch,
@@ -32,6 +32,7 @@ from ...glm_core.errors import InputError
 from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
+from .ar_interface import AnyAR
 from .devices import Placement, default_placement
 from .out_of_memory import explain_out_of_memory, require_room
 from .palette import CodePalette
@@ -44,6 +45,7 @@ from .patchers import (
     with_segments,
 )
 from .progress import TokenProgress, check_interrupt
+from .score_run import prompt_pairs, score_run
 from .step_choice import chooser
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
@@ -59,7 +61,7 @@ class HostARModel(ListsSegments, ARModel):
     """The network in a patcher."""
 
 
-class HostAR:
+class HostAR(AnyAR):
     """GLM_AR. Like a CLIP, it owns a patcher, and LoRAs go onto a clone of it."""
 
     def __init__(
@@ -85,6 +87,10 @@ class HostAR:
     @property
     def config(self) -> ARConfig:
         return self.patcher.model.config
+
+    @property
+    def codebook(self) -> int:
+        return self.config.codebook
 
     def get_ram_usage(self) -> int:
         """Bytes of the weights, for hosts that drop outputs when memory is short (0.3.75)."""
@@ -208,6 +214,16 @@ class HostAR:
             preview=self._locked(layout, samples, height, width),
         )
         return self._layout(preview, layout, height, width)
+
+    def log_ratios(
+        self,
+        prompt: str,
+        against: str,
+        size: Size,
+        sets: Sequence[Sequence[Tensor] | None],
+        grids: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        return score_run(self, prompt_pairs(self.tokenizer, prompt, against, size, sets), grids)
 
     def _run(
         self,

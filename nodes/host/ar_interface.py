@@ -33,20 +33,13 @@ class AnyAR(ABC):
 
     vision: Vision
     palette: Palette
+    patcher: Any
+    """The network's, for LoRAs; a GLMImageError if the weights are on another machine."""
 
     @property
     @abstractmethod
     def codebook(self) -> int:
         """The number of codes."""
-
-    @property
-    @abstractmethod
-    def patcher(self) -> Any:
-        """The network's patcher, for LoRAs.
-
-        Raises:
-            GLMImageError: the weights are on another machine.
-        """
 
     @abstractmethod
     def write(self, requests: Sequence[SampleRequest], rows: int) -> list[Written]:

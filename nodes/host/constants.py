@@ -20,7 +20,7 @@ PRIMITIVES = (
 """ComfyUI's nodes that give their `value`."""
 
 
-class NotKnown(Exception):
+class NotConstantError(Exception):
     """An input is linked to a node that has to run first."""
 
 
@@ -38,12 +38,10 @@ class Constants:
     def inputs(self, node_id: str, leave_out: frozenset[str] = frozenset()) -> Values:
         """
         Raises:
-            NotKnown: another input than those left out is linked to a node that has to run.
+            NotConstantError: another input than those left out is linked to a node that has to run.
         """
         given = self._graph[node_id]["inputs"]
-        return {
-            name: self._value(value) for name, value in given.items() if name not in leave_out
-        }
+        return {name: self._value(value) for name, value in given.items() if name not in leave_out}
 
     def _value(self, value: Any) -> list[Any]:
         if not is_link(value):
@@ -54,7 +52,7 @@ class Constants:
             return self.inputs(source)["value"]
         if output == 0 and kind in self._givers:
             return self._givers[kind](self.inputs(source))
-        raise NotKnown(kind)
+        raise NotConstantError(kind)
 
 
 def needed(graph: Graph, outputs: list[str]) -> list[str]:

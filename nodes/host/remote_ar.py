@@ -1,7 +1,9 @@
 """The AR model of a service, as GLM_AR."""
 
+import concurrent.futures
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +15,11 @@ from ...glm_core.ar.protocol import ScoreRequest
 from ...glm_core.ar.requests import SampleRequest, Written
 from ...glm_core.data.grids import Size
 from ...glm_core.data.tokens import UNKNOWN, Layout, SemanticTokens
-from ...glm_core.errors import LoraError
+from ...glm_core.errors import GLMImageError, LoraError
 from .ar_interface import AnyAR
 from .progress import TokenProgress, progress_bar
 from .remote_samples import RemoteSample, RemoteSamples
-from .service_client import JSON, TENSORS, Clock, ServiceClient, Trouble, persist, wait
+from .service_client import JSON, TENSORS, Clock, RetryError, ServiceClient, persist, wait
 from .service_info import Info
 from .services import Service, find_service
 
@@ -27,6 +29,8 @@ PARTS = 1000  # of a progress bar, for each request
 CLIENT = ServiceClient()
 SAMPLES = RemoteSamples(CLIENT)
 """Shared by all graphs, so that a node finds what was asked for ahead of it."""
+KNOWN: dict[Service, Info] = {}
+ASK_SECONDS = 2.0
 
 
 def connect(name: str) -> "RemoteAR":
@@ -36,8 +40,23 @@ def connect(name: str) -> "RemoteAR":
             its time limit, refuses the key, or is of another version.
     """
     service = find_service(name)
-    info = CLIENT.run(persist(service, Clock(), lambda: CLIENT.info(service)))
+    info = KNOWN[service] = CLIENT.run(persist(service, Clock(), lambda: CLIENT.info(service)))
     return RemoteAR(service, info)
+
+
+def identity_of(name: str | None) -> str:
+    """What a node's outputs depend on: the service's model, or its last known one while it is away.
+
+    Hosts keep this text with the prompt. The hash of address and key differs in every process.
+    """
+    try:
+        service = find_service(name or "")
+    except GLMImageError:
+        return ""  # the node says what is wrong
+    with suppress(RetryError, GLMImageError, concurrent.futures.TimeoutError):
+        KNOWN[service] = CLIENT.start(CLIENT.info(service)).result(ASK_SECONDS)
+    identity = KNOWN[service].identity if service in KNOWN else ()
+    return " ".join(map(str, (*identity, hash(service))))
 
 
 class RemoteAR(AnyAR):
@@ -122,9 +141,7 @@ class RemotePalette:
     @cached_property
     def colours(self) -> Tensor:
         service = self._service
-        content = CLIENT.run(
-            persist(service, Clock(), lambda: CLIENT.content(service, PALETTE))
-        )
+        content = CLIENT.run(persist(service, Clock(), lambda: CLIENT.content(service, PALETTE)))
         palette = protocol.tensors_from_bytes(content, "The service's palette")["palette"]
         return palette.reshape(self._info.codebook, 3).float()
 
@@ -174,7 +191,7 @@ def _ask(service: Service, path: str, bodies: Sequence[bytes], kind: str) -> lis
                 elif name == "result":
                     result = data["file"]
             if result is None:
-                raise Trouble("broke off its answer")
+                raise RetryError("broke off its answer")
             return result
 
         return await persist(service, clock, attempt)

@@ -20,7 +20,7 @@ from ...glm_core.ar.protocol import sample_to_json, written_from_text
 from ...glm_core.ar.requests import SampleRequest, Written
 from ...glm_core.data.grids import preview_grid
 from ...glm_core.errors import ServiceError
-from .service_client import JSON, Clock, ServiceClient, Trouble, persist
+from .service_client import JSON, Clock, RetryError, ServiceClient, persist
 from .service_info import Info
 from .services import Service
 
@@ -161,7 +161,7 @@ class RemoteSamples:
             elif name == "result":
                 result = data["file"]
         if result is None:
-            raise Trouble("broke off its answer")
+            raise RetryError("broke off its answer")
         written = written_from_text(result, sample.request, info.codebook)
         sample.finished(written)
         return written

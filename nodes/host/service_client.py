@@ -26,18 +26,29 @@ CONNECT_SECONDS = 10
 SILENT_SECONDS = 30  # the service sends a line every few seconds
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds before a request is sent again
 MAX_PAUSE = 30.0
+MOST_FAILURES = 3
+"""Of a service at one request, which it tells of. A replica that stops tells of one, too."""
 MAX_ANSWER_BYTES = 2**28
 MAX_LINE_BYTES = 2**25
 Result = TypeVar("Result")
 Event = tuple[str, dict[str, Any]]
 
 
-class Trouble(Exception):
-    """Why a request has to be sent again: the end of a sentence, without address and key."""
+class RetryError(Exception):
+    """Why a request has to be sent again.
 
-    def __init__(self, reason: str, pause: float | None = None) -> None:
+    Args:
+        reason: for a sentence, without address and key.
+        pause: seconds that the service asks to wait.
+        failure: of the service at this very request, which is not sent for ever.
+    """
+
+    def __init__(
+        self, reason: str, pause: float | None = None, failure: ServiceError | None = None
+    ) -> None:
         super().__init__(reason)
         self.pause = pause
+        self.failure = failure
 
 
 class Clock:
@@ -101,7 +112,7 @@ class ServiceClient:
         """The service's model.
 
         Raises:
-            Trouble: it cannot be reached, or is being replaced.
+            RetryError: it cannot be reached, or is being replaced.
             GLMImageError: it refuses the key, or is none of this version.
         """
         content = await self.content(service, "/info")
@@ -120,13 +131,13 @@ class ServiceClient:
         """The events of a stream as they come.
 
         Raises:
-            Trouble: the stream breaks.
+            RetryError: the stream breaks.
             GLMImageError: the service refuses the request, or fails at it.
         """
         async with self._open(service, "POST", path, body, kind) as answer:
             async for name, data in _events(answer):
                 if name == "error":
-                    raise error_of(data) or ValueError(name)
+                    raise _failure(error_of(data)) or ValueError(name)
                 yield name, data
 
     @asynccontextmanager
@@ -160,9 +171,9 @@ class ServiceClient:
         except GLMImageError:
             raise
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            raise Trouble("cannot be reached") from None
+            raise RetryError("cannot be reached") from None
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
-            raise Trouble("broke off its answer") from None
+            raise RetryError("broke off its answer") from None
         except (ValueError, LookupError):  # an answer that is none of this protocol
             raise _stranger(service) from None
 
@@ -170,17 +181,20 @@ class ServiceClient:
 async def persist(
     service: Service, clock: Clock, attempt: Callable[[], Awaitable[Result]]
 ) -> Result:
-    """The result of an attempt that is repeated after each `Trouble`.
+    """The result of an attempt that is repeated after each `RetryError`.
 
     Raises:
         GLMImageError: an attempt fails for good, or the clock passes the service's time limit.
     """
-    pauses = iter(PAUSES)
+    pauses, failures = iter(PAUSES), 0
     while True:
         try:
             return await attempt()
-        except Trouble as trouble:
-            reason, pause = str(trouble), trouble.pause
+        except RetryError as error:
+            reason, pause, failure = str(error), error.pause, error.failure
+        failures += failure is not None
+        if failures == MOST_FAILURES:
+            raise failure
         if pause is None:  # spread, as all clients of a service lose it together
             pause = next(pauses, PAUSES[-1]) * random.uniform(0.7, 1.3)
         if clock.seconds + pause > service.time_limit:
@@ -224,10 +238,17 @@ def _refusal(service: Service, answer: Any, content: bytes) -> Exception:
         )
     said = said_error(content)
     if answer.status == 503:
-        return Trouble("is full or being replaced", _seconds(answer.headers.get("Retry-After")))
+        return RetryError("is full or being replaced", _seconds(answer.headers.get("Retry-After")))
     if answer.status in (408, 502, 504) or (answer.status == 500 and said is None):
-        return Trouble("is being replaced")
-    return said or _stranger(service)
+        return RetryError("is being replaced")
+    return _failure(said) if answer.status == 500 else said or _stranger(service)
+
+
+def _failure(said: GLMImageError | None) -> Exception | None:
+    """What a service tells of: an error of its own is worth another try."""
+    if isinstance(said, ServiceError):
+        return RetryError("fails", failure=said)
+    return said
 
 
 def _stranger(service: Service) -> ServiceError:
