@@ -97,26 +97,34 @@ class RemoteAR(AnyAR):
         sets: Sequence[Sequence[Tensor] | None],
         grids: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        own = {"codebook": self.codebook, "height": size[0], "width": size[1]}
+        samples = len(next(iter(grids.values())))
         bodies = []
-        for i, references in enumerate(sets):
-            part = {kind: grid[i :: len(sets)] for kind, grid in grids.items()}
-            preview, tokens = part.get(protocol.PREVIEW), part.get(protocol.TOKENS)
-            request = ScoreRequest(
-                prompt,
-                against,
-                None if tokens is None else SemanticTokens(tokens, **own),
-                None if preview is None else Layout(preview, preview[0] < 0, **own),
-                tuple(references or ()),
-            )
+        for i in range(samples):  # one request an image, as a service bounds them
+            image = {kind: grid[i : i + 1] for kind, grid in grids.items()}
+            request = self._score_request(prompt, against, size, sets[i % len(sets)], image)
             data = protocol.score_to_json(request, self.codebook)
             bodies.append(json.dumps(data).encode())
-        scored = {kind: torch.empty(grid.shape) for kind, grid in grids.items()}
-        for i, text in enumerate(_ask(self.service, SCORES, bodies, JSON)):
-            answer = protocol.tensors_from_text(text, "The service's file of scores")
-            for kind, ratios in scored.items():
-                ratios[i :: len(sets)] = answer[kind]
-        return scored
+        texts = _ask(self.service, SCORES, bodies, JSON)
+        answers = [protocol.tensors_from_text(text, "The service's scores") for text in texts]
+        return {kind: torch.cat([answer[kind] for answer in answers]) for kind in grids}
+
+    def _score_request(
+        self,
+        prompt: str,
+        against: str,
+        size: Size,
+        references: Sequence[Tensor] | None,
+        grids: dict[str, Tensor],
+    ) -> ScoreRequest:
+        own = {"codebook": self.codebook, "height": size[0], "width": size[1]}
+        preview, tokens = grids.get(protocol.PREVIEW), grids.get(protocol.TOKENS)
+        return ScoreRequest(
+            prompt,
+            against,
+            None if tokens is None else SemanticTokens(tokens, **own),
+            None if preview is None else Layout(preview, preview[0] < 0, **own),
+            tuple(references or ()),
+        )
 
 
 class RemoteVision:

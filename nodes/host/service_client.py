@@ -4,6 +4,7 @@ A request is asked again until it succeeds: its answer depends on the request an
 """
 
 import asyncio
+import atexit
 import concurrent.futures
 import json
 import random
@@ -86,9 +87,11 @@ class ServiceClient:
         import aiohttp  # ComfyUI's server has it; a quarter of a second where nothing else did
 
         # No limit: a service says itself when it is full. Cookies are not kept.
-        return aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
         )
+        atexit.register(lambda: self.start(session.close()).result(CONNECT_SECONDS))
+        return session
 
     def start(self, work: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -198,7 +201,7 @@ async def persist(
         if pause is None:  # spread, as all clients of a service lose it together
             pause = next(pauses, PAUSES[-1]) * random.uniform(0.7, 1.3)
         if clock.seconds + pause > service.time_limit:
-            raise ServiceError(
+            raise failure or ServiceError(
                 f"The AR service '{service.name}' {reason}, and for {service.time_limit:g} s no "
                 "answer came; start the service, or raise its time_limit."
             )
