@@ -16,12 +16,12 @@ from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
-from ...glm_core.ar.protocol import Info
 from ...glm_core.ar.requests import SampleRequest
 from ...glm_core.errors import GLMImageError
 from .constants import Constants, Graph, NotConstantError, Values, needed
 from .remote_samples import RemoteSamples
 from .service_client import Clock, ServiceClient, persist
+from .service_info import Info
 from .services import MAX_AHEAD, Service, find_service
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ request and by the model, so a request that differs in a letter or in its seed i
 equal one is never sent twice. A sample that nobody holds any more is cancelled.
 """
 
+import asyncio
 import json
 import math
 import threading
@@ -25,6 +26,8 @@ from .service_info import Info
 from .services import Service
 
 SAMPLES = "/v1/samples"
+IN_FLIGHT = 64
+"""Requests that are sent together, of all samples of a node."""
 KEPT = 256
 KEPT_SECONDS = 600.0
 """A sample's tokens are some kilobytes."""
@@ -94,9 +97,10 @@ class RemoteSamples:
         self, holder: Hashable, service: Service, info: Info, requests: Sequence[SampleRequest]
     ) -> list[RemoteSample]:
         """Samples that are in flight or written already, or else are asked for now."""
+        slots = asyncio.Semaphore(IN_FLIGHT)
         with self._lock:
             self._forget()
-            return [self._held(holder, service, info, request) for request in requests]
+            return [self._held(holder, service, info, request, slots) for request in requests]
 
     def release(self, holder: Hashable) -> None:
         """Cancels what nobody else holds and is not written."""
@@ -111,7 +115,12 @@ class RemoteSamples:
                     del self._samples[key]
 
     def _held(
-        self, holder: Hashable, service: Service, info: Info, request: SampleRequest
+        self,
+        holder: Hashable,
+        service: Service,
+        info: Info,
+        request: SampleRequest,
+        slots: asyncio.Semaphore,
     ) -> RemoteSample:
         data = {"samples": [sample_to_json(request, info.codebook)]}
         body = json.dumps(data, sort_keys=True).encode()
@@ -119,7 +128,7 @@ class RemoteSamples:
         sample = self._samples.get(key)
         if sample is None or sample.failed:
             sample = self._samples[key] = RemoteSample(request)
-            sample.future = self._client.start(self._write(sample, service, info, body))
+            sample.future = self._client.start(self._write(sample, service, info, body, slots))
         sample.clock.restart()
         sample.holders.add(holder)
         return sample
@@ -135,7 +144,12 @@ class RemoteSamples:
                 del self._samples[key]
 
     async def _write(
-        self, sample: RemoteSample, service: Service, info: Info, body: bytes
+        self,
+        sample: RemoteSample,
+        service: Service,
+        info: Info,
+        body: bytes,
+        slots: asyncio.Semaphore,
     ) -> Written:
         broken = False
 
@@ -149,7 +163,9 @@ class RemoteSamples:
             broken = True
             return await self._stream(sample, service, info, body)
 
-        return await persist(service, sample.clock, attempt)
+        async with slots:
+            sample.clock.restart()
+            return await persist(service, sample.clock, attempt)
 
     async def _stream(
         self, sample: RemoteSample, service: Service, info: Info, body: bytes
