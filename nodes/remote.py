@@ -1,38 +1,22 @@
 """The AR model of a service in place of one on this machine."""
 
+from collections.abc import Callable
 from functools import partial
 
 from comfy_api.latest import io
 
 from ..glm_core.ar.requests import SampleRequest
-from ..glm_core.ar.step import SamplingOptions
 from .host.ahead import Ahead
+from .host.ar_interface import AnyAR
 from .host.constants import Values
-from .host.remote_ar import CLIENT, SAMPLES, connect, identity_of
-from .host.requests import requests_of
+from .host.lists import entries_of
+from .host.remote_ar import connect, identity_of
 from .host.services import find_service, service_names
 from .inputs import validate
 from .join import PromptLines
 from .node import Node, require_input
-from .semantic import SampleLayout, SampleTokens
+from .semantic import SampleLayout, SampleTokens, layout_requests, token_requests
 from .types import AR, CATEGORY
-
-USED = {
-    "prompt",
-    "width",
-    "height",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "batch_size",
-    "lookahead",
-    "layout",
-    "references",
-    "tokens",
-    "mask",
-}
-"""What of a sampler's inputs a request depends on."""
 
 
 class RemoteAR(Node):
@@ -78,31 +62,28 @@ def watch_queue() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         samplers = {
-            "GLMImageSampleTokens": partial(_requests, SampleTokens, "tokens"),
-            "GLMImageSampleLayout": partial(_requests, SampleLayout, "layout"),
+            "GLMImageSampleTokens": partial(_requests, SampleTokens, token_requests),
+            "GLMImageSampleLayout": partial(_requests, SampleLayout, layout_requests),
         }
-        givers = {"GLMImagePromptLines": _prompt_lines}
-        ahead = Ahead(server.prompt_queue, CLIENT, SAMPLES, samplers, givers)
+        ahead = Ahead(server.prompt_queue, samplers, {"GLMImagePromptLines": _prompt_lines})
         server.add_on_prompt_handler(ahead.on_prompt)
 
 
-def _requests(node: type[Node], kind: str, values: Values, codebook: int) -> list[SampleRequest]:
-    """What the node will ask for, if its inputs are what it can use.
+def _requests(
+    node: type[Node], entry_requests: Callable[..., list[SampleRequest]], values: Values, ar: AnyAR
+) -> list[SampleRequest]:
+    """What a sampler will ask for.
 
     Raises:
-        GLMImageError: they are not.
+        GLMImageError: an input is none that it can use.
     """
-    values = {name: given for name, given in values.items() if name in USED}
+    inputs = {"ar": [ar]}
     for given in node.define_schema().inputs:
-        for value in values.get(given.id, ()):
-            require_input(given, value)
-    requests = []
-    for i in range(max(map(len, values.values()))):
-        one = {name: given[min(i, len(given) - 1)] for name, given in values.items()}
-        one = {name: value for name, value in one.items() if value is not None}
-        options = SamplingOptions(*(one.pop(name) for name in ("temperature", "top_p", "top_k")))
-        requests += requests_of(codebook, options=options, kind=kind, **one)
-    return requests
+        if given.id in values and given.id != "rows":
+            inputs[given.id] = values[given.id]
+            for value in values[given.id]:
+                require_input(given, value)
+    return [one for entry in entries_of(inputs) for one in entry_requests(**entry)]
 
 
 def _prompt_lines(values: Values) -> list[str]:

@@ -8,31 +8,29 @@ they are known, and gives up those whose prompt has left the queue.
 
 import asyncio
 import heapq
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
 from ...glm_core.ar.requests import SampleRequest
 from ...glm_core.errors import GLMImageError
+from .ar_interface import AnyAR
 from .constants import Constants, Graph, NotConstantError, Values, needed
-from .remote_samples import RemoteSamples
-from .service_client import Clock, ServiceClient, persist
-from .service_info import Info
+from .remote_ar import CLIENT, SAMPLES, RemoteAR
+from .service_client import Clock, persist
 from .services import MAX_AHEAD, Service, find_service
-
-log = logging.getLogger(__name__)
 
 REMOTE_AR = "GLMImageRemoteAR"
 POLL_SECONDS = 0.25
 LINGER_SECONDS = 60.0
 """After a prompt came in: how long its checks may take before it stands in the queue."""
 
-Requests = Callable[[Values, int], list[SampleRequest]]
-"""The requests of a sampler, from the lists of its inputs and the codebook."""
+Requests = Callable[[Values, AnyAR], list[SampleRequest]]
+"""The requests of a sampler, from the lists of its other inputs and the AR model."""
 
 
 class Ahead:
@@ -46,14 +44,10 @@ class Ahead:
     def __init__(
         self,
         queue: Any,
-        client: ServiceClient,
-        samples: RemoteSamples,
         samplers: Mapping[str, Requests],
         givers: Mapping[str, Callable[[Values], list[Any]]],
     ) -> None:
         self._queue = queue
-        self._client = client
-        self._samples = samples
         self._samplers = samplers
         self._givers = givers
         self._tasks: dict[str, asyncio.Task[None] | None] = {}
@@ -68,7 +62,7 @@ class Ahead:
             isinstance(node, dict) and node.get("class_type") == REMOTE_AR
             for node in graph.values()
         ):
-            self._client.soon(self._wake)
+            CLIENT.soon(self._wake)
         return data
 
     # ---- in the thread of the requests ----
@@ -91,7 +85,7 @@ class Ahead:
             task = self._tasks.pop(prompt_id)
             if task is not None:
                 task.cancel()
-                self._samples.release(prompt_id)
+                SAMPLES.release(prompt_id)
 
     def _consider(self, place: int, prompt_id: str, graph: Graph, outputs: list[str]) -> None:
         """Begins to ask for a prompt's samples, unless so many prompts wait before it."""
@@ -121,10 +115,7 @@ class Ahead:
         for node_id, service in samplers.items():
             with suppress(NotConstantError, GLMImageError):
                 values = constants.inputs(node_id, frozenset({"ar"}))
-                info = await self._info(service)
-                requests = self._samplers[graph[node_id]["class_type"]](values, info.codebook)
-                self._samples.hold(prompt_id, service, info, requests)
-                log.debug("%d samples of a queued prompt are asked for.", len(requests))
-
-    async def _info(self, service: Service) -> Info:
-        return await persist(service, Clock(), lambda: self._client.info(service))
+                ask_info = partial(CLIENT.info, service)
+                ar = RemoteAR(service, await persist(service, Clock(), ask_info))
+                requests = self._samplers[graph[node_id]["class_type"]](values, ar)
+                SAMPLES.hold(prompt_id, service, ar.info, requests)

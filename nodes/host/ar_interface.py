@@ -31,6 +31,8 @@ class Palette(Protocol):
 class AnyAR(ABC):
     """An AR model on a graph."""
 
+    has_rows = False
+    """Whether it writes samples in rows of its own, whatever a node's `rows` is."""
     vision: Vision
     palette: Palette
     patcher: Any

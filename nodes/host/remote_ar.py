@@ -62,6 +62,8 @@ def identity_of(name: str | None) -> str:
 class RemoteAR(AnyAR):
     """The same tokens as of a HostAR of that checkpoint and as many rows."""
 
+    has_rows = True
+
     def __init__(self, service: Service, info: Info) -> None:
         self.service = service
         self.info = info

@@ -79,7 +79,10 @@ def requests_of(
 
 
 def tokens_of(
-    requests: Sequence[SampleRequest], written: Sequence[Written], codebook: int
+    requests: Sequence[SampleRequest],
+    written: Sequence[Written],
+    codebook: int,
+    palette: Tensor | None = None,
 ) -> SemanticTokens:
     """The tokens of one node's samples, with a note of how they were made."""
     first = requests[0]
@@ -87,11 +90,14 @@ def tokens_of(
     if first.large is not None:
         info["forced"] = format_cells(first.large.mask)
     tokens = torch.stack([one.tokens for one in written])
-    return SemanticTokens(tokens, codebook, first.height, first.width, info)
+    return SemanticTokens(tokens, codebook, first.height, first.width, info, palette)
 
 
 def layout_of(
-    requests: Sequence[SampleRequest], written: Sequence[Written], codebook: int
+    requests: Sequence[SampleRequest],
+    written: Sequence[Written],
+    codebook: int,
+    palette: Tensor | None = None,
 ) -> Layout:
     """The previews of one node's samples, with the locks of the layout that was given, if any."""
     first = requests[0]
@@ -99,7 +105,7 @@ def layout_of(
     locked = torch.zeros(previews.shape[1:], dtype=torch.bool)
     if first.preview is not None:
         locked = first.preview.mask
-    return Layout(previews, locked, codebook, first.height, first.width)
+    return Layout(previews, locked, codebook, first.height, first.width, palette)
 
 
 def _of_sample(forced: Forced | None, i: int) -> Forced | None:
@@ -112,7 +118,7 @@ def _require_region(
     if (tokens is None) != (mask is None):
         raise InputError(
             "tokens and mask belong together: connect both to draw part of an image anew, or "
-            "neither."
+            "write cells in place of the mask; else connect neither."
         )
     if tokens is not None:
         require_tokens_fit(tokens, codebook, height, width)

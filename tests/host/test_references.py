@@ -14,7 +14,7 @@ from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import decoder as decoder_module
 from glm_image.nodes.host import reference_cache
 from glm_image.nodes.host.cache_patcher import make_cache_patcher
-from helpers import relative_error, same, stages
+from helpers import relative_error, same, sampled, stages
 from reference import SHAPES
 from torch import Tensor
 
@@ -318,7 +318,8 @@ def test_references_of_another_codebook_are_refused(nodes, run, images) -> None:
 
 
 def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
-    tokens, layout = nodes["GLMImageEncodeTokens"].execute(run.ar, images[1], 160, 96).result
+    tokens, layout, *size = nodes["GLMImageEncodeTokens"].execute(run.ar, images[1], 160, 96).result
+    assert size == [160, 96]
     assert tuple(tokens.tokens.shape) == (1, 3, 5)
     assert tuple(layout.preview.shape[1:]) == (12, 20)
     assert not layout.locked.any()
@@ -326,11 +327,9 @@ def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
 
 
 def sample(nodes, run, references, *, seed=7, batch=1, **more):
-    execute = nodes["GLMImageSampleTokens"].execute
     height, width = SIZE
-    return execute(
-        run.ar, PROMPT, width, height, seed, 0.9, 0.75, 0, batch, references=references, **more
-    ).result
+    values = run.ar, PROMPT, width, height, seed, 0.9, 0.75, 0, batch
+    return sampled(nodes["GLMImageSampleTokens"], *values, references=references, **more)
 
 
 def test_tokens_are_written_from_the_references(nodes, run, images) -> None:
