@@ -51,8 +51,8 @@ def application(arguments: Mapping[str, Any]) -> Any:
     """
     from ray import serve
 
+    from .keys import digest
     from .replica import Replica
-    from .web import digest
 
     settings = Settings(**_known(arguments))
     key = os.environ.get(KEY)
