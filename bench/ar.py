@@ -13,6 +13,7 @@ from glm_core.ar.cache import BlockPass, span_of, step_mask
 from glm_core.ar.graphs import CudaGraphs
 from glm_core.ar.model import ARModel, rope_table
 from glm_core.ar.operations import attend_to_span
+from glm_core.ar.philox import batch_seeds
 from glm_core.ar.prompt import Prompt
 from glm_core.ar.replay import EagerRunner, ReplayRunner, Runner
 from glm_core.ar.sampler import SamplingRun, sample_tokens
@@ -70,7 +71,7 @@ class ARBench:
     def run(self, batch: int = 1, **how) -> SamplingRun:
         options = how.pop("options", SamplingOptions())
         how.setdefault("runner", self.runner)
-        return SamplingRun(0, batch, options, self.bench.device, self.dtype, **how)
+        return SamplingRun(batch_seeds(0, batch), options, self.bench.device, self.dtype, **how)
 
     def generate(self, grid: Grid, batch: int, cells: int, greedy: bool = False) -> Tensor:
         """Tokens int64 [batch, cells] of `transformers.generate`, limited to semantic tokens."""

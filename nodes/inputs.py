@@ -1,4 +1,4 @@
-"""Inputs that several nodes share, and the checks of their values."""
+"""Inputs and outputs that several nodes share, and the checks of their values."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,6 +23,18 @@ def size_inputs() -> list[io.Input]:
             "trained for 1024 to 2048. For a side between multiples take the next one, and cut the "
             "rest off with GLM-Image Crop To Size.",
         )
+        for side in ("width", "height")
+    ]
+
+
+def size_outputs(of: str) -> list[io.Output]:
+    """Width and height of a picture in pixels.
+
+    Args:
+        of: whose they are, such as "the resized image".
+    """
+    return [
+        io.Int.Output(display_name=side, tooltip=f"{side.capitalize()} of {of}.")
         for side in ("width", "height")
     ]
 

@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..glm_core.data.cells import cells_or_mask
 from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
@@ -73,8 +74,8 @@ class ComposeLayouts(Node):
             node_id="GLMImageComposeLayouts",
             display_name="GLM-Image Compose Layouts",
             category=SUBCATEGORY,
-            description="Pastes one layout, or the part of it under a mask, into another. Both "
-            "keep their locks; connect Lock Layout after it to lock the result.",
+            description="Pastes one layout, or the part of it that cells or a mask name, into "
+            "another. Both keep their locks; connect Lock Layout after it to lock the result.",
             inputs=[
                 Layout.Input("base", tooltip="The layout to paste into. The result has its size."),
                 Layout.Input("source", tooltip="The layout to take cells from."),
@@ -98,6 +99,14 @@ class ComposeLayouts(Node):
                     optional=True,
                     tooltip="The part of the source to paste. Unconnected: all of it.",
                 ),
+                io.String.Input(
+                    "cells",
+                    default="",
+                    optional=True,
+                    tooltip="The part of the source to paste, in place of mask: rows:columns of "
+                    "its preview, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * "
+                    "is all. Empty: the mask.",
+                ),
             ],
             outputs=[Layout.Output(display_name="layout")],
         )
@@ -110,8 +119,10 @@ class ComposeLayouts(Node):
         row: int,
         column: int,
         mask: torch.Tensor | None = None,
+        cells: str = "",
     ) -> io.NodeOutput:
-        return io.NodeOutput(compose(base, source, row, column, mask))
+        chosen = cells_or_mask(cells, mask, tuple(source.locked.shape))
+        return io.NodeOutput(compose(base, source, row, column, chosen))
 
 
 class LayoutToTokens(Node):

@@ -11,7 +11,7 @@ from .host.ar import HostAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
-from .inputs import check_choices, require_choices, size_inputs, vision_input
+from .inputs import check_choices, require_choices, size_inputs, size_outputs, vision_input
 from .messages import message, warning
 from .node import Node
 from .types import CATEGORY, Layout, ReferenceCache, References, Tokens
@@ -51,8 +51,7 @@ class EncodeReference(Node):
             ],
             outputs=[
                 References.Output(display_name="references"),
-                io.Int.Output(display_name="width", tooltip="Width of the resized image."),
-                io.Int.Output(display_name="height", tooltip="Height of the resized image."),
+                *size_outputs("the resized image"),
             ],
         )
 
@@ -143,10 +142,14 @@ class EncodeTokens(Node):
                 ),
                 *size_inputs(),
             ],
-            outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
+            outputs=[
+                Tokens.Output(display_name="tokens"),
+                Layout.Output(display_name="layout"),
+                *size_outputs("the tokens' images"),
+            ],
         )
 
     @classmethod
     def execute(cls, ar: HostAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
         encoded = encode_tokens(ar, image, height, width)
-        return io.NodeOutput(*encoded, ui=warning(size_advice(height, width)))
+        return io.NodeOutput(*encoded, width, height, ui=warning(size_advice(height, width)))

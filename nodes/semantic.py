@@ -5,11 +5,13 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.ar.step import SamplingOptions
+from ..glm_core.data.cells import cells_or_mask
 from ..glm_core.data.grids import size_advice
 from ..glm_core.data.layout import require_one_origin
 from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
+from ..glm_core.errors import InputError, shown
 from .host.ar import HostAR
 from .inputs import seed_input, size_inputs
 from .messages import warning
@@ -47,8 +49,8 @@ class SampleTokens(Node):
                 Tokens.Input(
                     "tokens",
                     optional=True,
-                    tooltip="Tokens of a finished image, to redraw what the mask covers. Connect "
-                    "its locked layout too, or the preview is also drawn anew.",
+                    tooltip="Tokens of a finished image, to redraw what mask or cells name. "
+                    "Connect its locked layout too, or the preview is also drawn anew.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -57,6 +59,14 @@ class SampleTokens(Node):
                     "when at least half of it is.",
                 ),
                 _lookahead_input(),
+                io.String.Input(
+                    "cells",
+                    default="",
+                    optional=True,
+                    tooltip="The region of tokens to redraw, in place of mask: rows:columns of 32 "
+                    "pixels, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * is "
+                    "all. Empty: the mask.",
+                ),
             ],
             outputs=[
                 Tokens.Output(display_name="tokens"),
@@ -81,7 +91,9 @@ class SampleTokens(Node):
         tokens: SemanticTokens | None = None,
         mask: torch.Tensor | None = None,
         lookahead: int = 1,
+        cells: str = "",
     ) -> io.NodeOutput:
+        mask = _region(cells, mask, tokens)
         options = SamplingOptions(temperature, top_p, top_k)
         request = (prompt, height, width, seed, batch_size, options)
         extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
@@ -137,6 +149,24 @@ class SampleLayout(Node):
             prompt, height, width, seed, batch_size, options, layout=layout, lookahead=lookahead
         )
         return io.NodeOutput(sampled, ui=warning(size_advice(height, width)))
+
+
+def _region(
+    cells: str, mask: torch.Tensor | None, tokens: SemanticTokens | None
+) -> torch.Tensor | None:
+    """The region of tokens to redraw, as a mask.
+
+    Raises:
+        GLMImageError: there are cells and no tokens, or the cells do not fit the tokens' grid.
+    """
+    if tokens is None:
+        if cells.strip():
+            raise InputError(
+                f"cells is '{shown(cells.strip())}' and no tokens are connected: connect the "
+                "tokens to redraw a part of, or empty cells."
+            )
+        return mask
+    return cells_or_mask(cells, mask, tuple(tokens.tokens.shape[1:]))
 
 
 def _sampling_inputs() -> list[io.Input]:

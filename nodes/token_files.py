@@ -4,6 +4,7 @@ import hashlib
 import os
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -14,7 +15,7 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import FileError, InputError, shown
 from .host.paths import spellings
-from .inputs import validate
+from .inputs import size_outputs, validate
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
@@ -87,7 +88,16 @@ class LoadTokens(Node):
                     tooltip="A file saved by GLM-Image Save Tokens.",
                 )
             ],
-            outputs=[Tokens.Output(display_name="tokens"), Layout.Output(display_name="layout")],
+            outputs=[
+                Tokens.Output(display_name="tokens"),
+                Layout.Output(display_name="layout"),
+                *size_outputs("the tokens' images"),
+                io.String.Output(
+                    display_name="prompt",
+                    tooltip="The prompt that the tokens were written for; empty where the file "
+                    "names none.",
+                ),
+            ],
         )
 
     @classmethod
@@ -105,7 +115,19 @@ class LoadTokens(Node):
     def execute(cls, file: str) -> io.NodeOutput:
         tokens, layout = load_tokens(_find(file))
         no_layout = f"{file} holds no layout; connect a layout to Save Tokens to save it as well."
-        return io.NodeOutput(tokens, layout or ExecutionBlocker(no_layout))
+        return io.NodeOutput(
+            tokens,
+            layout or ExecutionBlocker(no_layout),
+            tokens.width,
+            tokens.height,
+            _prompt(tokens.info),
+        )
+
+
+def _prompt(info: dict[str, Any]) -> str:
+    """The prompt in a file's metadata; empty where there is none, or something else."""
+    prompt = info.get("prompt")
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _token_files() -> list[str]:

@@ -99,7 +99,7 @@ def agreement(reference: Tensor, other: Tensor) -> Agreement:
     p, q = reference.log_softmax(-1), other.log_softmax(-1)
     length, codebook = reference.shape
     columns = torch.arange(length, device=reference.device)
-    noise = gumbel(sample_keys(0, 1, reference.device), 0, 0, columns, codebook)[0]
+    noise = gumbel(sample_keys((0,), reference.device), 0, 0, columns, codebook)[0]
 
     def share_alike(options: SamplingOptions, noise: Tensor | None) -> float:
         drawn = (gumbel_max(logits, noise, options) for logits in (reference, other))

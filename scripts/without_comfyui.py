@@ -53,7 +53,7 @@ class TextToImage:
         tokenizer = PromptTokenizer(files.tokenizer, files.tokenizer_config, files.chat_template)
         grid = token_grid(*self.size)
         prompt = tokenizer.text_to_image(self.prompt, grid)
-        run = SamplingRun(self.seed, 1, SamplingOptions(), self.device, self.dtype)
+        run = SamplingRun((self.seed,), SamplingOptions(), self.device, self.dtype)
         tokens, _preview = sample_tokens(model, prompt, grid, run)
         return tokens  # [1, height / 32, width / 32]
 

@@ -47,10 +47,20 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(data.nbytes for data in self._data)
 
-    def copy_prefix(self, other: "KVCache", length: int) -> None:
-        """Copy the first `length` positions of `other`, whose batch is the same or 1."""
+    def copy_prefix(
+        self,
+        other: "KVCache",
+        length: int,
+        rows: Sequence[int] | slice = slice(None),
+        start: int = 0,
+    ) -> None:
+        """Copy the first `length` positions of `other` to those from `start` on, for some samples.
+
+        Args:
+            other: its batch is the number of `rows`, or 1.
+        """
         for mine, theirs in zip(self._data, other._data, strict=True):
-            mine[..., :length, :] = theirs[..., :length, :]
+            mine[:, :, rows, :, start : start + length] = theirs[..., :length, :]
 
 
 class AttentionPass(Protocol):
@@ -67,13 +77,18 @@ class AttentionPass(Protocol):
 
 
 class BlockPass:
-    """Ids after `start` positions of a sequence; each attends to itself and all before it."""
+    """Ids after `start` positions of a sequence; each attends to itself and all before it.
+
+    Args:
+        first: int64 [B], the first position that a sample sees; None if it is 0 for all.
+    """
 
     operations = PLAIN
 
-    def __init__(self, cache: KVCache, start: int) -> None:
+    def __init__(self, cache: KVCache, start: int, first: Tensor | None = None) -> None:
         self.cache = cache
         self.start = start
+        self.first = first
         self._mask: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
@@ -91,21 +106,25 @@ class BlockPass:
             keys,
             values,
             attn_mask=self._causal(length, q.device),
-            is_causal=self.start == 0 and length > 1,
+            is_causal=self.start == 0 and length > 1 and self.first is None,
         )
         return out.transpose(1, 2).flatten(2)
 
     def to(self, device: torch.device) -> "BlockPass":
         """The mask is made anew on the device."""
-        return BlockPass(self.cache, self.start)
+        return BlockPass(self.cache, self.start, moved(self.first, device))
 
     def _causal(self, length: int, device: torch.device) -> Tensor | None:
-        """bool [L, start + L], made once a pass; a block at the start of a sequence needs none."""
-        if self.start == 0 or length == 1:
+        """bool [L, start + L], or [B, 1, L, start + L] where samples begin at positions of their
+        own; made once a pass. A block at the start of a sequence needs none.
+        """
+        if self.first is None and (self.start == 0 or length == 1):
             return None
         if self._mask is None:
             ones = torch.ones(length, self.start + length, dtype=torch.bool, device=device)
             self._mask = ones.tril(self.start)
+            if self.first is not None:
+                self._mask = (self._mask & ~_before(self.first, ones.shape[1])).unsqueeze(1)
         return self._mask
 
 
@@ -115,35 +134,53 @@ class StepPass:
 
     Args:
         position: int64 [L], of ids that follow each other.
-        mask: 0 or -inf in the model's dtype, [L * heads / kv_heads, span], see `step_mask`.
+        mask: 0 or -inf in the model's dtype, see `step_mask`.
+        first: int64 [B], the first position that a sample sees; None if it is 0 for all.
     """
 
     cache: KVCache
     position: Tensor
     mask: Tensor
     operations: Operations = PLAIN
+    first: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         cache = self.cache.layers[layer]
         q = self.operations.rotate_write(q, k, v, rotation, cache, self.position)
         keys, values = cache[..., : self.mask.shape[-1], :]
-        return self.operations.attend(q, keys, values, self.mask, self.position)
+        return self.operations.attend(q, keys, values, self.mask, self.position, self.first)
 
     def to(self, device: torch.device) -> "StepPass":
         """The plain operations: others are for models that are on one device."""
-        return StepPass(self.cache, self.position.to(device), self.mask.to(device))
+        first = moved(self.first, device)
+        return StepPass(self.cache, self.position.to(device), self.mask.to(device), first=first)
 
 
-def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:
+def step_mask(
+    position: Tensor, sharing: int, span: int, dtype: torch.dtype, first: Tensor | None = None
+) -> Tensor:
     """The mask of ids at `position`, int64 [L], over `span` positions: [L * sharing, span].
 
     Args:
         sharing: how many heads share keys; each id has so many queries.
+        first: int64 [B], the first position that a sample sees. With it each sample has a mask,
+            [B, 1, L * sharing, span].
     """
     unseen = torch.arange(span, device=position.device) > position[:, None]
+    if first is not None:
+        unseen = (unseen | _before(first, span)).unsqueeze(1)
     mask = torch.zeros(unseen.shape, dtype=dtype, device=position.device)
     mask.masked_fill_(unseen, -torch.inf)
-    return mask.unsqueeze(1).expand(-1, sharing, -1).flatten(0, 1)
+    return mask.unsqueeze(-2).expand(*mask.shape[:-1], sharing, -1).flatten(-3, -2)
+
+
+def _before(first: Tensor, span: int) -> Tensor:
+    """bool [B, 1, span]: the positions before the first that a sample sees."""
+    return torch.arange(span, device=first.device) < first[:, None, None]
+
+
+def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def span_of(positions: int) -> int:

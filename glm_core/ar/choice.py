@@ -162,6 +162,7 @@ class StepChoice:
                 f"batch {shape.batch}",
                 f"cells {shape.width}",
                 f"positions {shape.length}",
+                *(["padded"] if shape.padded else []),
                 f"kernels {VERSION}: {' '.join(found)}",
             ]
         )

@@ -180,7 +180,8 @@ class ARModel(nn.Module):
 
         Args:
             ids: int64 [B, L], with the cache's batch size.
-            rope: [2, L, head_dim], the `rope_table` of these ids.
+            rope: [2, L, head_dim], the `rope_table` of these ids, or one for each sample,
+                [B, 2, L, head_dim].
             attention: the cache, in `dtype`, and the positions of these ids in it.
             dtype: what to compute in; weights may be stored in another.
             tail: after how many of the last ids to return logits.

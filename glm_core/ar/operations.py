@@ -18,7 +18,8 @@ from ..fallbacks import index_copy_
 class Rotation(NamedTuple):
     """A `model.rope_table` as layers take it.
 
-    cos, sin: cosines and signed sines, each [L, 1, head_dim].
+    cos, sin: cosines and signed sines, each [L, 1, head_dim], or [B, L, 1, head_dim] where samples
+        have positions of their own.
     width: how many features of a head are rotated.
     """
 
@@ -28,7 +29,8 @@ class Rotation(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor, width: int) -> "Rotation":
-        cos, sin = table.unsqueeze(2)
+        """table: [2, L, head_dim], or one for each sample, [B, 2, L, head_dim]."""
+        cos, sin = table.unsqueeze(-2).unbind(-4)
         return cls(cos, sin, width)
 
 
@@ -83,13 +85,22 @@ def rotate_write(
     return q
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    position: Tensor,
+    first: Tensor | None = None,
+) -> Tensor:
     """The attention of a step over the span of its cache.
 
     Args:
         q: [B, L, heads, D]; keys, values: [B, kv_heads, span, D].
-        mask: see `cache.step_mask`.
+        mask: see `cache.step_mask`. It says what `position` and `first` say; a kernel may go by
+            those.
         position: int64 [L], of the ids that ask; each sees all positions up to its own.
+        first: int64 [B], the first position that a sample sees; None if it is 0 for all.
 
     Returns:
         [B, L, heads * D]
@@ -99,7 +110,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, position: Tens
 
 
 def attend_by_products(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, position: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    position: Tensor,
+    first: Tensor | None = None,
 ) -> Tensor:
     """`attend` as two products and a softmax; in bf16 every score is rounded."""
     grouped = _grouped(q, keys.shape[1])

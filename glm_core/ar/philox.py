@@ -5,6 +5,8 @@ tensor operations on 32-bit words in int64, which are exact on every device and 
 a graph.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -35,9 +37,13 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def sample_keys(seed: int, batch: int, device: torch.device) -> Tensor:
-    """The keys of a batch: int64 [B, 2] of words. Sample i has the seed (seed + i) mod 2^64."""
-    seeds = [(seed + i) % 2**64 for i in range(batch)]
+def batch_seeds(seed: int, batch: int) -> tuple[int, ...]:
+    """The seeds of a batch's samples: (seed + i) mod 2^64."""
+    return tuple((seed + i) % 2**64 for i in range(batch))
+
+
+def sample_keys(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """The samples' keys: int64 [B, 2] of words. A seed is below 2^64."""
     return torch.tensor([[s & _WORD, s >> 32] for s in seeds], dtype=torch.int64, device=device)
 
 

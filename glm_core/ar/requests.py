@@ -1,7 +1,7 @@
 """Samples as requests: the unit of batches, lists and services, and which of them share a run."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,23 +91,30 @@ def run_key(tokenizer: PromptTokenizer, request: SampleRequest) -> Hashable:
 
     They agree in grid, kind, options and lookahead, in which cells are forced (not in their
     tokens), in whether they have references, and in the spans of the cache that their prompts take.
+    Forced cells that follow each other are read in one pass, and other cells drawn in steps; in
+    bf16 the two round differently. So where a neighbour's locks would change which is which, tokens
+    would depend on it.
 
     Raises:
         GLMImageError: the prompt is empty.
     """
-    forced = tuple(
-        None if cells is None else tuple(cells.mask.flatten().tolist())
-        for cells in (request.preview, request.large)
-    )
     return (
         request.grid,
         request.kind,
         request.options,
         request.lookahead,
-        forced,
+        _places(request.preview),
+        _places(request.large),
         bool(request.references),
         span_of(len(request.read(tokenizer))),
     )
+
+
+def _places(forced: Forced | None) -> bytes | None:
+    """Which cells are forced; None if there are none."""
+    if forced is None or not forced.mask.any():
+        return None
+    return forced.mask.numpy().tobytes()
 
 
 def shared_runs(
@@ -137,8 +144,9 @@ def write_together(
 ) -> list[Written]:
     """Write requests of one key in one run of `rows` rows.
 
-    A request's tokens do not depend on the others. In bf16 they depend on `rows`, so a step has
-    that many rows however few requests there are.
+    A request's tokens do not depend on the others. In bf16 they depend on `rows`, so a step always
+    has that many: rows without a request repeat the first one, and are left out of what comes back.
+    With one row a request is written as `sampler` writes a single sample.
 
     Args:
         requests: 1 to `rows` of them, of equal `run_key`.
@@ -152,26 +160,45 @@ def write_together(
         raise BatchError(f"There are {len(requests)} requests for a run of {rows} rows.")
     if len({run_key(tokenizer, request) for request in requests}) > 1:
         raise BatchError("Requests that differ in size, options or locks cannot share a run.")
-    return [_alone(model, tokenizer, request, how) for request in requests]
+    filled = [*requests, *[requests[0]] * (rows - len(requests))]
+    run = _run(filled, len(requests), how)
+    prompts = _prompts(tokenizer, filled)
+    prompt = prompts if rows > 1 else prompts[0]
+    one, grid = requests[0], requests[0].grid
+    preview = _together([request.preview for request in filled])
+    large = _together([request.large for request in filled])
+    tokens = previews = [None] * len(requests)
+    if one.kind == "layout":
+        previews = sample_layout(model, prompt, grid, run, preview=preview)
+    elif one.references:
+        tokens = sample_from_references(model, prompt, grid, run, large=large)
+    else:
+        tokens, previews = sample_tokens(model, prompt, grid, run, preview=preview, large=large)
+    return [Written(_stored(tokens[i]), _stored(previews[i])) for i in range(len(requests))]
 
 
-def _alone(
-    model: ARModel, tokenizer: PromptTokenizer, request: SampleRequest, how: dict[str, Any]
-) -> Written:
-    prompt = request.read(tokenizer)
-    seed = request.seed % 2**64
-    run = SamplingRun(seed, 1, request.options, lookahead=request.lookahead, **how)
-    if request.kind == "layout":
-        preview = sample_layout(model, prompt, request.grid, run, preview=request.preview)
-        return Written(None, _stored(preview[0]))
-    if request.references:
-        tokens = sample_from_references(model, prompt, request.grid, run, large=request.large)
-        return Written(_stored(tokens[0]), None)
-    tokens, preview = sample_tokens(
-        model, prompt, request.grid, run, preview=request.preview, large=request.large
-    )
-    return Written(_stored(tokens[0]), _stored(preview[0]))
+def _run(requests: Sequence[SampleRequest], shown: int, how: dict[str, Any]) -> SamplingRun:
+    """A run of these requests, of which the first `shown` are shown."""
+    seeds = [request.seed % 2**64 for request in requests]
+    run = SamplingRun(seeds, requests[0].options, lookahead=requests[0].lookahead, **how)
+    return replace(run, show=lambda grids: run.show([grid[:shown] for grid in grids]))
 
 
-def _stored(tokens: Tensor) -> Tensor:
-    return tokens.to("cpu", torch.int32)
+def _prompts(tokenizer: PromptTokenizer, requests: Sequence[SampleRequest]) -> list[Prompt]:
+    """One for each request; equal ones are one object, which the model reads once."""
+    read: dict[Hashable, Prompt] = {}
+    for request in requests:
+        if (request.prompt, request.references) not in read:
+            read[request.prompt, request.references] = request.read(tokenizer)
+    return [read[request.prompt, request.references] for request in requests]
+
+
+def _together(forced: Sequence[Forced | None]) -> Forced | None:
+    """The forced cells of all samples, which have the same mask; None if there are none."""
+    if _places(forced[0]) is None:
+        return None
+    return Forced(torch.cat([cells.values.cpu() for cells in forced]), forced[0].mask)
+
+
+def _stored(tokens: Tensor | None) -> Tensor | None:
+    return None if tokens is None else tokens.to("cpu", torch.int32)

@@ -1,12 +1,18 @@
 """Sampling semantic tokens: the preview, then the large grid, one cell after the other.
 
-A cell's draw is a Gumbel-max over the filtered candidates. Its noise depends only on the seed, the
-sample's index, the grid (0: preview, 1: large), the row and the column. The prompt, forced cells,
-guesses and the size of the batch do not change it.
+A cell's draw is a Gumbel-max over the filtered candidates. Its noise depends only on the sample's
+seed, the grid (0: preview, 1: large), the row and the column. The prompt, forced cells, guesses
+and the other samples do not change it.
+
+The samples of a run have one prompt, or each its own. Prompts of several lengths are padded at
+their beginning, so that all first cells are at one position of the cache. It is the prompt's length
+rounded up to a multiple of `cache.SPAN`, and so depends on no other sample. A prompt is read alone,
+and in a step no operation mixes samples. So a sample's tokens in bf16 depend on the number of
+samples, which chooses kernels, but not on what the others are.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +51,7 @@ class SamplingRun:
     """How to draw, where to compute, and whom to notify.
 
     Args:
-        seed: of sample 0; sample i draws with (seed + i) mod 2^64.
+        seeds: one for each sample, see `philox.batch_seeds`.
         device, dtype: where and in what to compute.
         lookahead: cells that one step of the model may write, all but the first only if they were
             guessed right, see `lookahead.py`. 1 writes one a step. The tokens are the same.
@@ -57,8 +63,7 @@ class SamplingRun:
         check_interrupt: called before every pass of the model; raises to stop.
     """
 
-    seed: int
-    batch_size: int
+    seeds: Sequence[int]
     options: SamplingOptions
     device: torch.device
     dtype: torch.dtype
@@ -73,10 +78,18 @@ class SamplingRun:
         if self.lookahead < 1:
             raise InputError(f"lookahead is {self.lookahead}: use 1 (off) or more.")
 
+    @property
+    def batch_size(self) -> int:
+        return len(self.seeds)
+
+
+Prompts = Prompt | Sequence[Prompt]
+"""One for all samples of a run, or one for each; those of one run take equal spans of the cache."""
+
 
 def sample_tokens(
     model: ARModel,
-    prompt: Prompt,
+    prompt: Prompts,
     grid: Grid,
     run: SamplingRun,
     *,
@@ -101,7 +114,7 @@ def sample_tokens(
 
 def sample_layout(
     model: ARModel,
-    prompt: Prompt,
+    prompt: Prompts,
     grid: Grid,
     run: SamplingRun,
     *,
@@ -112,7 +125,7 @@ def sample_layout(
 
 
 def sample_from_references(
-    model: ARModel, prompt: Prompt, grid: Grid, run: SamplingRun, *, large: Forced | None = None
+    model: ARModel, prompt: Prompts, grid: Grid, run: SamplingRun, *, large: Forced | None = None
 ) -> Tensor:
     """The large grid after a prompt with references, which has no preview: int64 [B, h, w].
 
@@ -158,7 +171,7 @@ class _GridPlan:
 
 
 def _write(
-    model: ARModel, prompt: Prompt, plans: list[_GridPlan], run: SamplingRun
+    model: ARModel, prompt: Prompts, plans: list[_GridPlan], run: SamplingRun
 ) -> list[Tensor]:
     """Fill the grids in order, each cell given the prompt and all cells before it.
 
@@ -186,36 +199,78 @@ def _grids(cells: Tensor, plans: list[_GridPlan]) -> list[Tensor]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class _Prompts:
+    """A run's prompts, and where in the cache they end.
+
+    rows: the samples of each prompt.
+    end: the position of the first cell.
+    padded: whether a prompt may begin after position 0.
+    """
+
+    rows: dict[Prompt, list[int]]
+    end: int
+    padded: bool
+
+    @classmethod
+    def of(cls, prompts: Prompts, batch: int) -> "_Prompts":
+        if isinstance(prompts, Prompt):
+            return cls({prompts: list(range(batch))}, len(prompts), padded=False)
+        if len(prompts) != batch:
+            raise BatchError(f"There are {len(prompts)} prompts, but {batch} samples are drawn.")
+        ends = {span_of(len(prompt)) for prompt in prompts}
+        if len(ends) > 1:
+            raise BatchError(
+                f"The prompts take {min(ends)} to {max(ends)} positions of the cache; write those "
+                "that take the same in one run."
+            )
+        rows: dict[Prompt, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows.setdefault(prompt, []).append(row)
+        return cls(rows, ends.pop(), padded=True)
+
+
 class _Writer:
-    """Writes free cells, and has the model read the prompt and the forced cells when needed."""
+    """Writes free cells, and has the model read prompts and forced cells when needed."""
 
     def __init__(
-        self, model: ARModel, prompt: Prompt, plans: list[_GridPlan], run: SamplingRun
+        self, model: ARModel, prompts: Prompts, plans: list[_GridPlan], run: SamplingRun
     ) -> None:
         self._model = model
         self._plans = plans
         self._run = run
-        self._prompt = prompt.ids[None].to(run.device)
-        self._keys = sample_keys(run.seed, run.batch_size, run.device)
+        self._prompts = _Prompts.of(prompts, run.batch_size)
+        self._keys = sample_keys(run.seeds, run.device)
         cells = torch.cat([plan.tokens(run.batch_size) for plan in plans], dim=1)
-        positions = positions_with_grids(prompt, [plan.grid for plan in plans]).to(run.device)
         shape = StepShape(
             run.batch_size,
             cells.shape[1],
             max(plan.grid[1] for plan in plans),
-            span_of(positions.shape[1] + run.lookahead - 1),
+            span_of(self._prompts.end + cells.shape[1] + run.lookahead - 1),
             run.options,
             run.device,
             run.dtype,
             run.lookahead,
+            self._prompts.padded,
         )
         self._buffers = run.runner.buffers(model, shape)
         self.tokens.copy_(cells)
-        rope = rope_table(model.config, positions, run.dtype)
-        self._buffers.rope[:, : positions.shape[1]] = rope
+        self._place_prompts()
         self._read = 0  # positions that the cache holds
         self._row_start = 0  # the first cell of the row being written
         self._operations: Operations | None = None  # chosen before the first step
+
+    def _place_prompts(self) -> None:
+        """Fill in where each sample's prompt begins, and the rotations of it and its cells."""
+        buffers, grids = self._buffers, [plan.grid for plan in self._plans]
+        for prompt, rows in self._prompts.rows.items():
+            positions = positions_with_grids(prompt, grids).to(self._run.device)
+            first = self._prompts.end - len(prompt)
+            places = slice(first, first + positions.shape[1])
+            rope = rope_table(self._model.config, positions, self._run.dtype)
+            buffers.rope[rows if self._prompts.padded else 0, :, places] = rope
+            if buffers.first is not None:
+                buffers.first[rows] = first
 
     @property
     def tokens(self) -> Tensor:
@@ -262,23 +317,35 @@ class _Writer:
 
     def _write_from(self, cell: int, column: int, remaining: int) -> int:
         """Draw a cell and those after it that were guessed right. Returns how many."""
-        buffers, prompt_length = self._buffers, self._prompt.shape[1]
-        position = prompt_length + cell - 1  # of the id before the cell
+        buffers, prompt_end = self._buffers, self._prompts.end
+        position = prompt_end + cell - 1  # of the id before the cell
         set_target(buffers, cell, column, position, remaining)
         if self._read == 0:
-            logits = prefill(self._model, self._prompt, buffers)
-            self._read = prompt_length
+            logits = self._read_prompts()
+            self._read = prompt_end
             if cell == 0:
                 draw_and_write(buffers, logits)
                 return 1
         if self._read < position:  # forced cells lie between
-            unread = range(self._read - prompt_length, cell)
+            unread = range(self._read - prompt_end, cell)
             draw_and_write(buffers, read_cells(self._model, buffers, unread, self._read))
-            self._read = prompt_length + cell
+            self._read = prompt_end + cell
             return 1
         count = self._step(span_of(position + self._run.lookahead))
         self._read += count
         return count
+
+    def _read_prompts(self) -> Tensor:
+        """Logits [B, 1, codebook] of the first cell."""
+        logits: list[Tensor] = [None] * self._run.batch_size
+        for prompt, rows in self._prompts.rows.items():
+            if 0 not in rows:  # before the first prompt it was called
+                self._run.check_interrupt()
+            ids = prompt.ids[None].to(self._run.device)
+            after = prefill(self._model, ids, self._buffers, rows, self._prompts.end)
+            for row in rows:
+                logits[row] = after
+        return torch.cat(logits)
 
     def _step(self, span: int) -> int:
         """Run one step. Returns how many cells are final after it."""

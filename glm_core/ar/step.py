@@ -6,6 +6,7 @@ same shapes and addresses and waits for nothing: it can be recorded once and rep
 `replay.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,7 @@ class StepShape:
         dtype: what to compute in.
         width: cells that a step draws; all but the first are drawn after guesses, see
             `lookahead.py`.
+        padded: whether samples have prompts of their own, see `StepBuffers.first`.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class StepShape:
     device: torch.device
     dtype: torch.dtype
     width: int = 1
+    padded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,11 @@ class StepBuffers:
 
     tokens: int64 [B, cells + width - 1], in the order in which they are written. Cells of the row
         being written that are not final hold guesses.
-    rope: [2, length, head_dim], see `model.rope_table`.
+    rope: [1, 2, length, head_dim], see `model.rope_table`; if padded, one for each sample,
+        [B, 2, length, head_dim].
+    first: int64 [B], where each sample's prompt begins in the cache: prompts of several lengths end
+        at the same position, and no sample sees the positions before its own. None if not padded:
+        the prompt begins at 0.
     noise: float32 [B, columns + width - 1, codebook], of the row being written; None if greedy.
     cell, column, position: int64 [width], of the cells to draw; `position` is that of the id
         before each.
@@ -91,6 +98,7 @@ class StepBuffers:
     remaining: Tensor
     final: Tensor
     offsets: Tensor  # 0, 1, ... width - 1
+    first: Tensor | None
 
     @classmethod
     def allocate(cls, model: ARModel, shape: StepShape) -> "StepBuffers":
@@ -102,7 +110,9 @@ class StepBuffers:
             shape,
             cache=model.new_cache(shape.batch, shape.length, **floats),
             tokens=torch.zeros(shape.batch, shape.cells + padding, **integers),
-            rope=torch.zeros(2, shape.length, config.head_dim, **floats),
+            rope=torch.zeros(
+                shape.batch if shape.padded else 1, 2, shape.length, config.head_dim, **floats
+            ),
             noise=torch.zeros(noise, device=shape.device) if shape.options.temperature else None,
             cell=torch.zeros(shape.width, **integers),
             column=torch.zeros(shape.width, **integers),
@@ -110,26 +120,35 @@ class StepBuffers:
             remaining=torch.zeros((), **integers),
             final=torch.ones((), **integers),
             offsets=torch.arange(shape.width, **integers),
+            first=torch.zeros(shape.batch, **integers) if shape.padded else None,
         )
 
 
 # ---- prefill -----------------------------------------------------------------------------------
 
 
-def prefill(model: ARModel, ids: Tensor, buffers: StepBuffers) -> Tensor:
-    """Read a prompt once for all samples.
+def prefill(
+    model: ARModel, ids: Tensor, buffers: StepBuffers, rows: Sequence[int], end: int
+) -> Tensor:
+    """Read a prompt once for all samples that have it.
+
+    It is read alone, so what it gives does not depend on the other samples.
 
     Args:
         ids: int64 [1, L].
+        rows: the samples.
+        end: the position of the first cell, which the prompt ends before.
 
     Returns:
-        Logits [B, 1, codebook] of the first cell.
+        Logits [1, 1, codebook] of the first cell.
     """
     shape, length = buffers.shape, ids.shape[1]
+    start = end - length
     cache = model.new_cache(1, length, shape.device, shape.dtype)
-    logits = model(ids, buffers.rope[:, :length], BlockPass(cache, 0), shape.dtype)
-    buffers.cache.copy_prefix(cache, length)
-    return logits.expand(shape.batch, -1, -1)
+    rope = buffers.rope[rows[0] if shape.padded else 0, :, start:end]
+    logits = model(ids, rope, BlockPass(cache, 0), shape.dtype)
+    buffers.cache.copy_prefix(cache, length, rows, start)
+    return logits
 
 
 def read_cells(model: ARModel, buffers: StepBuffers, cells: range, start: int) -> Tensor:
@@ -143,8 +162,9 @@ def read_cells(model: ARModel, buffers: StepBuffers, cells: range, start: int) -
         Logits [B, 1, codebook] of the cell after them.
     """
     ids = buffers.tokens[:, cells.start : cells.stop]
-    rope = buffers.rope[:, start : start + len(cells)]
-    return model(ids, rope, BlockPass(buffers.cache, start), buffers.shape.dtype)
+    rope = buffers.rope[:, :, start : start + len(cells)]
+    block = BlockPass(buffers.cache, start, buffers.first)
+    return model(ids, rope, block, buffers.shape.dtype)
 
 
 # ---- step --------------------------------------------------------------------------------------
@@ -201,9 +221,10 @@ def next_logits(
     """Logits [B, width, codebook] of the target cells, given the ids before them."""
     shape, config = buffers.shape, model.config
     ids = buffers.tokens.index_select(1, buffers.cell - 1)
-    rope = buffers.rope.index_select(1, buffers.position)
-    mask = step_mask(buffers.position, config.heads // config.kv_heads, span, shape.dtype)
-    attention = StepPass(buffers.cache, buffers.position, mask, operations)
+    rope = buffers.rope.index_select(2, buffers.position)
+    sharing = config.heads // config.kv_heads
+    mask = step_mask(buffers.position, sharing, span, shape.dtype, buffers.first)
+    attention = StepPass(buffers.cache, buffers.position, mask, operations, buffers.first)
     return model(ids, rope, attention, shape.dtype, shape.width)
 
 

@@ -36,6 +36,15 @@ def parse_cells(text: str, grid: Grid) -> Tensor:
     return cells
 
 
+def cells_or_mask(text: str, mask: Tensor | None, grid: Grid) -> Tensor | None:
+    """A region as a mask: the cells of a text, float [rows, columns]; of an empty one, `mask`.
+
+    Raises:
+        GLMImageError: as `parse_cells`.
+    """
+    return parse_cells(text, grid).float() if text.strip() else mask
+
+
 def format_cells(cells: Tensor) -> str:
     """The one canonical text for bool [rows, columns].
 

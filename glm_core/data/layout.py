@@ -157,7 +157,7 @@ def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, s
 def to_tokens(layout: Layout) -> SemanticTokens:
     """The previews as the tokens of small images, with 32 px per cell."""
     height, width = (side * PIXELS_PER_TOKEN for side in layout.locked.shape)
-    return SemanticTokens(layout.preview, layout.codebook, height, width)
+    return SemanticTokens(layout.preview, layout.codebook, height, width, palette=layout.palette)
 
 
 def locked_cells(layout: Layout, samples: int) -> Forced:

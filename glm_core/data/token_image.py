@@ -59,6 +59,11 @@ def hash_palette(codebook: int) -> Tensor:
     return (DARK + (1 - DARK) * points).float()
 
 
+def cell_colours(ids: Tensor, palette: Tensor) -> Tensor:
+    """The colour of each cell: ids int [...] to uint8 [..., 3]."""
+    return (255 * palette[ids.cpu().long()]).round().to(torch.uint8)
+
+
 def draw_sheet(
     tokens: Tensor,
     palette: Tensor,

@@ -1,5 +1,6 @@
 """Semantic tokens, layouts and forced cells as checked data."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class SemanticTokens:
     codebook: number of codes; every id is below it.
     height, width: of the images, in pixels.
     info: how they were made, as values of JSON.
+    palette: float32 [codebook, 3], 0 to 1: the model's colours, where the model is known.
     """
 
     tokens: Tensor
@@ -28,6 +30,7 @@ class SemanticTokens:
     height: int
     width: int
     info: dict[str, Any] = field(default_factory=dict)
+    palette: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         grid = token_grid(self.height, self.width)
@@ -41,6 +44,7 @@ class Layout:
     preview: int32 [B, ph, pw].
     locked: bool [ph, pw], the same for the whole batch.
     codebook, height, width: as in SemanticTokens; the size is the image's, not the preview's.
+    palette: as in SemanticTokens.
     """
 
     preview: Tensor
@@ -48,6 +52,7 @@ class Layout:
     codebook: int
     height: int
     width: int
+    palette: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         grid = preview_grid(token_grid(self.height, self.width))
@@ -69,6 +74,13 @@ class Forced:
 
     values: Tensor
     mask: Tensor
+
+
+def content_hashes(ids: Tensor, codebook: int) -> list[str]:
+    """A short hash of each grid of a batch [B, rows, columns]: of its shape, ids and codebook."""
+    about = f"{codebook} {list(ids.shape[1:])} ".encode()
+    grids = ids.to("cpu", torch.int32).contiguous().numpy()
+    return [hashlib.sha256(about + grid.tobytes()).hexdigest()[:12] for grid in grids]
 
 
 def _check(name: str, ids: Tensor, grid: Grid, codebook: int, height: int, width: int) -> None:

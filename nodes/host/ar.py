@@ -13,6 +13,7 @@ from torch import Tensor
 from ...glm_core.ar.cache import span_of
 from ...glm_core.ar.graphs import CudaGraphs
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
+from ...glm_core.ar.philox import batch_seeds
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
 from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
 from ...glm_core.ar.step import SamplingOptions
@@ -253,8 +254,7 @@ class HostAR:
         progress: TokenProgress,
     ) -> SamplingRun:
         return SamplingRun(
-            seed,
-            samples,
+            batch_seeds(seed, samples),
             options,
             device=self.patcher.load_device,
             dtype=self.dtype,
@@ -283,7 +283,7 @@ class HostAR:
         if (tokens is None) != (mask is None):
             raise InputError(
                 "tokens and mask belong together: connect both to draw part of an image anew, or "
-                "neither."
+                "write cells in place of the mask; else connect neither."
             )
         if tokens is not None:
             require_tokens_fit(tokens, self.config.codebook, height, width)
@@ -301,12 +301,14 @@ class HostAR:
         info = {"prompt": prompt, "seed": seed, **vars(options)}
         if forced is not None:
             info["forced"] = format_cells(forced.mask)
-        return SemanticTokens(_stored(tokens), self.config.codebook, height, width, info)
+        codebook, colours = self.config.codebook, self.palette.colours
+        return SemanticTokens(_stored(tokens), codebook, height, width, info, colours)
 
     def _layout(self, preview: Tensor, given: Layout | None, height: int, width: int) -> Layout:
         """A preview with the locks of the layout that was given, if any."""
         locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if given is None else given.locked
-        return Layout(_stored(preview), locked, self.config.codebook, height, width)
+        codebook, colours = self.config.codebook, self.palette.colours
+        return Layout(_stored(preview), locked, codebook, height, width, colours)
 
     def memory_required(self, batch: int, length: int, block: int) -> dict[torch.device, int]:
         """Bytes beside the weights, by device: the widest activations of a pass, and the KV cache

@@ -61,9 +61,10 @@ def encode_tokens(
     small = tuple(side * PIXELS_PER_TOKEN for side in preview)
     preview_tokens = ar.vision.encode(bring_to_size(images, small))
     size = {"codebook": ar.config.codebook, "height": height, "width": width}
+    colours = ar.palette.colours
     return (
-        SemanticTokens(tokens, info={"made_from": "image"}, **size),
-        Layout(preview_tokens, torch.zeros(preview, dtype=torch.bool), **size),
+        SemanticTokens(tokens, info={"made_from": "image"}, palette=colours, **size),
+        Layout(preview_tokens, torch.zeros(preview, dtype=torch.bool), palette=colours, **size),
     )
 
 

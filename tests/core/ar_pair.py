@@ -7,6 +7,7 @@ from functools import cache
 import reference
 import torch
 from glm_image.glm_core.ar.model import ARConfig, ARModel
+from glm_image.glm_core.ar.philox import batch_seeds
 from glm_image.glm_core.ar.prompt import Prompt, PromptTokenizer
 from glm_image.glm_core.ar.sampler import SamplingRun, sample_layout, sample_tokens
 from glm_image.glm_core.ar.step import SamplingOptions
@@ -54,7 +55,7 @@ DEFAULTS = SamplingOptions()
 
 
 def run(seed: int = 0, batch: int = 1, options: SamplingOptions = DEFAULTS, **how) -> SamplingRun:
-    return SamplingRun(seed, batch, options, **CPU_FLOAT32, **how)
+    return SamplingRun(batch_seeds(seed, batch), options, **CPU_FLOAT32, **how)
 
 
 @cache

@@ -13,11 +13,12 @@ from glm_core.ar.kernels import attention, norms, pointwise
 
 # The hub's sizes. Names that are in neither list are tensors in bf16.
 TYPES = {
-    "position": "*i64", "partial": "*fp32", "peaks": "*fp32", "sums": "*fp32",
+    "position": "*i64", "first": "*i64", "partial": "*fp32", "peaks": "*fp32", "sums": "*fp32",
     "after_eps": "fp32", "following_eps": "fp32", "scale": "fp32",
 } | dict.fromkeys(
     ("length", "width", "kv_heads", "span", "parts", "kind_stride", "batch_stride", "head_stride",
-     "row_stride", "key_batch", "key_head", "key_row", "value_batch", "value_head", "value_row"),
+     "row_stride", "rope_batch", "rope_row", "key_batch", "key_head", "key_row", "value_batch",
+     "value_head", "value_row"),
     "i32",
 )  # fmt: skip
 KERNELS = {
@@ -28,11 +29,11 @@ KERNELS = {
     },
     attention._attend_kernel: {
         "SHARING": 16, "ROWS": 16, "WIDTH": 128, "BLOCK": 128,
-        "PART": attention.PART["tf32"], "PRECISION": "tf32",
+        "PART": attention.PART["tf32"], "PRECISION": "tf32", "PADDED": True,
     },
     attention._merge_kernel: {
         "SHARING": 16, "WIDTH": 128, "BLOCK": 128, "PART": attention.PART["tf32"],
-        "MERGED": attention.MERGED,
+        "MERGED": attention.MERGED, "PADDED": True,
     },
 }  # fmt: skip
 

@@ -76,12 +76,13 @@ def test_gate(shape, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", HEADS)
-def test_rotate_write(sizes, dtype) -> None:
+@pytest.mark.parametrize(("sizes", "own"), [*((sizes, False) for sizes in HEADS), (HEADS[1], True)])
+def test_rotate_write(sizes, own, dtype) -> None:
+    """own: whether each sample has its own positions."""
     batch, length, heads, kv_heads, width, rotated = sizes
     q = normal(batch, length, heads, width, dtype=dtype, seed=1)
     k, v = (normal(batch, length, kv_heads, width, dtype=dtype, seed=seed) for seed in (2, 3))
-    angles = normal(length, 1, width, seed=4)
+    angles = normal(*((batch,) if own else ()), length, 1, width, seed=4)
     cos, sin = angles.cos(), angles.sin()
     cos[..., rotated:], sin[..., rotated:] = 1, 0
     rotation = Rotation(cos.to(dtype), sin.to(dtype), rotated)
@@ -122,6 +123,26 @@ def test_attend(sizes, dtype, first, name) -> None:
     attend = {**KERNELS["attend"], "products": attend_by_products}[name]
     ours = attend(q, keys, values, mask, position)
     require_equal(ours, plain.attend(q, keys, values, mask, position))
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (63, 64), (70, 130)])
+@pytest.mark.parametrize("name", ["split", "products"])
+def test_attend_sees_nothing_before_the_first_position(padding, name) -> None:
+    batch, length, heads, kv_heads, width, _ = HEADS[1]
+    layer = normal(2, batch, kv_heads, 256, width, seed=1)
+    q = normal(batch, length, heads, width, seed=2)
+    position, first = torch.arange(length) + 140, torch.tensor(padding)
+    for sample, begin in enumerate(padding):
+        layer[:, sample, :, :begin] = 1e4
+    mask = step_mask(position, heads // kv_heads, 256, torch.float32, first)
+    attend = {**KERNELS["attend"], "products": attend_by_products}[name]
+    ours = attend(q, *layer, mask, position, first)
+    require_equal(ours, plain.attend(q, *layer, mask, position, first))
+    for sample, begin in enumerate(padding):
+        alone = layer[:, sample : sample + 1, :, begin:]
+        seen = step_mask(position - begin, heads // kv_heads, 256 - begin, torch.float32)
+        expected = plain.attend(q[sample : sample + 1], *alone, seen, position - begin)
+        require_equal(ours[sample : sample + 1], expected)
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path) -> None:

@@ -1,34 +1,179 @@
-"""Requests: each is written as its single run writes it, and which of them share a run."""
+"""Requests that share a run: each is written as if it were alone, whatever the others are."""
 
+import copy
 from dataclasses import replace
 
 import pytest
+import reference
 import torch
 from ar_pair import CPU_FLOAT32, pair
-from glm_image.glm_core.ar.requests import SampleRequest, shared_runs, write_together
+from glm_image.glm_core.ar.replay import ReplayRunner
+from glm_image.glm_core.ar.requests import SampleRequest, run_key, shared_runs, write_together
 from glm_image.glm_core.ar.step import SamplingOptions
-from glm_image.glm_core.data.tokens import Forced
+from glm_image.glm_core.data.grids import preview_grid
+from glm_image.glm_core.data.tokens import UNKNOWN, Forced
 from glm_image.glm_core.errors import GLMImageError
+from tape import Recorder
 
 ONE = SampleRequest("a cat at the mat", 96, 64, 3, SamplingOptions())
+PREVIEW = preview_grid(ONE.grid)
+REFERENCES = (torch.arange(6).view(2, 3), torch.arange(9, 13).view(2, 2))
 
 
-def test_a_request_is_written_as_its_single_run():
+def locks(seed: int, free: int = 12) -> Forced:
+    """Tokens of a seed, in all cells but the same few; some of these follow each other."""
+    values = torch.randint(64, (1, *PREVIEW), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(PREVIEW, dtype=torch.bool)
+    mask.view(-1)[order[:free]] = False
+    mask[9:12, 3:6] = False
+    mask[0, 0] = False
+    return Forced(values, mask)
+
+
+LOCKED = [
+    replace(ONE, preview=locks(1)),
+    replace(ONE, preview=locks(2), seed=2**64 - 1, prompt="the heat " * 7),
+    replace(ONE, preview=locks(3), seed=0, prompt="x"),
+    replace(ONE, preview=locks(1), seed=9),
+]
+EDITS = [
+    replace(ONE, references=REFERENCES),
+    replace(ONE, references=REFERENCES[1:], seed=8, prompt="another"),
+    replace(ONE, references=REFERENCES[::-1], seed=2),
+]
+LAYOUTS = [replace(request, kind="layout") for request in LOCKED[:3]]
+GROUPS = {"locked": LOCKED, "edits": EDITS, "layouts": LAYOUTS}
+
+
+def written(requests, rows, model=None, shape="small", **how):
+    both = pair(shape)
+    model = model or both.model
+    return write_together(model, both.tokenizer, requests, rows, **{**CPU_FLOAT32, **how})
+
+
+def same(ours, expected) -> bool:
+    return all(
+        (mine is None and theirs is None) or torch.equal(mine, theirs)
+        for mine, theirs in ((ours.tokens, expected.tokens), (ours.preview, expected.preview))
+    )
+
+
+def rounded(shape="small"):
+    return copy.deepcopy(pair(shape).model).bfloat16()
+
+
+# ---- alone -------------------------------------------------------------------------------------
+
+
+def test_with_one_row_a_request_is_a_single_run():
     both = pair("small")
-    (written,) = write_together(both.model, both.tokenizer, [ONE], 1, **CPU_FLOAT32)
-    tokens, preview = both.tokens(ONE.prompt, (3, 2), seed=3)
-    assert torch.equal(written.tokens, tokens[0].int())
-    assert torch.equal(written.preview, preview[0].int())
+    (ours,) = written(LOCKED[:1], 1)
+    tokens, preview = both.tokens(ONE.prompt, ONE.grid, seed=3, preview=LOCKED[0].preview)
+    assert torch.equal(ours.tokens, tokens[0].int())
+    assert torch.equal(ours.preview, preview[0].int())
+    assert ours.tokens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize("shape", reference.SHAPES)
+def test_each_of_a_run_is_its_single_run(shape, lookahead):
+    """Prompts of several lengths, seeds, locked tokens; one row has no request."""
+    requests = [replace(request, lookahead=lookahead) for request in LOCKED]
+    together = written(requests, 5, shape=shape)
+    for request, ours in zip(requests, together, strict=True):
+        assert same(ours, written([request], 1, shape=shape)[0])
+    assert len({tuple(ours.tokens.flatten().tolist()) for ours in together}) == 4
+
+
+@pytest.mark.parametrize("requests", [EDITS, LAYOUTS], ids=["edits", "layouts"])
+def test_references_and_layouts_of_their_own(requests):
+    for request, ours in zip(requests, written(requests, 3), strict=True):
+        assert same(ours, written([request], 1)[0])
+        assert (ours.preview is None) == bool(request.references)
+        assert (ours.tokens is None) == (request.kind == "layout")
+
+
+def test_tokens_kept_of_others():
+    """Large grids with the same region to redraw."""
+    mask = torch.zeros(3, 2, dtype=torch.bool)
+    mask[1] = True
+    requests = [
+        replace(LOCKED[i], large=Forced(torch.full((1, 3, 2), 10 + i), mask)) for i in (0, 1)
+    ]
+    for i, (request, ours) in enumerate(zip(requests, written(requests, 2), strict=True)):
+        assert same(ours, written([request], 1)[0])
+        assert ours.tokens[1].tolist() == [10 + i] * 2
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_replayed_steps_write_the_same_tokens(lookahead):
+    """With recordings of steps that later prompts of other lengths replay."""
+    recorder = Recorder()
+    runner = ReplayRunner(lambda: recorder)
+    requests = [replace(request, lookahead=lookahead) for request in LOCKED]
+    for some in (requests[:2], requests[2:], requests[:1]):
+        for ours, expected in zip(written(some, 2, runner=runner), written(some, 2), strict=True):
+            assert same(ours, expected)
+    assert len(recorder.tapes) == 1  # of one span, for all prompts
+    assert recorder.tapes[0].calls
+
+
+# ---- neighbours --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "group"), [("small", "locked"), ("wide", "edits"), ("wide", "layouts")]
+)
+def test_in_bf16_a_request_does_not_depend_on_its_neighbours(shape, group, lookahead):
+    """Nor on the row that it is written in, or on rows without a request."""
+    how = {"model": rounded(shape), "shape": shape, "dtype": torch.bfloat16}
+    requests = [replace(request, lookahead=lookahead) for request in GROUPS[group]]
+    together = written(requests, 4, **how)
+    turned = written(requests[::-1], 4, **how)[::-1]
+    for request, ours, other in zip(requests, together, turned, strict=True):
+        assert same(ours, other)
+        assert same(ours, written([request], 4, **how)[0])
+
+
+def test_shown_are_the_requests_alone():
+    seen = []
+    (ours,) = written(LOCKED[:1], 3, show=seen.append)
+    assert {tuple(grid.shape for grid in grids) for grids in seen} == {
+        ((1, *PREVIEW), (1, *ONE.grid))
+    }
+    assert (seen[0][1] == UNKNOWN).all()
+    assert torch.equal(seen[-1][1][0].int(), ours.tokens)
+
+
+def test_an_interrupt_between_prompts_stops_the_run():
+    class StoppedError(Exception):
+        pass
+
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        written(LOCKED, 4, check_interrupt=interrupt)
+    assert len(calls) == 2
+
+
+# ---- who shares a run --------------------------------------------------------------------------
 
 
 def test_requests_share_runs_by_size_options_and_locks():
-    locks = Forced(torch.zeros(1, 19, 13, dtype=torch.int64), torch.eye(19, 13) > 0)
+    diagonal = Forced(torch.zeros(1, *PREVIEW, dtype=torch.int64), torch.eye(*PREVIEW) > 0)
     requests = [
         ONE,
         replace(ONE, prompt="another", seed=9),
         replace(ONE, height=64),
-        replace(ONE, preview=locks),
-        replace(ONE, preview=replace(locks, values=locks.values + 5), prompt="x"),
+        replace(ONE, preview=diagonal),
+        replace(ONE, preview=replace(diagonal, values=diagonal.values + 5), prompt="x"),
         replace(ONE, options=SamplingOptions(top_k=3)),
         replace(ONE, prompt="far " * 300),
         replace(ONE, seed=10),
@@ -36,13 +181,28 @@ def test_requests_share_runs_by_size_options_and_locks():
     tokenizer = pair("small").tokenizer
     assert shared_runs(tokenizer, requests, 16) == [[0, 1, 7], [2], [3, 4], [5], [6]]
     assert shared_runs(tokenizer, requests, 2) == [[0, 1], [7], [2], [3, 4], [5], [6]]
+    nothing = replace(ONE, preview=Forced(diagonal.values, torch.zeros(PREVIEW, dtype=torch.bool)))
+    assert run_key(tokenizer, nothing) == run_key(tokenizer, ONE)
+
+
+@pytest.mark.parametrize(
+    ("requests", "rows", "said"),
+    [
+        ([ONE] * 3, 2, "3 requests for a run of 2 rows"),
+        ([ONE, replace(ONE, height=64)], 2, "differ in size, options or locks"),
+    ],
+)
+def test_requests_that_cannot_share_a_run(requests, rows, said):
+    with pytest.raises(GLMImageError, match=said):
+        written(requests, rows)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"kind": "both"}, "'both'; use tokens or layout"),
-        ({"kind": "layout", "references": (torch.zeros(2, 2),)}, "neither tokens nor references"),
+        ({"kind": "layout", "references": REFERENCES}, "neither tokens nor references"),
+        ({"preview": locks(1), "references": REFERENCES}, "no preview to lock cells of"),
         ({"height": 50}, "64x50 pixels has no grid"),
     ],
 )

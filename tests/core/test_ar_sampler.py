@@ -91,7 +91,9 @@ def test_draws_follow_the_references_filtered_probabilities(options):
     logits = seen[100][:, 0]
     probabilities = reference_filter(logits, options).softmax(-1)[0]
     draws = 40_000
-    noise = gumbel(sample_keys(99, draws, CPU_FLOAT32["device"]), 0, 3, torch.tensor([4]), 96)[:, 0]
+    noise = gumbel(
+        sample_keys(range(99, 99 + draws), CPU_FLOAT32["device"]), 0, 3, torch.tensor([4]), 96
+    )[:, 0]
     counts = gumbel_max(logits.expand(draws, -1), noise, options).bincount(minlength=96)
     assert counts[probabilities == 0].sum() == 0
     expected = draws * probabilities.double()

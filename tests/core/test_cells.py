@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from glm_image.glm_core.data.cells import format_cells, parse_cells
+from glm_image.glm_core.data.cells import cells_or_mask, format_cells, parse_cells
+from glm_image.glm_core.data.layout import mask_to_grid
 from glm_image.glm_core.errors import GLMImageError
 
 GRID = (10, 12)
@@ -68,3 +69,11 @@ def test_any_cells_come_back() -> None:
     for share in (0.05, 0.5, 0.95):
         cells = torch.rand(GRID, generator=generator) < share
         assert torch.equal(parse_cells(format_cells(cells), GRID), cells)
+
+
+def test_cells_replace_a_mask_and_an_empty_text_leaves_it() -> None:
+    mask = torch.rand(1, 7, 5)
+    assert cells_or_mask(" ", mask, GRID) is mask
+    assert cells_or_mask("", None, GRID) is None
+    region = cells_or_mask("9:2; 0-3:0-11", mask, GRID)
+    assert torch.equal(mask_to_grid(region, GRID), parse_cells("9:2; 0-3:0-11", GRID))

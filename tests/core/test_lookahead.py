@@ -83,4 +83,4 @@ def test_a_row_is_guessed_from_above_and_from_the_preview():
 
 def test_a_window_of_no_cell_is_refused():
     with pytest.raises(GLMImageError, match="lookahead is 0"):
-        SamplingRun(0, 1, SamplingOptions(), torch.device("cpu"), torch.float32, lookahead=0)
+        SamplingRun((0,), SamplingOptions(), torch.device("cpu"), torch.float32, lookahead=0)

@@ -34,7 +34,7 @@ def test_known_answers(counter, key, answer):
 
 
 def test_noise_depends_on_candidate_column_row_and_grid():
-    keys = philox.sample_keys(0x0123456789ABCDEF, 1, CPU)
+    keys = philox.sample_keys((0x0123456789ABCDEF,), CPU)
     noise = philox.gumbel(keys, grid=1, row=5, columns=torch.tensor([9, 2]), n=11)
     assert noise.shape == (1, 2, 11)
     for cell, column in enumerate((9, 2)):
@@ -46,9 +46,9 @@ def test_noise_depends_on_candidate_column_row_and_grid():
 
 
 def test_samples_have_consecutive_seeds_that_wrap():
-    keys = philox.sample_keys(2**64 - 2, 4, CPU)
+    keys = philox.sample_keys(philox.batch_seeds(2**64 - 2, 4), CPU)
     for i, seed in enumerate((2**64 - 2, 2**64 - 1, 0, 1)):
-        assert torch.equal(keys[i : i + 1], philox.sample_keys(seed, 1, CPU))
+        assert torch.equal(keys[i : i + 1], philox.sample_keys((seed,), CPU))
     assert len({tuple(k.tolist()) for k in keys}) == 4
 
 
@@ -64,7 +64,7 @@ def test_noise_is_finite_and_distinct_at_both_ends():
 
 
 def test_noise_follows_the_gumbel_distribution():
-    keys = philox.sample_keys(7, 4, CPU)
+    keys = philox.sample_keys(range(7, 11), CPU)
     noise = philox.gumbel(keys, 0, 0, torch.arange(50), 1000).flatten().double()
     assert noise.mean().item() == pytest.approx(0.5772157, abs=0.01)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)

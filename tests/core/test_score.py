@@ -43,8 +43,11 @@ def test_likelihoods_are_those_of_the_samplers_steps(both, drawn) -> None:
     )
     buffers = StepBuffers.allocate(both.model, shape)
     buffers.tokens.copy_(cells)
-    buffers.rope[:, : positions.shape[1]] = rope_table(both.model.config, positions, torch.float32)
-    logits = [prefill(both.model, prompt.ids[None], buffers)]
+    rope = rope_table(both.model.config, positions, torch.float32)
+    buffers.rope[..., : positions.shape[1], :] = rope
+    logits = [
+        prefill(both.model, prompt.ids[None], buffers, [0, 1, 2], len(prompt)).expand(3, -1, -1)
+    ]
     for cell in range(1, cells.shape[1]):
         set_target(buffers, cell, 0, len(prompt) + cell - 1, 1)
         logits.append(next_logits(both.model, buffers, length))

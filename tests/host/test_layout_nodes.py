@@ -1,5 +1,7 @@
 """Layouts through the nodes: sampled, locked, composed, shown, and used by the sampler."""
 
+from dataclasses import replace
+
 import comfy.utils
 import pytest
 import torch
@@ -148,6 +150,46 @@ def test_tokens_of_a_batch_with_one_layout_each(run, sample):
         sample("Tokens", layout=locked, tokens=three, mask=mask)
 
 
+def test_cells_name_the_region_as_a_mask_does(run, sample):
+    """Rows 1 and 2 of columns 0 and 1, and nothing of the mask that cells replace."""
+    tokens, layout = sample("Tokens", (128, 128))
+    mask = torch.zeros(1, 4, 4)
+    mask[:, 1:3, :2] = 1
+    (locked,) = run("LockLayout", layout, "whole", 0)
+    given = {"temperature": 3.0, "tokens": tokens, "layout": locked}
+    masked, _ = sample("Tokens", (128, 128), mask=mask, **given)
+    named, _ = sample("Tokens", (128, 128), cells="1-2:0-1", mask=1 - mask, **given)
+    assert same(named.tokens, masked.tokens)
+    assert named.info["forced"] == masked.info["forced"] == "0:0-3; 1-2:2-3; 3:0-3"
+    assert not same(named.tokens, tokens.tokens)
+
+
+def test_cells_of_the_source_are_pasted(run, sample):
+    base, source = (sample("Layout", (512, 512), seed=seed)[0] for seed in (1, 2))
+    (composed,) = run("ComposeLayouts", base, source, 2, 0, torch.ones(1, 8, 8), "0-3:12-15")
+    wanted = base.preview.clone()
+    wanted[:, 2:6, 12:16] = source.preview[:, 0:4, 12:16]
+    assert same(composed.preview, wanted)
+    with pytest.raises(GLMImageError, match="names row 16, but the grid has the rows 0 to 15"):
+        run("ComposeLayouts", base, source, 0, 0, None, "16:0")
+
+
+def test_cells_that_name_no_cell_of_tokens(sample):
+    tokens, _ = sample("Tokens")
+    with pytest.raises(GLMImageError, match="names column 3, but the grid has the columns 0 to 2"):
+        sample("Tokens", tokens=tokens, cells="0:3")
+    with pytest.raises(GLMImageError, match="cells is '0:3' and no tokens are connected"):
+        sample("Tokens", cells="0:3")
+
+
+def test_a_loaded_file_says_its_size_and_prompt(nodes, run, sample):
+    tokens, _ = sample("Tokens")
+    for kept, prompt in ((tokens, PROMPT), (replace(tokens, info={"prompt": 1}), "")):
+        (saved,) = nodes["GLMImageSaveTokens"].execute(kept, "sizes/test").ui["tokens"]
+        loaded = run("LoadTokens", f"{saved['subfolder']}/{saved['filename']} [output]")
+        assert loaded[2:] == (96, 64, prompt)
+
+
 def test_tokens_and_mask_belong_together(sample):
     tokens, _ = sample("Tokens")
     for given in ({"tokens": tokens}, {"mask": torch.ones(1, 8, 8)}):
@@ -171,7 +213,7 @@ def test_locks_go_through_a_file(nodes, run, sample, tmp_path):
     (locked,) = run("LockLayout", layouts, "masked", -1, mask)
     (saved,) = nodes["GLMImageSaveTokens"].execute(tokens, "layouts/test", locked).ui["tokens"]
     name = f"{saved['subfolder']}/{saved['filename']} [output]"
-    loaded_tokens, loaded = run("LoadTokens", name)
+    loaded_tokens, loaded, *_ = run("LoadTokens", name)
     assert same(loaded_tokens.tokens, tokens.tokens)
     assert same(loaded.preview, layouts.preview)
     assert same(loaded.locked, locked.locked)
@@ -184,7 +226,7 @@ def test_a_layout_is_saved_without_its_images_tokens(nodes, run, sample):
     (locked,) = run("LockLayout", layouts, "whole", 1)
     (small,) = run("LayoutToTokens", locked)
     (saved,) = nodes["GLMImageSaveTokens"].execute(small, "layouts/alone", locked).ui["tokens"]
-    _, loaded = run("LoadTokens", f"{saved['subfolder']}/{saved['filename']} [output]")
+    loaded = run("LoadTokens", f"{saved['subfolder']}/{saved['filename']} [output]")[1]
     assert same(loaded.preview, locked.preview)
     assert loaded.locked.all()
     _, used = sample("Tokens", layout=loaded)

@@ -318,7 +318,8 @@ def test_references_of_another_codebook_are_refused(nodes, run, images) -> None:
 
 
 def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
-    tokens, layout = nodes["GLMImageEncodeTokens"].execute(run.ar, images[1], 160, 96).result
+    tokens, layout, *size = nodes["GLMImageEncodeTokens"].execute(run.ar, images[1], 160, 96).result
+    assert size == [160, 96]
     assert tuple(tokens.tokens.shape) == (1, 3, 5)
     assert tuple(layout.preview.shape[1:]) == (12, 20)
     assert not layout.locked.any()

@@ -16,7 +16,7 @@ CONTRACT = {
     "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
     "GLMImageSampleTokens": (
         "ar prompt width height seed temperature top_p top_k batch_size"
-        " [layout] [references] [tokens] [mask] [lookahead]",
+        " [layout] [references] [tokens] [mask] [lookahead] [cells]",
         "GLM_TOKENS GLM_LAYOUT",
     ),
     "GLMImageSampleLayout": (
@@ -24,12 +24,12 @@ CONTRACT = {
         "GLM_LAYOUT",
     ),
     "GLMImageLockLayout": ("layout lock batch_index [mask]", "GLM_LAYOUT"),
-    "GLMImageComposeLayouts": ("base source row column [mask]", "GLM_LAYOUT"),
+    "GLMImageComposeLayouts": ("base source row column [mask] [cells]", "GLM_LAYOUT"),
     "GLMImageLayoutToTokens": ("layout", "GLM_TOKENS"),
-    "GLMImageEncodeTokens": ("ar image width height", "GLM_TOKENS GLM_LAYOUT"),
+    "GLMImageEncodeTokens": ("ar image width height", "GLM_TOKENS GLM_LAYOUT INT INT"),
     "GLMImageShowTokens": ("[tokens] [layout] [ar] cell_size [image]", "IMAGE MASK"),
     "GLMImageSaveTokens": ("tokens filename_prefix [layout]", ""),
-    "GLMImageLoadTokens": ("file", "GLM_TOKENS GLM_LAYOUT"),
+    "GLMImageLoadTokens": ("file", "GLM_TOKENS GLM_LAYOUT INT INT STRING"),
     "GLMImageGlyphEncode": ("clip prompt [texts]", "CONDITIONING STRING"),
     "GLMImageEncodeReference": (
         "ar vae image [references] batch",
@@ -77,10 +77,10 @@ DEFAULTS = {
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
     "GLMImageLoadCheckpoint": {"weight_dtype": "default"},
     "GLMImageLoadLora": {"strength_model": 1.0, "strength_ar": 1.0},
-    "GLMImageSampleTokens": SAMPLING,
+    "GLMImageSampleTokens": SAMPLING | {"cells": ""},
     "GLMImageSampleLayout": SAMPLING,
     "GLMImageLockLayout": {"batch_index": 0},
-    "GLMImageComposeLayouts": {"row": 0, "column": 0},
+    "GLMImageComposeLayouts": {"row": 0, "column": 0, "cells": ""},
     "GLMImageShowTokens": {"cell_size": 16, "image": ""},
     "GLMImageApplyTokens": {"batch_index": -1},
     "GLMImageScheduler": {"steps": 50, "denoise": 1.0},

@@ -227,9 +227,13 @@ def test_a_region_of_tokens_is_drawn_anew_and_the_rest_is_kept(saved):
         graph.sample("Tokens", seed + 1, mask=graph.mask(left=left), **links)
         for left in (48, 0, None)
     )
-    savers = [graph.save(tokens) for tokens in (first, redone, none, whole)]
-    before, after, unchanged, all_new = (tokens.tokens for tokens, _ in saved(graph, *savers))
+    by_cells = graph.sample("Tokens", seed + 1, cells="0-7:0-3", **links)
+    savers = [graph.save(tokens) for tokens in (first, redone, none, whole, by_cells)]
+    before, after, unchanged, all_new, named = (
+        tokens.tokens for tokens, _ in saved(graph, *savers)
+    )
     assert torch.equal(after[:, :, 4:], before[:, :, 4:])
+    assert torch.equal(named, after)
     assert (after != before)[:, :, :4].float().mean() > 0.3
     assert torch.equal(unchanged, before)
     assert (all_new != before).float().mean() > 0.3
@@ -342,6 +346,12 @@ def _mask_alone(graph):
     return graph.sample("Tokens", 1, mask=graph.mask()), "tokens and mask belong together"
 
 
+def _cells_outside_the_grid(graph):
+    first = graph.sample("Tokens", 1)
+    redone = graph.sample("Tokens", 1, tokens=first, cells="0-1:3")
+    return redone, "names column 3, but the grid has the columns 0 to 2"
+
+
 def _tokens_of_another_size(graph):
     tokens = graph.sample("Tokens", 1)
     graph[tokens[0]]["inputs"]["width"] = 128
@@ -374,6 +384,7 @@ def _composed_outside(graph):
         _does_not_fit,
         _other_codebook,
         _mask_alone,
+        _cells_outside_the_grid,
         _tokens_of_another_size,
         _no_such_layout,
         _no_mask,

@@ -6,7 +6,7 @@ cache and the weights of norms, and leave products with weights to the layers.
 
 from collections.abc import Callable, Mapping
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of a kernel: choices that were made before are made again."""
 
 

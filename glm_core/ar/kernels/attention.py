@@ -3,7 +3,7 @@
 At batch 1 there are only as many independent pieces of work as key heads. So every part of the
 span is a program of its own, which leaves its maximum, its sum of exponentials and its weighted
 values; a second kernel merges them (Dao et al., "Flash-Decoding for long-context inference", 2023).
-Parts after the last visible position read nothing.
+Parts before the first visible position and after the last one read nothing.
 """
 
 import torch
@@ -20,7 +20,12 @@ LEAST_ROWS = 16
 
 
 def attend_in_parts(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, position: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    position: Tensor,
+    first: Tensor | None = None,
 ) -> Tensor:
     """`operations.attend`; it goes by the positions and does not read the mask."""
     batch, length, heads, head_dim = q.shape
@@ -33,17 +38,20 @@ def attend_in_parts(
     partial = torch.empty(groups, parts, sharing, head_dim, **floats)
     peaks = torch.empty(groups, parts, sharing, **floats)
     sums = torch.empty_like(peaks)
+    padded = first is not None
+    first = first if padded else position  # a pointer, which is not read
     _attend_kernel[(groups, parts)](
-        q, keys, values, position, partial, peaks, sums, head_dim**-0.5,
+        q, keys, values, position, first, partial, peaks, sums, head_dim**-0.5,
         *keys.stride()[:3], *values.stride()[:3], length, kv_heads, span, parts,
         SHARING=sharing, ROWS=max(LEAST_ROWS, triton.next_power_of_2(sharing)),
-        WIDTH=head_dim, BLOCK=block, PART=PART[precision], PRECISION=precision, num_warps=4,
+        WIDTH=head_dim, BLOCK=block, PART=PART[precision], PRECISION=precision, PADDED=padded,
+        num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(q)
     _merge_kernel[(groups, sharing)](
-        partial, peaks, sums, position, out, length, kv_heads,
+        partial, peaks, sums, position, first, out, length, kv_heads,
         parts, SHARING=sharing, WIDTH=head_dim, BLOCK=block, PART=PART[precision], MERGED=MERGED,
-        num_warps=4,
+        PADDED=padded, num_warps=4,
     )  # fmt: skip
     return out.view(batch, length, -1)
 
@@ -55,16 +63,19 @@ def _precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _attend_kernel(
-    q, keys, values, position, partial, peaks, sums, scale,
+    q, keys, values, position, first, partial, peaks, sums, scale,
     key_batch, key_head, key_row, value_batch, value_head, value_row,
     length, kv_heads, span, parts,
     SHARING: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     group, part = tl.program_id(0), tl.program_id(1)
     batch, kv_head = group // (length * kv_heads), group % kv_heads
     last = tl.load(position + group // kv_heads % length)
-    if part * PART <= last:
+    begin = 0
+    if PADDED:
+        begin = tl.load(first + batch)
+    if (part * PART <= last) & (part * PART + PART > begin):
         head, feature = tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (head < SHARING)[:, None] & (feature < WIDTH)[None, :]
         # Heads that share keys follow each other, so the queries of a group are one run.
@@ -72,7 +83,7 @@ def _attend_kernel(
         query = tl.load(q + at, mask=inside, other=0.0).to(tl.float32)
 
         row = part * PART + tl.arange(0, PART)
-        seen = (row <= last) & (row < span)
+        seen = (row >= begin) & (row <= last) & (row < span)
         held = seen[:, None] & (feature < WIDTH)[None, :]
         at = keys + batch * key_batch + kv_head * key_head
         key = tl.load(at + row[:, None] * key_row + feature[None, :], mask=held, other=0.0)
@@ -93,19 +104,22 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial, peaks, sums, position, out, length, kv_heads, parts,
+    partial, peaks, sums, position, first, out, length, kv_heads, parts,
     SHARING: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr, MERGED: tl.constexpr,
+    PART: tl.constexpr, MERGED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     group, head = tl.program_id(0), tl.program_id(1)
     feature = tl.arange(0, BLOCK)
     inside = feature < WIDTH
     used = tl.load(position + group // kv_heads % length) // PART + 1  # the others are unwritten
     used = tl.minimum(used, parts)
+    unused = 0  # parts before the first
+    if PADDED:
+        unused = tl.load(first + group // (length * kv_heads)) // PART
     peak = tl.full([], float("-inf"), dtype=tl.float32)
     total = tl.full([], 0.0, dtype=tl.float32)
     merged = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, used, MERGED):
+    for start in range(unused, used, MERGED):
         part = start + tl.arange(0, MERGED)
         at = (group * parts + part) * SHARING + head
         theirs = tl.load(peaks + at, mask=part < used, other=float("-inf"))

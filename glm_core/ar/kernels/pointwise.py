@@ -17,10 +17,12 @@ def rotate_write(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
+    cos, sin = rotation.cos, rotation.sin  # of each sample, or one for all
+    rope_batch = cos.stride(0) if cos.ndim == 4 and cos.shape[0] > 1 else 0
     out = torch.empty_like(q)
     _rotate_write_kernel[(batch * length, heads + 2 * kv_heads)](
-        q, k, v, cos, sin, out, layer, position, *layer.stride()[:4], length,
+        q, k, v, cos, sin, out, layer, position, *layer.stride()[:4], rope_batch, cos.stride(-3),
+        length,
         HEADS=heads, KV_HEADS=kv_heads, HALF=rotation.width // 2, WIDTH=head_dim,
         BLOCK=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
@@ -30,7 +32,7 @@ def rotate_write(
 @triton.jit
 def _rotate_write_kernel(
     q, k, v, cos, sin, out, layer, position, kind_stride, batch_stride, head_stride, row_stride,
-    length,
+    rope_batch, rope_row, length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -46,8 +48,9 @@ def _rotate_write_kernel(
         copied = tl.load(v + kv_row + feature, mask=inside)
         tl.store(layer + kind_stride + cached, copied, mask=inside)
     else:
-        cosine = tl.load(cos + step * WIDTH + feature, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(sin + step * WIDTH + feature, mask=inside, other=0.0).to(tl.float32)
+        turn = (row // length) * rope_batch + step * rope_row + feature
+        cosine = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
         if head < HEADS:
             source, target = q + (row * HEADS + head) * WIDTH, out + (row * HEADS + head) * WIDTH
             rotated = _rotated(source, feature, inside, cosine, sine, HALF)
