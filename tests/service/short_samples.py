@@ -10,7 +10,6 @@ from glm_core.data.tokens import Forced
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tiny"
-SIDE = 256  # a preview of 16 x 16 cells, and 8 x 8 tokens
 OPTIONS = SamplingOptions()
 
 
@@ -25,10 +24,10 @@ def locked_rows(rows: int, codebook: int = 2048) -> Forced:
 
 def short(prompt: str = "a red circle", seed: int = 1, **more) -> SampleRequest:
     """A layout of which only two rows are written."""
-    return SampleRequest(
-        prompt, SIDE, SIDE, seed, OPTIONS, "layout", preview=locked_rows(14), **more
-    )
+    return SampleRequest(prompt, 256, 256, seed, OPTIONS, "layout", preview=locked_rows(14), **more)
 
 
-def plain(prompt: str = "a red circle", seed: int = 1, side: int = SIDE, **more) -> SampleRequest:
-    return SampleRequest(prompt, side, side, seed, OPTIONS, **more)
+def plain(prompt: str = "a red circle", seed: int = 1, side: int = 128, **more) -> SampleRequest:
+    """An image of which two rows of the preview are written, and all tokens."""
+    preview = None if "references" in more else locked_rows(14)
+    return SampleRequest(prompt, side, side, seed, OPTIONS, preview=preview, **more)
