@@ -51,8 +51,8 @@ def application(arguments: Mapping[str, Any]) -> Any:
     """
     from ray import serve
 
+    from .keys import digest
     from .replica import Replica
-    from .web import digest
 
     settings = Settings(**_known(arguments))
     key = os.environ.get(KEY)
@@ -88,6 +88,7 @@ def started(settings: Settings, port: int, address: str | None) -> Iterator[None
     It listens on all addresses if there is a key, else on this machine alone.
 
     Args:
+        port: of the service; the next one has the metrics of a Ray that is started here.
         address: of a Ray cluster to join; None starts Ray on this machine.
     """
     _set_environment(own=address is None)
@@ -101,6 +102,7 @@ def started(settings: Settings, port: int, address: str | None) -> Iterator[None
             num_cpus=cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
+            _metrics_export_port=port + 1,
             _node_ip_address="127.0.0.1",
         )
     else:
@@ -114,11 +116,9 @@ def started(settings: Settings, port: int, address: str | None) -> Iterator[None
         serve.run(application(vars(settings)), name=NAME, route_prefix="/")
         yield
     finally:
-        if address is None:
-            serve.shutdown()
-        else:
+        if address is not None:
             serve.delete(NAME)
-        ray.shutdown()
+        ray.shutdown()  # ends Ray's processes where they were started here
 
 
 def _set_environment(own: bool) -> None:

@@ -1,8 +1,6 @@
 """The HTTP side of a replica: `docs/service-protocol.md` as a Starlette application."""
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,19 +12,17 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glm_core.ar import protocol
 from glm_core.errors import GLMImageError, InputError
 
-from .bounds import CODE, RefusalError, too_large
+from .bounds import RefusalError, too_large
 from .engine import Engine, Order
 from .events import EventStream, encoded, sampled, scored
+from .keys import KeyCheck, refused
 from .model import ServedModel
 
 log = logging.getLogger(__name__)
-
-LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 
 class Service:
@@ -131,7 +127,7 @@ class Service:
 def web_app(model: ServedModel, engine: Engine, key_digest: bytes | None) -> Starlette:
     """
     Args:
-        key_digest: `digest` of the key; None answers clients on this machine alone.
+        key_digest: `keys.digest` of the key; None answers clients on this machine alone.
     """
     service = Service(model, engine)
     routes = [
@@ -149,42 +145,6 @@ def web_app(model: ServedModel, engine: Engine, key_digest: bytes | None) -> Sta
     )
 
 
-def digest(key: str) -> bytes:
-    """What a replica knows of the key."""
-    return hashlib.sha256(key.encode()).digest()
-
-
-class KeyCheck:
-    """Answers 401 to all who do not have the key, before anything of theirs is read."""
-
-    def __init__(self, app: ASGIApp, digest: bytes | None) -> None:
-        self._app = app
-        self._digest = digest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health" and not self._may(scope):
-            await _refused(self._refusal())(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _may(self, scope: Scope) -> bool:
-        if self._digest is None:
-            host = (scope.get("client") or ("",))[0] or ""
-            return host.startswith(LOOPBACK)
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
-        found = hashlib.sha256(key.strip()).digest()
-        # Both are of one length, and compared in constant time.
-        return hmac.compare_digest(found, self._digest) and kind.lower() == b"bearer"
-
-    def _refusal(self) -> RefusalError:
-        if self._digest is None:
-            return RefusalError(
-                401, "This service has no key, so it answers clients on its own machine alone."
-            )
-        return RefusalError(401, "The key is missing or wrong: send Authorization: Bearer KEY.")
-
-
 def _guarded(
     endpoint: Callable[[Request], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -194,14 +154,14 @@ def _guarded(
         try:
             return await endpoint(request)
         except RefusalError as error:
-            return _refused(error)
+            return refused(error)
         except GLMImageError as error:
             return JSONResponse({"code": error.code, "message": error.sentence}, 400)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception:
             log.exception("A request failed")
-            return _refused(
+            return refused(
                 RefusalError(500, "The service failed at this request; its log says more.")
             )
 
@@ -230,13 +190,4 @@ def _parsed(body: bytes) -> Any:
 
 async def _unknown_path(_: Request, error: HTTPException) -> Response:
     sentence = "There is no such path, or not with this method; see docs/service-protocol.md."
-    return _refused(RefusalError(error.status_code, sentence))
-
-
-def _refused(error: RefusalError) -> Response:
-    headers = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"code": CODE, "message": str(error)}, error.status, headers)
+    return refused(RefusalError(error.status_code, sentence))
