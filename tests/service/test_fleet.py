@@ -112,10 +112,11 @@ def test_scores_are_those_of_a_local_run(fleet, local) -> None:
 
 
 def test_ray_tells_its_metrics(fleet) -> None:
-    deadline = time.monotonic() + 30
-    while "ray_glm_image_waiting_samples" not in (text := requests.get(fleet.metrics, timeout=10).text):
+    deadline, text = time.monotonic() + 30, ""
+    while "ray_glm_image_waiting_samples" not in text:
         assert time.monotonic() < deadline, text
         time.sleep(1)
+        text = requests.get(fleet.metrics, timeout=10).text
     assert "ray_serve_deployment_replica_healthy" in text
 
 

@@ -10,11 +10,11 @@ from scripts import environment
 DEPLOY = environment.ROOT / "service" / "deploy"
 PROGRAM = """
 import json, sys, yaml
-from ray.autoscaler._private.util import validate_config
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 from service.fleet import application
 
-validate_config(yaml.safe_load(open("service/deploy/ray-cluster.yaml")))
+validate_config(prepare_config(yaml.safe_load(open("service/deploy/ray-cluster.yaml"))))
 text = yaml.safe_load(open("service/deploy/ray-service.yaml"))["spec"]["serveConfigV2"]
 config = ServeDeploySchema.model_validate(yaml.safe_load(text))
 (app,) = config.applications
