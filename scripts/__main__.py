@@ -37,6 +37,7 @@ def main(command: str, arguments: list[str]) -> None:
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)
+    environment.service_python()  # before processes that run at the same time need it
     _become(python, "pytest", arguments or [*PARALLEL, "tests"])
 
 

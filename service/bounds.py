@@ -21,7 +21,7 @@ class Bounds:
 
     queued: int = 32
     samples: int = 16
-    body: int = 2**20
+    body: int = 2**23
     images_body: int = 2**26
     prompt: int = 20_000
     positions: int = 2**16

@@ -1,6 +1,7 @@
 """One replica: the model, its engine and the web application over them."""
 
 import torch
+from ray.util.metrics import Gauge
 
 from .bounds import Bounds
 from .engine import Engine
@@ -18,11 +19,16 @@ class Replica:
         self._model = ServedModel(settings.model, device, settings.rows, bounds)
         self._engine = Engine(self._model, bounds.queued)
         self._key_digest = key_digest
+        self._waiting = Gauge("glm_image_waiting_samples", "Samples in the queue of a replica.")
+        self._running = Gauge("glm_image_running_samples", "Samples in the run of a replica.")
 
     def __serve_build_asgi_app__(self):
         return web_app(self._model, self._engine, self._key_digest)
 
     def check_health(self) -> None:
-        """Serve calls it; a replica that raises is replaced."""
+        """Serve calls it every few seconds; a replica that raises is replaced."""
+        waiting, running = self._engine.counts
+        self._waiting.set(waiting)
+        self._running.set(running)
         if not self._engine.is_healthy:
             raise RuntimeError("The model's thread has died, or its runs fail again and again.")

@@ -20,7 +20,7 @@ from scripts import environment
 
 KEY = "open sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-START_SECONDS = 180
+START_SECONDS = 300
 CODEBOOK = 2048  # of the tiny model
 
 
