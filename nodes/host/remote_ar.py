@@ -161,7 +161,7 @@ class _Progress:
 
     def __init__(self, palette: RemotePalette) -> None:
         self._progress = TokenProgress(palette)
-        self._done = -1
+        self._done = 0
 
     def update(self, samples: Sequence[RemoteSample]) -> None:
         done = sum(sample.done for sample in samples)

@@ -38,7 +38,7 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 # ---- the same as a model here --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["text_to_image", "redo_region", "edit_image"])
+@pytest.mark.parametrize("name", ["text_to_image", "redo_region", "style_transfer"])
 def test_pictures_are_those_of_a_model_here(service, picture, name):
     """Seeds, locks, regions, references and pictures read by the vision tower."""
     prompt = fresh(name)
@@ -51,8 +51,9 @@ def test_scores_are_those_of_a_model_here(service, picture):
     """As a heat map of the cells."""
     prompt = fresh()
     sampler = the(prompt, SAMPLER)
-    linked = {"tokens": [sampler, 0], "layout": [sampler, 1], "ar": prompt[sampler]["inputs"]["ar"]}
-    scorer = add(prompt, "GLMImageScoreTokens", prompt="a cat", against="", **linked)
+    scorer = add(prompt, "GLMImageScoreTokens", tokens=[sampler, 0], layout=[sampler, 1])
+    ar = prompt[sampler]["inputs"]["ar"]
+    prompt[scorer]["inputs"] |= {"ar": ar, "prompt": "a cat", "against": ""}
     relink(prompt, (the(prompt, "VAEDecode"), 0), (scorer, 2))
     here = picture(deepcopy(prompt))
     assert np.array_equal(picture(remote(prompt)), here)
