@@ -1,6 +1,7 @@
 # Everything is built under .cache; only Python is needed to start. See scripts/.
 #   make demo   [PROMPT=...] [WIDTH=...] [HEIGHT=...] [STEPS=...] [SEED=...] [MODEL=name or folder]
 #   make serve  [PORT=8188] [ARGS="--listen"]    flags of ComfyUI
+#   make fleet-demo [ARGS=overlap]      one AR service and two workers; overlap measures it
 #   make test   [ARGS="tests/core -k tokens"]
 #   make soak
 #   make fuzz   [TIMES=200]             the readers' property tests, for about an hour
@@ -13,13 +14,16 @@
 # COMFYUI_PATH=folder runs any of them on another ComfyUI checkout.
 PYTHON ?= python3
 
-.PHONY: demo serve test lint workflows pictures bench gpu simulated-cards soak fuzz train-tiny eval clean python
+.PHONY: demo serve fleet-demo test lint workflows pictures bench gpu simulated-cards soak fuzz train-tiny eval clean python
 
 demo lint soak: python
 	@$(PYTHON) -m scripts $@
 
 serve: python
 	@$(PYTHON) -m scripts serve $(ARGS)
+
+fleet-demo: python
+	@$(PYTHON) -m scripts fleet-demo $(ARGS)
 
 workflows: python
 	@$(PYTHON) -m scripts workflows $(ARGS)

@@ -109,6 +109,12 @@ class LowMemoryError(GLMImageError):
     code = "GLM-MEMORY"
 
 
+class ServiceError(GLMImageError):
+    """An AR service that is unknown, not reached, refuses the key or has another model."""
+
+    code = "GLM-SERVICE"
+
+
 class UnsupportedError(GLMImageError):
     """Something that another node asks for and this model cannot do."""
 

@@ -15,6 +15,7 @@ from .loaders import LoadAR, LoadCheckpoint, LoadDecoder, LoadGlyphEncoder, Load
 from .lora import LoadLora
 from .read_text import ReadText
 from .references import EncodeReference, EncodeTokens, MakeReferenceCache
+from .remote import RemoteAR, watch_queue
 from .score_tokens import ScoreTokens
 from .semantic import SampleLayout, SampleTokens
 from .show_tokens import ShowTokens
@@ -24,6 +25,7 @@ from .token_files import LoadTokens, SaveTokens
 NODES: list[type[io.ComfyNode]] = [
     LoadCheckpoint,
     LoadAR,
+    RemoteAR,
     LoadDecoder,
     LoadGlyphEncoder,
     LoadVAE,
@@ -59,4 +61,5 @@ NODES: list[type[io.ComfyNode]] = [
 class GLMImageExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         paths.register()  # not in on_load, which ComfyUI 0.3.75 never calls
+        watch_queue()
         return NODES

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..glm_core.errors import InputError, LoraError, shown
-from .host.ar import HostAR
+from .host.ar_interface import AnyAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
 from .host.paths import spellings
@@ -75,7 +75,7 @@ class LoadLora(Node):
         strength_model: float,
         strength_ar: float,
         model: Any = None,
-        ar: HostAR | None = None,
+        ar: AnyAR | None = None,
     ) -> io.NodeOutput:
         if model is None and ar is None:
             raise InputError("Nothing to adapt: connect model, ar or both to Load LoRA.")

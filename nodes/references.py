@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..glm_core.data.grids import size_advice
 from ..glm_core.data.references import References as ReferenceData
 from .grid_ui import grids
-from .host.ar import HostAR
+from .host.ar_interface import AnyAR
 from .host.decoder import require_decoder
 from .host.encode import encode_references, encode_tokens
 from .host.reference_cache import PRECISIONS, STORES, compute_cache
@@ -63,7 +63,7 @@ class EncodeReference(Node):
     @classmethod
     def execute(
         cls,
-        ar: HostAR,
+        ar: AnyAR,
         vae: Any,
         image: torch.Tensor,
         batch: str,
@@ -151,7 +151,7 @@ class EncodeTokens(Node):
         )
 
     @classmethod
-    def execute(cls, ar: HostAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
+    def execute(cls, ar: AnyAR, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
         tokens, layout = encode_tokens(ar, image, height, width)
         said = warning(size_advice(height, width)) | grids(tokens)
         return io.NodeOutput(tokens, layout, width, height, ui=said)

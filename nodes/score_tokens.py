@@ -8,7 +8,7 @@ from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.token_image import draw_sheet
 from ..glm_core.data.tokens import UNKNOWN, SemanticTokens
 from ..glm_core.data.tokens import Layout as LayoutData
-from .host.ar import HostAR
+from .host.ar_interface import AnyAR
 from .host.scoring import Scores, score_tokens
 from .messages import message
 from .node import Node
@@ -79,7 +79,7 @@ class ScoreTokens(Node):
     @classmethod
     def execute(
         cls,
-        ar: HostAR,
+        ar: AnyAR,
         prompt: str,
         against: str,
         tokens: SemanticTokens | None = None,

@@ -8,6 +8,7 @@ another language still searches them.
 ALIASES = {
     "GLMImageLoadCheckpoint": ["checkpoint loader", "load model", "all in one", "加载模型"],
     "GLMImageLoadAR": ["autoregressive", "language model", "llm", "vision language", "自回归"],
+    "GLMImageRemoteAR": ["service", "server", "remote", "fleet", "api", "远程", "服务"],
     "GLMImageLoadDecoder": ["diffusion model", "unet", "dit", "transformer", "扩散模型"],
     "GLMImageLoadGlyphEncoder": ["text encoder", "byt5", "t5", "text rendering", "文本编码器"],
     "GLMImageLoadVAE": ["autoencoder", "自编码器"],

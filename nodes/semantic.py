@@ -16,7 +16,7 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import InputError, shown
 from .grid_ui import grids
-from .host.ar import HostAR
+from .host.ar_interface import AnyAR
 from .host.lists import entries_of, write_lists
 from .host.requests import layout_of, requests_of, tokens_of
 from .inputs import seed_input, size_inputs
@@ -104,7 +104,7 @@ class SampleTokens(Node):
 
 
 def token_requests(
-    ar: HostAR,
+    ar: AnyAR,
     prompt: str,
     width: int,
     height: int,
@@ -181,7 +181,7 @@ class SampleLayout(Node):
 
 
 def layout_requests(
-    ar: HostAR,
+    ar: AnyAR,
     prompt: str,
     width: int,
     height: int,

@@ -8,7 +8,7 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import InputError, TokensError
 from ..glm_core.placement import memory
-from .host.ar import HostAR
+from .host.ar_interface import AnyAR
 from .host.out_of_memory import require_room
 from .host.painted_mask import content_of, find_painting, painted_mask
 from .inputs import validate
@@ -81,7 +81,7 @@ class ShowTokens(Node):
         cell_size: int,
         tokens: SemanticTokens | None = None,
         layout: LayoutData | None = None,
-        ar: HostAR | None = None,
+        ar: AnyAR | None = None,
         image: str = "",
     ) -> io.NodeOutput:
         if (tokens is None) == (layout is None):
@@ -107,7 +107,7 @@ def _require_room(grids: Tensor, cell_size: int) -> None:
     require_room("Show Tokens", {grids.device: needed}, "use a smaller cell_size or fewer images")
 
 
-def _palette(codebook: int, ar: HostAR | None) -> Tensor:
+def _palette(codebook: int, ar: AnyAR | None) -> Tensor:
     """Colours of the tokens: float32 [codebook, 3], 0 to 1.
 
     Raises:
@@ -115,9 +115,9 @@ def _palette(codebook: int, ar: HostAR | None) -> Tensor:
     """
     if ar is None:
         return hash_palette(codebook)
-    if ar.config.codebook != codebook:
+    if ar.codebook != codebook:
         raise TokensError(
             f"The tokens have a codebook of {codebook} and the AR model one of "
-            f"{ar.config.codebook}; connect the AR model that made them, or none."
+            f"{ar.codebook}; connect the AR model that made them, or none."
         )
     return ar.palette.colours

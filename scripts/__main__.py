@@ -11,7 +11,7 @@ MODULES = {  # these need the tests' environment but no browser
     "bench": "bench", "train": "training", "evaluate": "evaluation.run",
     "pictures": "scripts.pictures", "simulated-cards": "scripts.simulated_cards",
 }  # fmt: skip
-COMMANDS = ("demo", "serve", "soak", "test", "fuzz", "lint", "workflows", *MODULES)
+COMMANDS = ("demo", "serve", "soak", "fleet-demo", "test", "fuzz", "lint", "workflows", *MODULES)
 
 FUZZED = "tests/core/test_readers.py"
 FUZZ_TIMES = "200"  # as many inputs as in the suite: about an hour
@@ -21,8 +21,9 @@ PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-
 
 
 def main(command: str, arguments: list[str]) -> None:
-    if command in ("demo", "serve", "soak"):
-        _become(environment.host().python, f"scripts.{command}", arguments)
+    if command in ("demo", "serve", "soak", "fleet-demo"):
+        module = f"scripts.{command.replace('-', '_')}"
+        _become(environment.host().python, module, arguments)
     python = environment.test_python()
     if command == "lint":
         if subprocess.run([str(python), "-m", "ruff", "check", "."], check=False).returncode:
@@ -36,6 +37,7 @@ def main(command: str, arguments: list[str]) -> None:
     os.environ["CHROMIUM"] = environment.chromium()
     if command == "workflows":
         _become(python, "scripts.workflows", arguments)
+    environment.service_python()  # before processes that run at the same time need it
     _become(python, "pytest", arguments or [*PARALLEL, "tests"])
 
 

@@ -4,6 +4,7 @@
 - `host-venv`: torch and ComfyUI's requirements. The server runs in it, as on a user's machine.
 - `test-venv`: the reference implementation, the test runner, and what training and evaluation need.
   It also imports the packages of `host-venv`.
+- `service-venv`: Ray, for the AR service. It also imports the packages of `host-venv`.
 - `transformers-oldest`, `transformers-newest`: other releases of transformers, for one test. They
   are folders for the start of a path; the rest comes from `test-venv`.
 
@@ -90,6 +91,20 @@ def test_python() -> Path:
         return _venv(
             name, [*(file.read_text() for file in requirements), _stamp_of(base.python)], install
         )
+
+
+def service_python() -> Path:
+    """The interpreter that runs the AR service, beside the reference host."""
+    requirements = ROOT / "service" / "requirements.txt"
+    with _lock():
+        _reference_comfyui()
+        base = _reference_venv()
+
+        def install(python: Path) -> None:
+            _see_packages_of(base, python)
+            _pip(python, "-c", str(CONSTRAINTS), "-r", str(requirements))
+
+        return _venv("service-venv", [requirements.read_text(), _stamp_of(base)], install)
 
 
 def transformers(which: str) -> Path:

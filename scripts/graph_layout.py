@@ -11,6 +11,7 @@ STAGES = {
     "Models": (
         "GLMImageLoadCheckpoint",
         "GLMImageLoadAR",
+        "GLMImageRemoteAR",
         "GLMImageLoadGlyphEncoder",
         "GLMImageLoadDecoder",
         "GLMImageLoadVAE",

@@ -45,6 +45,22 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
         GLMImageError: the layout does not belong to the tokens.
     """
     path = Path(path)
+    data = to_bytes(tokens, layout)
+    _remove_unfinished(path.parent)
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, as file systems limit names
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def to_bytes(tokens: SemanticTokens, layout: Layout | None = None) -> bytes:
+    """The content of a token file.
+
+    Raises:
+        GLMImageError: the layout does not belong to the tokens.
+    """
     tensors = {"tokens": tokens.tokens}
     if layout is not None:
         _require_match(tokens, layout)
@@ -59,14 +75,7 @@ def save_tokens(path: Path | str, tokens: SemanticTokens, layout: Layout | None 
     }
     # Copied, as safetensors refuses tensors that share memory: a layout's tokens are its preview.
     data = save({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
-    data = _in_one_order(data)
-    _remove_unfinished(path.parent)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, as file systems limit names
-    try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return _in_one_order(data)
 
 
 def _in_one_order(data: bytes) -> bytes:
@@ -114,27 +123,32 @@ def load_tokens(path: Path | str) -> tuple[SemanticTokens, Layout | None]:
             or its tensors do not fit its sizes and codebook.
     """
     path = Path(path)
-    tensors, metadata = _read(path)
+    return from_bytes(_read(path), path.name)
+
+
+def from_bytes(data: bytes, name: str) -> tuple[SemanticTokens, Layout | None]:
+    """`load_tokens` of a file's content; `name` is the file's in a sentence."""
+    tensors, metadata = _parts(data, name)
     if metadata.get("format") != FORMAT or "tokens" not in tensors:
-        raise FileError(f"{path.name} holds no semantic tokens (its format is not {FORMAT}).")
+        raise FileError(f"{name} holds no semantic tokens (its format is not {FORMAT}).")
     if metadata.get("version") != str(VERSION):
         raise FileError(
-            f"{path.name} is of version {shown(metadata.get('version', 'none'))}, but this pack "
+            f"{name} is of version {shown(metadata.get('version', 'none'))}, but this pack "
             f"reads version {VERSION}: update the pack or save the tokens again."
         )
-    values = read(metadata, METADATA, path.name, "save the tokens again")
-    size_and_codebook = {name: int(values[name]) for name in ("codebook", "height", "width")}
-    info = parse_json(values["info"], f"The info of {path.name}")
+    values = read(metadata, METADATA, name, "save the tokens again")
+    size_and_codebook = {key: int(values[key]) for key in ("codebook", "height", "width")}
+    info = parse_json(values["info"], f"The info of {name}")
     try:
         with wall("the tensors are not those of a token file", "save the tokens again"):
             tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codebook)
             return tokens, _layout(tensors, size_and_codebook)
     except GLMImageError as error:
-        raise FileError(f"{path.name}: {error.sentence}") from error
+        raise FileError(f"{name}: {error.sentence}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file of at most `MAX_FILE_BYTES`.
+def _read(path: Path) -> bytes:
+    """The content of a file of at most `MAX_FILE_BYTES`.
 
     It is read whole, not mapped: a mapped file that another program shortens ends the process.
     """
@@ -148,8 +162,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{MAX_FILE_BYTES / 2**20:.0f}: choose a file saved by GLM-Image Save Tokens."
             )
         with path.open("rb") as file:
-            data = file.read(size)
-    with wall(f"{path.name} is corrupt or no safetensors file", "save the tokens again"):
+            return file.read(size)
+
+
+def _parts(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file."""
+    with wall(f"{name} is corrupt or no safetensors file", "save the tokens again"):
         tensors = load(data)  # refuses a broken header
         end = 8 + int.from_bytes(data[:8], "little")
         return tensors, json.loads(data[8:end]).get("__metadata__") or {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
 from ...glm_core.ar.graphs import CudaGraphs
@@ -21,10 +22,11 @@ from ...glm_core.ar.requests import (
     write_batch,
     write_together,
 )
-from ...glm_core.data.grids import Grid, preview_grid
+from ...glm_core.data.grids import Grid, Size, preview_grid
 from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
+from .ar_interface import AnyAR
 from .devices import Placement, default_placement, usable
 from .notices import Notices
 from .out_of_memory import explain_out_of_memory, require_room
@@ -38,6 +40,7 @@ from .patchers import (
     with_segments,
 )
 from .progress import TokenProgress, check_interrupt
+from .score_run import prompt_pairs, score_run
 from .step_choice import chooser
 from .step_graphs import StepGraphs, runs_graphs
 from .vision import HostVision
@@ -68,7 +71,7 @@ class RunSize:
     padded: bool
 
 
-class HostAR:
+class HostAR(AnyAR):
     """GLM_AR. Like a CLIP, it owns a patcher, and LoRAs go onto a clone of it."""
 
     def __init__(
@@ -128,6 +131,16 @@ class HostAR:
             written |= zip(run, self._run(some, size, progress), strict=True)
             progress.next_part()
         return [written[i] for i in range(len(requests))]
+
+    def log_ratios(
+        self,
+        prompt: str,
+        against: str,
+        size: Size,
+        sets: Sequence[Sequence[Tensor] | None],
+        grids: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        return score_run(self, prompt_pairs(self.tokenizer, prompt, against, size, sets), grids)
 
     def _size(self, requests: Sequence[SampleRequest], rows: int, padded: bool) -> RunSize:
         grid = requests[0].grid

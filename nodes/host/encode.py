@@ -13,7 +13,7 @@ from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import ReferenceImageError
 from ...glm_core.placement import memory
 from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size
-from .ar import HostAR
+from .ar_interface import AnyAR
 from .out_of_memory import require_room
 
 THUMBNAIL_SIDE = 128
@@ -22,7 +22,7 @@ COPIES = 3
 
 
 def encode_references(
-    ar: HostAR, vae: Any, images: Tensor, chain: References | None, per_sample: bool
+    ar: AnyAR, vae: Any, images: Tensor, chain: References | None, per_sample: bool
 ) -> tuple[References, Size]:
     """Add images [B, H, W, 3 or 4] to a chain of references, None for an empty one.
 
@@ -41,12 +41,12 @@ def encode_references(
         for i in range(len(images))
     ]
     if chain is None:
-        chain = References(((),), ar.config.codebook)
+        chain = References(((),), ar.codebook)
     return chain.followed_by(added, per_sample), size
 
 
 def encode_tokens(
-    ar: HostAR, images: Tensor, height: int, width: int
+    ar: AnyAR, images: Tensor, height: int, width: int
 ) -> tuple[SemanticTokens, Layout]:
     """The tokens and the layout of images [B, H, W, 3 or 4] at a size.
 
@@ -60,7 +60,7 @@ def encode_tokens(
     tokens = ar.vision.encode(bring_to_size(images, (height, width)))
     small = tuple(side * PIXELS_PER_TOKEN for side in preview)
     preview_tokens = ar.vision.encode(bring_to_size(images, small))
-    size = {"codebook": ar.config.codebook, "height": height, "width": width}
+    size = {"codebook": ar.codebook, "height": height, "width": width}
     colours = ar.palette.colours
     return (
         SemanticTokens(tokens, info={"made_from": "image"}, palette=colours, **size),

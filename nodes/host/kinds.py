@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from .ar import HostAR
+from .ar_interface import AnyAR
 from .devices import DevicePlan
 from .glyph import is_glyph_encoder
 from .reference_cache import HostReferenceCache
@@ -60,7 +60,7 @@ def _is(*classes: type) -> Callable[[Any], bool]:
 
 
 KINDS = {
-    "GLM_AR": Kind(_is(HostAR), "an AR model", "connect GLM-Image Load AR Model"),
+    "GLM_AR": Kind(_is(AnyAR), "an AR model", "connect GLM-Image Load AR Model"),
     "GLM_TOKENS": Kind(
         _is(SemanticTokens), "semantic tokens", "connect GLM-Image Sample Tokens or Load Tokens"
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...glm_core.ar.requests import SampleRequest, Written
 from ...glm_core.errors import InputError
-from .ar import HostAR
+from .ar_interface import AnyAR
 
 
 def entries_of(inputs: Mapping[str, list[Any] | None]) -> list[dict[str, Any]]:
@@ -30,21 +30,23 @@ def entries_of(inputs: Mapping[str, list[Any] | None]) -> list[dict[str, Any]]:
 
 
 def write_lists(
-    ars: Sequence[HostAR], requests: Sequence[Sequence[SampleRequest]], rows: int
+    ars: Sequence[AnyAR], requests: Sequence[Sequence[SampleRequest]], rows: int
 ) -> list[list[Written]]:
     """What is written for each entry of a list.
 
     Args:
         ars: the AR model of each entry.
         requests: the samples of each entry.
-        rows: with one, an entry is written after the other. With more, samples of all entries of a
-            model are written together, see `HostAR.write`.
+        rows: with one, an entry is written after the other. With more, or by a model that has rows
+            of its own, samples of all entries of a model are written together.
     """
-    if rows == 1:
-        return [ar.write(own, 1) for ar, own in zip(ars, requests, strict=True)]
     written: list[list[Written]] = [[] for _ in requests]
     for ar in dict.fromkeys(ars):
         entries = [i for i, other in enumerate(ars) if other is ar]
+        if rows == 1 and not ar.has_rows:
+            for i in entries:
+                written[i] = ar.write(requests[i], 1)
+            continue
         samples = iter(ar.write([one for i in entries for one in requests[i]], rows))
         for i in entries:
             written[i] = list(islice(samples, len(requests[i])))

@@ -111,7 +111,7 @@ def test_it_runs_and_shows_its_picture(page, name):
     assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN[name]
     page.browser_page.wait_for_function(SHOWS_A_GRID)
     # Opened again its nodes are new, and the grid comes from the server's history.
-    page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
+    page.open_file(graph_file(name).read_text(), f"{name}.json")
     page.browser_page.wait_for_function(SHOWS_A_GRID)
     assert page.errors == []
 

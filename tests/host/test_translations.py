@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHINESE = re.compile("[\u4e00-\u9fff]")
 FORMATTED = re.compile("[{}@|]")
 """Characters that the page's translator reads as its own syntax."""
-FROM_DISK = ("model_name", "lora_name", "file")
+FROM_DISK = ("model_name", "lora_name", "file", "service")
 """Inputs whose options are the names of files."""
 HELP = {"en": "{}.md", "zh": "{}/zh.md"}
 

@@ -6,6 +6,7 @@ from glm_image.scripts.client import Client
 # id: inputs in order ([optional] in brackets), output types
 CONTRACT = {
     "GLMImageLoadAR": ("model_name weight_dtype [device_plan]", "GLM_AR"),
+    "GLMImageRemoteAR": ("service", "GLM_AR"),
     "GLMImageLoadDecoder": ("model_name weight_dtype [device_plan]", "MODEL"),
     "GLMImageLoadGlyphEncoder": ("model_name [device_plan]", "CLIP"),
     "GLMImageLoadVAE": ("model_name [device_plan]", "VAE"),

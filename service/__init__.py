@@ -1,0 +1,1 @@
+"""The AR model as a service for many decoders, on Ray Serve."""

@@ -1,0 +1,245 @@
+"""A replica's queue and batches, with the tiny model, without Ray."""
+
+import threading
+import time
+
+import pytest
+import torch
+from short_samples import TINY, plain, short
+
+from glm_core.ar.requests import write_together
+from service.bounds import Bounds, RefusalError
+from service.engine import Engine, Failure, Progress, Result
+from service.model import ServedModel
+
+ROWS = 4
+
+
+class Counting(ServedModel):
+    """The model, which notes how many samples each run writes and when it passes a cell."""
+
+    def __init__(self) -> None:
+        super().__init__(TINY, torch.device("cpu"), ROWS, Bounds())
+        self.runs: list[int] = []
+        self.last_pass = 0.0
+
+    def write(self, requests, watch):
+        self.runs.append(len(requests))
+        check = watch.check_interrupt
+
+        def noted() -> None:
+            check()
+            self.last_pass = time.monotonic()
+
+        watch.check_interrupt = noted
+        return super().write(requests, watch)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Counting()
+
+
+@pytest.fixture
+def engine(model):
+    model.runs.clear()
+    engine = Engine(model, queued=8)
+    yield engine
+    engine.close()
+
+
+class Client:
+    """Someone who waits for an order."""
+
+    def __init__(self, submit, *args) -> None:
+        self._news = threading.Event()
+        self.order = submit(*args, self._news.set)
+        self.events = []
+
+    def wait(self, until=lambda events: False, seconds=60.0) -> list:
+        """All events, once `until` holds of them or the order has finished."""
+        deadline = time.monotonic() + seconds
+        while not self.order.finished and not until(self.events):
+            assert self._news.wait(max(0.0, deadline - time.monotonic())), "no event came"
+            self._news.clear()
+            self.events += self.order.take()
+        return self.events
+
+    def results(self) -> dict:
+        return {event.sample: event.value for event in self.wait() if isinstance(event, Result)}
+
+
+def alone(model, request):
+    """What a run of the request alone gives, with the same number of rows."""
+    return write_together(
+        model._network,
+        model.tokenizer,
+        [request],
+        ROWS,
+        device=model.device,
+        dtype=model.dtype,
+    )[0]
+
+
+def test_samples_that_come_together_share_a_run_and_equal_single_ones(model, engine) -> None:
+    first = Client(engine.submit, [short(seed=1), short("a blue square on the left", seed=2)])
+    second = Client(engine.submit, [short("two green triangles", seed=3)])
+    written = [*first.results().values(), *second.results().values()]
+    assert model.runs == [3]
+    requests = [
+        short(seed=1),
+        short("a blue square on the left", seed=2),
+        short("two green triangles", seed=3),
+    ]
+    for one, request in zip(written, requests, strict=True):
+        assert torch.equal(one.preview, alone(model, request).preview)
+
+
+def test_other_sizes_and_options_have_runs_of_their_own(model, engine) -> None:
+    requests = [short(), plain(side=64), short(lookahead=2), short()]
+    found = Client(engine.submit, requests).results()
+    assert sorted(model.runs) == [1, 1, 2]
+    assert set(found) == {0, 1, 2, 3}
+    assert found[1].tokens.shape == (2, 2)
+
+
+def test_more_samples_than_rows_are_written_in_several_runs(model, engine) -> None:
+    assert len(Client(engine.submit, [short(seed=i) for i in range(6)]).results()) == 6
+    assert model.runs == [ROWS, 2]
+
+
+def test_progress_has_the_grids_so_far(engine) -> None:
+    client = Client(engine.submit, [plain(), plain(seed=2)])
+    events = client.wait()
+    told = [event for event in events if isinstance(event, Progress)]
+    assert {event.sample for event in told} == {0, 1}
+    last = told[-1]
+    assert 0 < last.done <= last.total == 48
+    preview, tokens = last.grids
+    assert (preview.shape, tokens.shape) == ((16, 16), (4, 4))
+    locked = 14 * 16
+    assert int((preview >= 0).sum() + (tokens >= 0).sum()) == locked + last.done
+
+
+def started(events) -> bool:
+    return bool(events)
+
+
+def test_a_run_stops_at_once_when_all_have_left(model, engine) -> None:
+    clients = [Client(engine.submit, [plain(seed=i, side=1024)]) for i in range(2)]
+    for client in clients:
+        client.wait(started)
+    assert engine.counts == (0, 2)
+    for client in clients:
+        engine.leave(client.order)
+    left = time.monotonic()
+    Client(engine.submit, [short()]).results()
+    assert engine.counts == (0, 0)
+    assert model.runs == [2, 1]
+    assert time.monotonic() - left < 20  # the run that was left takes minutes
+
+
+def test_one_that_leaves_a_batch_changes_nothing_for_the_others(model, engine) -> None:
+    stays, leaves = (Client(engine.submit, [plain(seed=seed)]) for seed in (1, 2))
+    leaves.wait(started)
+    engine.leave(leaves.order)
+    told = len(leaves.events) + len(leaves.order.take())
+    (written,) = stays.results().values()
+    assert model.runs == [2]
+    assert torch.equal(written.tokens, alone(model, plain(seed=1)).tokens)
+    assert len(leaves.events) + len(leaves.order.take()) == told
+
+
+def test_those_that_leave_the_queue_free_their_places(model, engine) -> None:
+    running = Client(engine.submit, [plain(side=1024)])
+    running.wait(started)
+    waiting = Client(engine.submit, [short(seed=i) for i in range(8)])
+    with pytest.raises(RefusalError, match="8 samples are waiting here and 8 may") as refused:
+        engine.submit([short()], lambda: None)
+    assert refused.value.status == 503
+    assert 1 <= refused.value.retry_after <= 60
+    engine.leave(waiting.order)
+    assert engine.counts == (0, 1)
+    after = Client(engine.submit, [short()])
+    engine.leave(running.order)
+    assert len(after.results()) == 1
+    assert model.runs == [1, 1]
+
+
+def test_a_request_is_queued_whole_or_not_at_all(engine) -> None:
+    running = Client(engine.submit, [plain(side=1024)])
+    running.wait(started)
+    Client(engine.submit, [short(seed=i) for i in range(6)])
+    with pytest.raises(RefusalError):
+        engine.submit([short(seed=i) for i in range(3)], lambda: None)
+    assert engine.counts == (6, 1)
+    engine.leave(running.order)
+
+
+def test_a_failure_is_told_and_harms_nobody_else(engine) -> None:
+    def fail(watch):
+        raise RuntimeError("broken")
+
+    events = Client(engine.submit_work, fail).wait()
+    assert [type(event) for event in events] == [Failure]
+    assert "its log says more" in str(events[0].error)
+    assert len(Client(engine.submit, [short()]).results()) == 1
+    assert engine.is_healthy
+
+
+def test_failures_in_a_row_make_it_unhealthy(engine) -> None:
+    def fail(watch):
+        raise RuntimeError("broken")
+
+    for _ in range(3):
+        Client(engine.submit_work, fail).wait()
+    assert not engine.is_healthy
+
+
+def test_a_full_device_is_a_sentence(engine) -> None:
+    def fail(watch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    (event,) = Client(engine.submit_work, fail).wait()
+    assert "start the service with fewer rows. [GLM-MEMORY]" in str(event.error)
+
+
+def test_a_closing_engine_refuses_and_tells_those_who_wait(model) -> None:
+    engine = Engine(model, queued=8)
+    running = Client(engine.submit, [short()])
+    running.wait(started)
+    waiting = Client(engine.submit, [plain(side=64)])
+    engine.close()
+    assert len(running.results()) == 1
+    (event,) = waiting.wait()
+    assert event.error.status == 503
+    with pytest.raises(RefusalError, match="stopping"):
+        engine.submit([short()], lambda: None)
+
+
+# ---- bounds --------------------------------------------------------------------------------------
+
+
+def test_memory_decides_the_positions(monkeypatch) -> None:
+    def loaded(free):
+        monkeypatch.setattr("service.model._free_bytes", lambda device: free)
+        return ServedModel(TINY, torch.device("cpu"), ROWS, Bounds()).bounds.positions
+
+    assert loaded(2**40) == Bounds().positions
+    assert loaded(2**28) < Bounds().positions
+    with pytest.raises(ValueError, match="start the service with fewer rows"):
+        loaded(2**20)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (plain("x" * 30_000), "has 30000 characters"),
+        (plain(side=16384), "has 262144 cells"),
+        (plain(side=8192), "positions together"),
+    ],
+)
+def test_what_is_too_large_is_refused(model, request_, words) -> None:
+    with pytest.raises(RefusalError, match=words) as refused:
+        model.key(request_)
+    assert refused.value.status == 413
