@@ -17,11 +17,12 @@ CONTRACT = {
     "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
     "GLMImageSampleTokens": (
         "ar prompt width height seed temperature top_p top_k batch_size"
-        " [layout] [references] [tokens] [mask] [lookahead] [cells]",
+        " [layout] [references] [tokens] [mask] [lookahead] [cells] [rows]",
         "GLM_TOKENS GLM_LAYOUT",
     ),
     "GLMImageSampleLayout": (
-        "ar prompt width height seed temperature top_p top_k batch_size [layout] [lookahead]",
+        "ar prompt width height seed temperature top_p top_k batch_size [layout] [lookahead]"
+        " [rows]",
         "GLM_LAYOUT",
     ),
     "GLMImageLockLayout": ("layout lock batch_index [mask]", "GLM_LAYOUT"),
@@ -73,6 +74,7 @@ CONTRACT = {
     "GLMImagePromptLines": ("text split", "STRING"),
 }
 SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
+SAMPLING |= {"rows": 1}
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
@@ -131,6 +133,14 @@ def test_defaults(nodes, node_id):
     options = {**inputs.get("required", {}), **inputs.get("optional", {})}
     found = {name: options[name][1]["default"] for name in DEFAULTS[node_id]}
     assert found == DEFAULTS[node_id]
+
+
+def test_which_nodes_take_and_give_lists(nodes):
+    taking = {node_id for node_id, info in nodes.items() if info.get("is_input_list")}
+    giving = {node_id for node_id, info in nodes.items() if any(info["output_is_list"])}
+    if any("is_input_list" in info for info in nodes.values()):  # hosts after 0.3.75 tell it
+        assert taking == {"GLMImageSampleTokens", "GLMImageSampleLayout", "GLMImageKeepBest"}
+    assert giving >= {"GLMImageSampleTokens", "GLMImageSampleLayout", "GLMImagePromptLines"}
 
 
 def test_every_node_and_input_says_what_it_is_for(nodes):
