@@ -106,7 +106,7 @@ class Ahead:
                 continue
             if graph[ar[0]]["class_type"] == REMOTE_AR:
                 with suppress(NotConstantError, GLMImageError):  # the node will say what is wrong
-                    (name,) = Constants(graph, self._givers).inputs(ar[0])["service"]
+                    name, *_ = Constants(graph, self._givers).inputs(ar[0])["service"]
                     found[node_id] = find_service(name)
         return found
 

@@ -79,7 +79,7 @@ def find_service(name: str) -> Service:
         GLMImageError: there is no service of that name, or the file or its entry is broken.
     """
     entries = _read()
-    if name not in entries:
+    if not isinstance(name, str) or name not in entries:
         known = f"; it has {', '.join(sorted(entries))}" if entries else ""
         raise ServiceError(
             f"There is no AR service '{shown(name)}' in {SHOWN}{known}. Write its name and address "
