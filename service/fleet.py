@@ -18,8 +18,8 @@ TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 SPARE_REQUESTS = 1024
 """That a replica answers beside those in its queue: refusals, bodies on their way, `/info`."""
 OBJECT_STORE_BYTES = 128 * 2**20  # of Ray's shared memory; requests pass through it in pieces
-SLOW_START = {"RAY_agent_register_timeout_ms": "300000", "RAY_raylet_start_wait_time_s": "300"}
-"""Ray gives its own processes 30 seconds to start, which a busy machine exceeds."""
+AGENT_SECONDS = 300
+"""In which Ray's agent has to start; Ray itself gives it 30, which a busy machine exceeds."""
 STOP_SECONDS = 600
 """In which a replica that is scaled away ends what it has taken."""
 
@@ -132,8 +132,7 @@ def _set_environment(own: bool) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    for name, value in SLOW_START.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(1000 * AGENT_SECONDS))
     if own and TOKEN not in os.environ and TOKEN_PATH not in os.environ:
         os.environ[TOKEN] = secrets.token_hex(32)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
