@@ -1,9 +1,12 @@
 """The first stage: semantic tokens from a prompt."""
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..glm_core.ar.requests import SampleRequest
 from ..glm_core.ar.step import SamplingOptions
 from ..glm_core.data.cells import cells_or_mask
 from ..glm_core.data.grids import size_advice
@@ -13,6 +16,8 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import InputError, shown
 from .host.ar import HostAR
+from .host.lists import entries_of, write_lists
+from .host.requests import layout_of, requests_of, tokens_of
 from .inputs import seed_input, size_inputs
 from .messages import warning
 from .node import Node
@@ -67,43 +72,73 @@ class SampleTokens(Node):
                     "pixels, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * is "
                     "all. Empty: the mask.",
                 ),
+                _rows_input(),
             ],
             outputs=[
-                Tokens.Output(display_name="tokens"),
-                Layout.Output(display_name="layout", tooltip="The layout of the image."),
+                Tokens.Output(display_name="tokens", is_output_list=True),
+                Layout.Output(
+                    display_name="layout", is_output_list=True, tooltip="The layout of the image."
+                ),
             ],
+            is_input_list=True,
         )
 
     @classmethod
-    def execute(
-        cls,
-        ar: HostAR,
-        prompt: str,
-        width: int,
-        height: int,
-        seed: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        batch_size: int,
-        layout: LayoutData | None = None,
-        references: ReferenceData | None = None,
-        tokens: SemanticTokens | None = None,
-        mask: torch.Tensor | None = None,
-        lookahead: int = 1,
-        cells: str = "",
-    ) -> io.NodeOutput:
-        mask = _region(cells, mask, tokens)
-        options = SamplingOptions(temperature, top_p, top_k)
-        request = (prompt, height, width, seed, batch_size, options)
-        extra = {"tokens": tokens, "mask": mask, "lookahead": lookahead}
-        if references is None:
-            sampled = ar.sample(*request, layout=layout, **extra)
-            return io.NodeOutput(*sampled, ui=warning(size_advice(height, width)))
-        require_one_origin(layout, references)
-        edited = ar.sample_from_references(*request, references, **extra)
-        said = warning(size_advice(height, width))
-        return io.NodeOutput(edited, ExecutionBlocker(NO_LAYOUT), ui=said)
+    def execute(cls, rows: list[int] | None = None, **inputs: list[Any] | None) -> io.NodeOutput:
+        """Every input is a list, and so is every output."""
+        entries = entries_of(inputs)
+        requests = [token_requests(**entry) for entry in entries]
+        written = write_lists([entry["ar"] for entry in entries], requests, _count(rows))
+        tokens, layouts = [], []
+        for entry, asked, done in zip(entries, requests, written, strict=True):
+            known = entry["ar"].codebook, entry["ar"].palette.colours
+            tokens.append(tokens_of(asked, done, *known))
+            # A blocker stands for its own entry alone: nodes after it run for the others.
+            layouts.append(
+                ExecutionBlocker(NO_LAYOUT)
+                if asked[0].references
+                else layout_of(asked, done, *known)
+            )
+        return io.NodeOutput(tokens, layouts, ui=warning(_advice(entries)))
+
+
+def token_requests(
+    ar: HostAR,
+    prompt: str,
+    width: int,
+    height: int,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    batch_size: int,
+    layout: LayoutData | None = None,
+    references: ReferenceData | None = None,
+    tokens: SemanticTokens | None = None,
+    mask: torch.Tensor | None = None,
+    lookahead: int = 1,
+    cells: str = "",
+) -> list[SampleRequest]:
+    """The samples of one entry of Sample Tokens' lists.
+
+    Raises:
+        GLMImageError: inputs do not belong together.
+    """
+    require_one_origin(layout, references)
+    return requests_of(
+        ar.codebook,
+        prompt,
+        height,
+        width,
+        seed,
+        batch_size,
+        SamplingOptions(temperature, top_p, top_k),
+        layout=layout,
+        references=references,
+        tokens=tokens,
+        mask=_region(cells, mask, tokens),
+        lookahead=lookahead,
+    )
 
 
 class SampleLayout(Node):
@@ -125,30 +160,66 @@ class SampleLayout(Node):
                     + BATCH_OF_LAYOUTS,
                 ),
                 _lookahead_input(),
+                _rows_input(),
             ],
-            outputs=[Layout.Output(display_name="layout")],
+            outputs=[Layout.Output(display_name="layout", is_output_list=True)],
+            is_input_list=True,
         )
 
     @classmethod
-    def execute(
-        cls,
-        ar: HostAR,
-        prompt: str,
-        width: int,
-        height: int,
-        seed: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        batch_size: int,
-        layout: LayoutData | None = None,
-        lookahead: int = 1,
-    ) -> io.NodeOutput:
-        options = SamplingOptions(temperature, top_p, top_k)
-        sampled = ar.sample_layout(
-            prompt, height, width, seed, batch_size, options, layout=layout, lookahead=lookahead
-        )
-        return io.NodeOutput(sampled, ui=warning(size_advice(height, width)))
+    def execute(cls, rows: list[int] | None = None, **inputs: list[Any] | None) -> io.NodeOutput:
+        """Every input is a list, and so is the output."""
+        entries = entries_of(inputs)
+        requests = [layout_requests(**entry) for entry in entries]
+        written = write_lists([entry["ar"] for entry in entries], requests, _count(rows))
+        layouts = [
+            layout_of(asked, done, entry["ar"].codebook, entry["ar"].palette.colours)
+            for entry, asked, done in zip(entries, requests, written, strict=True)
+        ]
+        return io.NodeOutput(layouts, ui=warning(_advice(entries)))
+
+
+def layout_requests(
+    ar: HostAR,
+    prompt: str,
+    width: int,
+    height: int,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    batch_size: int,
+    layout: LayoutData | None = None,
+    lookahead: int = 1,
+) -> list[SampleRequest]:
+    """The samples of one entry of Sample Layout's lists.
+
+    Raises:
+        GLMImageError: the layout does not fit.
+    """
+    options = SamplingOptions(temperature, top_p, top_k)
+    return requests_of(
+        ar.codebook,
+        prompt,
+        height,
+        width,
+        seed,
+        batch_size,
+        options,
+        kind="layout",
+        layout=layout,
+        lookahead=lookahead,
+    )
+
+
+def _count(rows: list[int] | None) -> int:
+    return rows[0] if rows else 1
+
+
+def _advice(entries: list[dict[str, Any]]) -> list[str]:
+    """Sentences about the entries' sizes, each once."""
+    said = [size_advice(entry["height"], entry["width"]) for entry in entries]
+    return list(dict.fromkeys(sentence for some in said for sentence in some))
 
 
 def _region(
@@ -228,4 +299,17 @@ def _lookahead_input() -> io.Int.Input:
         tooltip="Up to this many tokens a pass: tokens are guessed from the row above or the "
         "preview and checked together. The result is the same; the speed depends on the picture. "
         "1 is off.",
+    )
+
+
+def _rows_input() -> io.Int.Input:
+    return io.Int.Input(
+        "rows",
+        default=1,
+        min=1,
+        max=64,
+        optional=True,
+        tooltip="For lists of inputs, such as of Prompt Lines: up to this many samples of the list "
+        "are written together, for nearly the time of one. They need equal sizes, options and "
+        "locked places. 1 writes one entry after the other.",
     )

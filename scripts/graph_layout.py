@@ -15,7 +15,7 @@ STAGES = {
         "GLMImageLoadDecoder",
         "GLMImageLoadVAE",
     ),
-    "Prompt": ("PrimitiveStringMultiline", "PrimitiveInt"),
+    "Prompt": ("PrimitiveStringMultiline", "PrimitiveInt", "GLMImagePromptLines"),
     "Picture": ("LoadImage",),
     "Tiles": ("ImageScaleBy", "GetImageSize", "ImageCrop", "ImageBatch", "RebatchImages"),
     "Region": ("SolidMask", "MaskComposite", "FeatherMask"),

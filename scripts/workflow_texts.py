@@ -76,6 +76,23 @@ of 1024 x 1024. The picture's seed is that of **Sample Tokens**.
 """,
         {"提示词": "左边一个蓝色星形，黄色背景，顶部写着“猫茶”"},
     ),
+    "prompts_from_list": Workflow(
+        "Many prompts at once",
+        """\
+# GLM-Image: many prompts at once
+Write one prompt a line. **Prompt Lines** makes a list of them, and **Sample Tokens** writes up to \
+`rows` of the list together, in little more time than one. The decoder then paints one picture \
+after the other.
+
+All pictures have the seed and the size of **Sample Tokens**. A list of seeds, of sizes or of \
+layouts may be connected as well; what differs in size or locked places is written apart.
+""",
+        {
+            "Prompts": "a red circle on the left, white background\na blue star on the right, "
+            "yellow background\na green square in the middle, white background, the text 'TEA' at "
+            "the bottom"
+        },
+    ),
     "edit_image": Workflow(
         "Edit a picture",
         """\

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from ..errors import BatchError, InputError
 from .cache import span_of
 from .model import ARModel
 from .prompt import Prompt, PromptTokenizer
-from .sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
+from .sampler import (
+    Prompts,
+    SamplingRun,
+    sample_from_references,
+    sample_layout,
+    sample_tokens,
+)
 from .step import SamplingOptions
 
 KINDS = ("tokens", "layout")
@@ -63,6 +70,12 @@ class SampleRequest:
     def grid(self) -> Grid:
         """Of the tokens."""
         return token_grid(self.height, self.width)
+
+    @property
+    def forced(self) -> int:
+        """How many cells are not drawn."""
+        given = (self.preview, self.large)
+        return sum(int(cells.mask.sum()) for cells in given if cells is not None)
 
     def read(self, tokenizer: PromptTokenizer) -> Prompt:
         """
@@ -135,6 +148,21 @@ def shared_runs(
     ]
 
 
+def batches(requests: Sequence[SampleRequest]) -> list[list[int]]:
+    """The indices of requests that follow each other and have one prompt and one set of references.
+
+    Args:
+        requests: of one size, kind, lookahead, and set of options and of locked places.
+    """
+    indices = range(len(requests))
+    return [list(batch) for _, batch in groupby(indices, lambda i: _read_by(requests[i]))]
+
+
+def _read_by(request: SampleRequest) -> Hashable:
+    """What the model reads before the first cell, for requests of one size."""
+    return request.prompt, tuple(map(id, request.references))
+
+
 def write_together(
     model: ARModel,
     tokenizer: PromptTokenizer,
@@ -160,37 +188,54 @@ def write_together(
         raise BatchError(f"There are {len(requests)} requests for a run of {rows} rows.")
     if len({run_key(tokenizer, request) for request in requests}) > 1:
         raise BatchError("Requests that differ in size, options or locks cannot share a run.")
+    if rows == 1:
+        return write_batch(model, tokenizer, requests, **how)
     filled = [*requests, *[requests[0]] * (rows - len(requests))]
-    run = _run(filled, len(requests), how)
-    prompts = _prompts(tokenizer, filled)
-    prompt = prompts if rows > 1 else prompts[0]
+    run = _run(filled, how)
+    shown = replace(run, show=lambda grids: run.show([grid[: len(requests)] for grid in grids]))
+    return _write(model, _prompts(tokenizer, filled), filled, shown)[: len(requests)]
+
+
+def write_batch(
+    model: ARModel, tokenizer: PromptTokenizer, requests: Sequence[SampleRequest], **how: Any
+) -> list[Written]:
+    """Write requests of one prompt in as many rows, as `sampler` writes a batch.
+
+    Args:
+        requests: one of `batches`.
+        how: as in `write_together`.
+    """
+    return _write(model, requests[0].read(tokenizer), requests, _run(requests, how))
+
+
+def _write(
+    model: ARModel, prompts: Prompts, requests: Sequence[SampleRequest], run: SamplingRun
+) -> list[Written]:
     one, grid = requests[0], requests[0].grid
-    preview = _together([request.preview for request in filled])
-    large = _together([request.large for request in filled])
+    preview = _together([request.preview for request in requests])
+    large = _together([request.large for request in requests])
     tokens = previews = [None] * len(requests)
     if one.kind == "layout":
-        previews = sample_layout(model, prompt, grid, run, preview=preview)
+        previews = sample_layout(model, prompts, grid, run, preview=preview)
     elif one.references:
-        tokens = sample_from_references(model, prompt, grid, run, large=large)
+        tokens = sample_from_references(model, prompts, grid, run, large=large)
     else:
-        tokens, previews = sample_tokens(model, prompt, grid, run, preview=preview, large=large)
-    return [Written(_stored(tokens[i]), _stored(previews[i])) for i in range(len(requests))]
+        tokens, previews = sample_tokens(model, prompts, grid, run, preview=preview, large=large)
+    return [Written(_stored(t), _stored(p)) for t, p in zip(tokens, previews, strict=True)]
 
 
-def _run(requests: Sequence[SampleRequest], shown: int, how: dict[str, Any]) -> SamplingRun:
-    """A run of these requests, of which the first `shown` are shown."""
+def _run(requests: Sequence[SampleRequest], how: dict[str, Any]) -> SamplingRun:
     seeds = [request.seed % 2**64 for request in requests]
-    run = SamplingRun(seeds, requests[0].options, lookahead=requests[0].lookahead, **how)
-    return replace(run, show=lambda grids: run.show([grid[:shown] for grid in grids]))
+    return SamplingRun(seeds, requests[0].options, lookahead=requests[0].lookahead, **how)
 
 
 def _prompts(tokenizer: PromptTokenizer, requests: Sequence[SampleRequest]) -> list[Prompt]:
     """One for each request; equal ones are one object, which the model reads once."""
     read: dict[Hashable, Prompt] = {}
     for request in requests:
-        if (request.prompt, request.references) not in read:
-            read[request.prompt, request.references] = request.read(tokenizer)
-    return [read[request.prompt, request.references] for request in requests]
+        if _read_by(request) not in read:
+            read[_read_by(request)] = request.read(tokenizer)
+    return [read[_read_by(request)] for request in requests]
 
 
 def _together(forced: Sequence[Forced | None]) -> Forced | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ar.cache import span_of
 from ..ar.model import ARConfig
 from ..data.grids import PATCHES_PER_TOKEN, PIXELS_PER_LATENT, preview_grid, token_grid
 from ..decoder.config import DecoderConfig
@@ -76,7 +77,8 @@ def ar_stages(component: Component, weight_dtype: str, request: Request) -> list
     config = ARConfig.from_dict(component.config)
     preview_rows, preview_columns = preview_grid(token_grid(request.height, request.width))
     prompt = PROMPT_IDS + request.references * request.cells
-    length = prompt + preview_rows * preview_columns + request.cells
+    # Samples of a list have prompts of their own, which are padded to a span of the cache.
+    length = span_of(prompt) + preview_rows * preview_columns + request.cells
     layers, rest = _weights(component, VISION_PREFIXES, AR_LAYER, weight_dtype)
     text = Stage(
         "ar",

@@ -1,39 +1,32 @@
 """The AR model on a graph: its network in a patcher, and the tokenizer of its checkpoint."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import comfy.model_management
 import torch
-from torch import Tensor
 
 from ...glm_core.ar.cache import span_of
 from ...glm_core.ar.graphs import CudaGraphs
 from ...glm_core.ar.model import ARConfig, ARModel, layer_segment
-from ...glm_core.ar.philox import batch_seeds
-from ...glm_core.ar.prompt import Prompt, PromptTokenizer
-from ...glm_core.ar.sampler import SamplingRun, sample_from_references, sample_layout, sample_tokens
-from ...glm_core.ar.step import SamplingOptions
-from ...glm_core.data.cells import format_cells
-from ...glm_core.data.grids import preview_grid, token_grid
-from ...glm_core.data.layout import (
-    cells_outside,
-    common_batch,
-    locked_cells,
-    require_codebook,
-    require_layout_fits,
-    require_tokens_fit,
+from ...glm_core.ar.prompt import PromptTokenizer
+from ...glm_core.ar.requests import (
+    SampleRequest,
+    Written,
+    batches,
+    shared_runs,
+    write_batch,
+    write_together,
 )
-from ...glm_core.data.references import References
-from ...glm_core.data.tokens import Forced, Layout, SemanticTokens
-from ...glm_core.errors import InputError
+from ...glm_core.data.grids import Grid, preview_grid
 from ...glm_core.placement import memory
 from ...glm_core.split import on_device
 from ...glm_core.vision.encoder import VISION_PREFIXES
-from .devices import Placement, default_placement
+from .devices import Placement, default_placement, usable
+from .notices import Notices
 from .out_of_memory import explain_out_of_memory, require_room
 from .palette import CodePalette
 from .patchers import (
@@ -58,6 +51,21 @@ SHARE_OF_WEIGHTS = 0.8
 
 class HostARModel(ListsSegments, ARModel):
     """The network in a patcher."""
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """What a run takes of memory.
+
+    length: positions of the cache.
+    block: the most ids that one pass reads, over all samples.
+    padded: whether prompts are padded to a span of the cache.
+    """
+
+    rows: int
+    length: int
+    block: int
+    padded: bool
 
 
 class HostAR:
@@ -92,149 +100,56 @@ class HostAR:
         parts = [*with_segments(self.patcher), *self.vision.patchers]
         return sum(part.model_size() for part in parts)
 
-    def sample(
-        self,
-        prompt: str,
-        height: int,
-        width: int,
-        seed: int,
-        batch_size: int,
-        options: SamplingOptions,
-        *,
-        layout: Layout | None = None,
-        tokens: SemanticTokens | None = None,
-        mask: Tensor | None = None,
-        lookahead: int = 1,
-    ) -> tuple[SemanticTokens, Layout]:
-        """The preview, then the large grid, `batch_size` times for each layout.
+    @property
+    def codebook(self) -> int:
+        return self.config.codebook
+
+    def write(self, requests: Sequence[SampleRequest], rows: int) -> list[Written]:
+        """Write samples, with progress, live previews and interrupts.
 
         Args:
-            layout: its locked cells are forced.
-            tokens, mask: large grids; only their cells under the mask are drawn anew.
-            lookahead: see `sampler.SamplingRun`.
+            requests: with one row, those of one node; others may be any.
+            rows: samples of one run. With one, requests of one prompt are a batch instead. With
+                more, all that may share a run do, and fewer rows are used if memory is short.
 
         Raises:
-            GLMImageError: the prompt is empty, the size has no grid, or the layout or the tokens
-                are of another model, another size or another batch.
+            GLMImageError: a prompt is empty, or memory is short.
         """
-        self._require_region(tokens, mask, height, width)
-        layouts = 1 if layout is None else len(layout.preview)
-        images = 1 if tokens is None else len(tokens.tokens)
-        samples = batch_size * common_batch("layouts", layouts, "images in tokens", images)
-        large = None if tokens is None else cells_outside(mask, tokens, samples)
-        written, preview = self._run(
-            sample_tokens,
-            self._text_to_image(prompt, height, width),
-            (height, width),
-            seed,
-            samples,
-            options,
-            lookahead,
-            preview=self._locked(layout, samples, height, width),
-            large=large,
-        )
-        return (
-            self._tokens(written, prompt, seed, options, height, width, large),
-            self._layout(preview, layout, height, width),
-        )
+        if rows == 1:
+            runs, padded = batches(requests), False
+        else:
+            rows = self._rows_with_room(requests, rows)
+            runs, padded = shared_runs(self.tokenizer, requests, rows), rows > 1
+        progress = TokenProgress(self.palette, len(runs))
+        written = {}
+        for run in runs:
+            some = [requests[i] for i in run]
+            size = self._size(some, rows if padded else len(some), padded)
+            written |= zip(run, self._run(some, size, progress), strict=True)
+            progress.next_part()
+        return [written[i] for i in range(len(requests))]
 
-    def sample_from_references(
-        self,
-        prompt: str,
-        height: int,
-        width: int,
-        seed: int,
-        batch_size: int,
-        options: SamplingOptions,
-        references: References,
-        *,
-        tokens: SemanticTokens | None = None,
-        mask: Tensor | None = None,
-        lookahead: int = 1,
-    ) -> SemanticTokens:
-        """The large grid alone: with references there is no preview stage.
-
-        Sample i is shown set i modulo their number. Prompts of different sets differ in length:
-        where there are several sets, each sample is a run of its own.
-
-        Raises:
-            GLMImageError: as `sample`, or the references are of another codebook.
-        """
-        self._require_region(tokens, mask, height, width)
-        require_codebook("references", references.codebook, self.config.codebook)
-        grid, sets = token_grid(height, width), len(references.sets)
-        images = 1 if tokens is None else len(tokens.tokens)
-        samples = batch_size * common_batch("reference sets", sets, "images in tokens", images)
-        large = None if tokens is None else cells_outside(mask, tokens, samples)
-        runs = [slice(0, samples)] if sets == 1 else [slice(i, i + 1) for i in range(samples)]
-        written = [
-            self._run(
-                sample_from_references,
-                self.tokenizer.image_to_image(
-                    prompt, grid, [image.tokens for image in references.sets[run.start % sets]]
-                ),
-                (height, width),
-                (seed + run.start) % 2**64,
-                run.stop - run.start,
-                options,
-                lookahead,
-                large=large and Forced(large.values[run], large.mask),
-            )
-            for run in runs
-        ]
-        return self._tokens(torch.cat(written), prompt, seed, options, height, width, large)
-
-    def sample_layout(
-        self,
-        prompt: str,
-        height: int,
-        width: int,
-        seed: int,
-        batch_size: int,
-        options: SamplingOptions,
-        *,
-        layout: Layout | None = None,
-        lookahead: int = 1,
-    ) -> Layout:
-        """The preview stage of `sample` alone."""
-        samples = batch_size * (1 if layout is None else len(layout.preview))
-        preview = self._run(
-            sample_layout,
-            self._text_to_image(prompt, height, width),
-            (height, width),
-            seed,
-            samples,
-            options,
-            lookahead,
-            preview=self._locked(layout, samples, height, width),
-        )
-        return self._layout(preview, layout, height, width)
+    def _size(self, requests: Sequence[SampleRequest], rows: int, padded: bool) -> RunSize:
+        grid = requests[0].grid
+        longest = max(len(request.read(self.tokenizer)) for request in requests)
+        end = span_of(longest) if padded else longest
+        length = end + math.prod(grid) + math.prod(preview_grid(grid))
+        ahead = max(max(request.forced, request.lookahead) for request in requests)
+        return RunSize(rows, length, max(longest, rows * ahead), padded)
 
     def _run(
-        self,
-        sampler: Callable[..., Any],
-        prompt: Prompt,
-        size: tuple[int, int],
-        seed: int,
-        samples: int,
-        options: SamplingOptions,
-        lookahead: int,
-        **forced: Forced | None,
-    ) -> Any:
-        """Load the model, and run one of the functions of `sampler`."""
-        grid = token_grid(*size)
-        length = len(prompt) + math.prod(grid) + math.prod(preview_grid(grid))
-        given = sum(int(cells.mask.sum()) for cells in forced.values() if cells is not None)
-        block = max(len(prompt), samples * max(given, lookahead))
-        needs = self.memory_required(samples, length, block)
-        shape = (sampler, samples, grid, span_of(length), options, lookahead)
-        allocated = self.graphs.allocated_for(shape)
+        self, requests: Sequence[SampleRequest], size: RunSize, progress: TokenProgress
+    ) -> list[Written]:
+        """Load the model, and write requests that share a run."""
+        needs = self.memory_required(size.rows, size.length, size.block)
+        one = requests[0]
+        kind = one.kind, bool(one.references), one.grid, one.options, one.lookahead
+        allocated = self.graphs.allocated_for((kind, size.rows, span_of(size.length), size.padded))
         require_room(
             "The AR model",
             {device: need - allocated for device, need in needs.items()},
             SMALLER_RUN,
         )
-        progress = TokenProgress(self.palette)
         with (
             on_device(self.patcher.load_device),
             explain_out_of_memory("The AR model", needs, SMALLER_RUN, split="ar_split"),
@@ -242,73 +157,48 @@ class HostAR:
             comfy.model_management.load_models_gpu(
                 with_segments(self.patcher), memory_required=max(max(needs.values()) - allocated, 0)
             )
-            run = self._sampling_run(seed, samples, options, lookahead, progress)
-            return sampler(self.patcher.model, prompt, grid, run, **forced)
+            what = self.patcher.model, self.tokenizer, requests
+            how = self._how(progress)
+            if size.padded:
+                return write_together(*what, size.rows, **how)
+            return write_batch(*what, **how)
 
-    def _sampling_run(
-        self,
-        seed: int,
-        samples: int,
-        options: SamplingOptions,
-        lookahead: int,
-        progress: TokenProgress,
-    ) -> SamplingRun:
-        return SamplingRun(
-            batch_seeds(seed, samples),
-            options,
-            device=self.patcher.load_device,
-            dtype=self.dtype,
-            lookahead=lookahead,
-            runner=self.graphs.runner(self.patcher),
-            choose=chooser(self.patcher),
-            progress=progress.update,
-            show=progress.show,
-            check_interrupt=check_interrupt,
-        )
+    def _how(self, progress: TokenProgress) -> dict[str, Any]:
+        """What `SamplingRun` is told by the host."""
+        return {
+            "device": self.patcher.load_device,
+            "dtype": self.dtype,
+            "runner": self.graphs.runner(self.patcher),
+            "choose": chooser(self.patcher),
+            "progress": progress.update,
+            "show": progress.show,
+            "check_interrupt": check_interrupt,
+        }
 
-    def _text_to_image(self, prompt: str, height: int, width: int) -> Prompt:
-        return self.tokenizer.text_to_image(prompt, token_grid(height, width))
+    def _rows_with_room(self, requests: Sequence[SampleRequest], rows: int) -> int:
+        """As many of the rows as memory has room for, at least one; fewer are told of."""
+        grids: dict[Grid, list[SampleRequest]] = {}
+        for request in requests:
+            grids.setdefault(request.grid, []).append(request)
 
-    def _locked(
-        self, layout: Layout | None, samples: int, height: int, width: int
-    ) -> Forced | None:
-        if layout is None:
-            return None
-        require_layout_fits(layout, self.config.codebook, height, width)
-        return locked_cells(layout, samples)
-
-    def _require_region(
-        self, tokens: SemanticTokens | None, mask: Tensor | None, height: int, width: int
-    ) -> None:
-        if (tokens is None) != (mask is None):
-            raise InputError(
-                "tokens and mask belong together: connect both to draw part of an image anew, or "
-                "write cells in place of the mask; else connect neither."
+        def has_room(count: int) -> bool:
+            sizes = (self._size(some, count, padded=True) for some in grids.values())
+            return all(
+                need - self.graphs.nbytes <= usable(device)
+                for size in sizes
+                for device, need in self.memory_required(size.rows, size.length, size.block).items()
             )
-        if tokens is not None:
-            require_tokens_fit(tokens, self.config.codebook, height, width)
 
-    def _tokens(
-        self,
-        tokens: Tensor,
-        prompt: str,
-        seed: int,
-        options: SamplingOptions,
-        height: int,
-        width: int,
-        forced: Forced | None,
-    ) -> SemanticTokens:
-        info = {"prompt": prompt, "seed": seed, **vars(options)}
-        if forced is not None:
-            info["forced"] = format_cells(forced.mask)
-        codebook, colours = self.config.codebook, self.palette.colours
-        return SemanticTokens(_stored(tokens), codebook, height, width, info, colours)
-
-    def _layout(self, preview: Tensor, given: Layout | None, height: int, width: int) -> Layout:
-        """A preview with the locks of the layout that was given, if any."""
-        locked = torch.zeros(preview.shape[1:], dtype=torch.bool) if given is None else given.locked
-        codebook, colours = self.config.codebook, self.palette.colours
-        return Layout(_stored(preview), locked, codebook, height, width, colours)
+        found = next((count for count in range(rows, 1, -1) if has_room(count)), 1)
+        if found < rows:
+            Notices().say(
+                [
+                    f"The AR model writes {found} samples in a run instead of {rows}, as there is "
+                    "no memory for more. In bf16, tokens depend on that number: set rows to "
+                    f"{found} to get the same ones again."
+                ]
+            )
+        return found
 
     def memory_required(self, batch: int, length: int, block: int) -> dict[torch.device, int]:
         """Bytes beside the weights, by device: the widest activations of a pass, and the KV cache
@@ -324,10 +214,6 @@ class HostAR:
         for numbers, device in layer_devices(self.patcher, self.config.layers):
             needs[device] = needs.get(device, work) + len(numbers) * layer
         return needs
-
-
-def _stored(tokens: Tensor) -> Tensor:
-    return tokens.to("cpu", torch.int32)
 
 
 def load_ar(

@@ -34,8 +34,10 @@ class TokenProgress:
     are off.
     """
 
-    def __init__(self, palette: CodePalette) -> None:
+    def __init__(self, palette: CodePalette, parts: int = 1) -> None:
+        """parts: how many runs one bar shows."""
         self._bar = comfy.utils.ProgressBar(0)  # `update` sets the total
+        self._parts, self._part = parts, 0
         self._palette = palette
         self._on = args.preview_method != LatentPreviewMethod.NoPreviews
         self._due = time.monotonic()
@@ -51,8 +53,12 @@ class TokenProgress:
 
     def update(self, done: int, total: int) -> None:
         preview = self._picture and ("PNG", self._picture, None)
-        self._bar.update_absolute(done, total, preview)
+        self._bar.update_absolute(self._part * total + done, self._parts * total, preview)
         self._picture = None
+
+    def next_part(self) -> None:
+        """The run has ended."""
+        self._part += 1
 
 
 def _picture(tokens: Tensor, palette: Tensor, side: int) -> Image.Image:

@@ -41,6 +41,11 @@ class StepGraphs:
         self._made_for = shape
         return self._replay.nbytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes still allocated from an earlier run."""
+        return self._replay.nbytes
+
     def runner(self, patcher: Any) -> Runner:
         """For a run that begins now; the patcher must be loaded."""
         if runs_graphs(patcher.load_device) and is_resident(patcher):

@@ -5,7 +5,10 @@ from typing import Any
 
 import comfy.sample
 import torch
+from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import upsample_tokens
+from glm_image.glm_core.data.tokens import Layout, SemanticTokens
+from glm_image.nodes.host.requests import layout_of, requests_of, tokens_of
 from torch import Tensor
 
 
@@ -56,9 +59,8 @@ def stages(
     (model,) = run("GLMImageLoadDecoder", shape, "default")
     (clip,) = run("GLMImageLoadGlyphEncoder", shape)
     (vae,) = run("GLMImageLoadVAE", shape)
-    tokens, layout = run(
-        "GLMImageSampleTokens", ar, prompt, width, height, seed, 0.9, 0.75, 0, batch
-    )
+    node = nodes["GLMImageSampleTokens"]
+    tokens, layout = sampled(node, ar, prompt, width, height, seed, 0.9, 0.75, 0, batch)
     glyphs, _ = run("GLMImageGlyphEncode", clip, prompt)
     positive, negative, empty = run("GLMImageApplyTokens", glyphs, tokens, -1)
     (latent,) = run("GLMImageDecode", model, positive, negative, empty, seed, steps, cfg, 1.0)
@@ -66,6 +68,25 @@ def stages(
     return Stages(
         ar, model, clip, vae, tokens, layout, positive, negative, empty, latent, image, seed
     )
+
+
+def sampled(node: type, *values: Any, **more: Any) -> tuple:
+    """The outputs of Sample Tokens or Sample Layout for lists of one entry."""
+    names = [given.id for given in node.define_schema().inputs]
+    given = dict(zip(names, values, strict=False)) | more
+    return tuple(
+        entry
+        for (entry,) in node.execute(**{name: [value] for name, value in given.items()}).result
+    )
+
+
+def written(
+    ar: Any, prompt: str, height: int, width: int, seed: int, batch: int
+) -> tuple[SemanticTokens, Layout]:
+    """A batch of the AR model's, without a node."""
+    requests = requests_of(ar.codebook, prompt, height, width, seed, batch, SamplingOptions())
+    samples = ar.write(requests, 1)
+    return tokens_of(requests, samples, ar.codebook), layout_of(requests, samples, ar.codebook)
 
 
 def planned(nodes: dict, shape: str = "small", **asked: Any) -> tuple:

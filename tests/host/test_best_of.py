@@ -10,6 +10,7 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import ocr
+from helpers import sampled
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = files("font_roboto") / "files/Roboto-Bold.ttf"
@@ -28,12 +29,12 @@ def run(nodes):
 
 
 @pytest.fixture(scope="module")
-def sample(run, ar):
+def sample(nodes, ar):
     """Tokens and layouts of a batch of `count`."""
 
     def sample(count: int = 3, seed: int = 5, **inputs):
         size = (PROMPT, WIDTH, HEIGHT, seed, 1.0, 1.0, 0, count)
-        return run("SampleTokens", ar, *size, **inputs)
+        return sampled(nodes["GLMImageSampleTokens"], ar, *size, **inputs)
 
     return sample
 

@@ -13,11 +13,10 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
-from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import vae, weights
 from glm_image.nodes.host.patchers import NotifyingPatcher
-from helpers import relative_error, same, stages
+from helpers import relative_error, same, sampled, stages, written
 from safetensors.torch import save_file
 from tape import Tape
 
@@ -191,7 +190,7 @@ def test_narrow_weights_come_close_to_float32(nodes, run, weight_dtype: str, lim
     assert dtypes[f"{AR_LAYER}.weight"] == narrow
     assert (dtypes["lm_head.weight"] == narrow) == (weight_dtype == "bf16")
     assert ar.patcher.model_size() < 0.8 * run.ar.patcher.model_size()
-    tokens, _ = ar.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+    tokens, _ = written(ar, PROMPT, *SIZE, 7, 1)
     assert tokens.tokens.shape == run.tokens.tokens.shape
 
 
@@ -207,7 +206,7 @@ def test_weights_are_views_of_the_file(nodes) -> None:
 
 def test_a_model_is_loaded_by_comfyuis_memory_management(nodes, run) -> None:
     comfy.model_management.unload_all_models()
-    run.ar.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+    written(run.ar, PROMPT, *SIZE, 7, 1)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     assert any(model.is_clone(run.ar.patcher) for model in loaded)
 
@@ -348,7 +347,7 @@ def test_a_copy_for_another_device_computes_the_same(nodes, run, component: str)
     assert clone.model is not patcher.model
     assert clone.load_device == torch.device("cpu")
     if component == "ar":
-        tokens, _ = run.ar.with_patcher(clone).sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+        tokens, _ = written(run.ar.with_patcher(clone), PROMPT, *SIZE, 7, 1)
         assert same(tokens.tokens, run.tokens.tokens)
     elif component == "decoder":
         decode = nodes["GLMImageDecode"].execute
@@ -375,8 +374,8 @@ def test_a_cpu_computes_a_bf16_ar_model_without_casting(nodes) -> None:
     assert ar.dtype == torch.bfloat16
     layer = ar.patcher.model.get_submodule(AR_LAYER)
     assert not layer.comfy_cast_weights
-    sampled = nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 3, 0.9, 0.75, 0, 1)
-    assert len(sampled.result[0].tokens.unique()) > 2
+    tokens, _ = sampled(nodes["GLMImageSampleTokens"], ar, PROMPT, 96, 64, 3, 0.9, 0.75, 0, 1)
+    assert len(tokens.tokens.unique()) > 2
     assert load(nodes, "AR", "small", "default").dtype == torch.float32
 
 

@@ -9,7 +9,6 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from glm_image.glm_core.placement.plan import GIB, Device
@@ -28,7 +27,7 @@ from glm_image.nodes.host.patchers import (
     with_segments,
 )
 from glm_image.nodes.host.vae import load_vae
-from helpers import planned, same, stages
+from helpers import planned, same, sampled, stages, written
 from torch import Tensor
 
 PROMPT = "a gate with 'EXIT' on it"
@@ -183,7 +182,7 @@ def test_a_split_of_other_layers_is_refused(nodes) -> None:
 
 def test_split_equals_unsplit_bit_for_bit(nodes, whole, split) -> None:
     ar, model = split
-    tokens, layout = ar.sample(PROMPT, *SIZE, whole.seed, 1, SamplingOptions())
+    tokens, layout = written(ar, PROMPT, *SIZE, whole.seed, 1)
     assert same(tokens.tokens, whole.tokens.tokens)
     assert same(layout.preview, whole.layout.preview)
     assert same(decode(nodes, whole, model), whole.latent["samples"])
@@ -195,7 +194,7 @@ def test_split_equals_unsplit_in_narrow_weights(nodes, whole, weights: str) -> N
     tokens, samples = [], []
     for choice in (None, found):
         ar = load(nodes, "AR", "small", weights, choice)
-        tokens.append(ar.sample(PROMPT, *SIZE, 3, 1, SamplingOptions())[0].tokens)
+        tokens.append(written(ar, PROMPT, *SIZE, 3, 1)[0].tokens)
         model = load(nodes, "Decoder", "small", weights, choice)
         samples.append(decode(nodes, whole, model))
     assert same(*tokens)
@@ -368,7 +367,7 @@ def test_a_limited_patcher_leaves_the_rest_in_host_memory(nodes, whole) -> None:
 def run_all(nodes, whole, placement: Placement | None) -> list:
     """Run every stage with the placement, check its output, and return the patchers."""
     ar = load_ar("small", placement=placement)
-    tokens, _ = ar.sample(PROMPT, *SIZE, whole.seed, 1, SamplingOptions())
+    tokens, _ = written(ar, PROMPT, *SIZE, whole.seed, 1)
     assert same(tokens.tokens, whole.tokens.tokens)
     clip = load_glyph_encoder("small", placement)
     glyphs, _ = nodes["GLMImageGlyphEncode"].execute(clip, PROMPT).result
@@ -410,7 +409,7 @@ def test_least_memory_gives_the_same_picture(nodes, whole, monkeypatch) -> None:
     found, _ = planned(nodes, strategy="least memory")
     ar = load(nodes, "AR", "small", "default", found)
     model = load(nodes, "Decoder", "small", "default", found)
-    tokens, _ = ar.sample(PROMPT, *SIZE, whole.seed, 1, SamplingOptions())
+    tokens, _ = written(ar, PROMPT, *SIZE, whole.seed, 1)
     assert same(tokens.tokens, whole.tokens.tokens)
     assert same(decode(nodes, whole, model), whole.latent["samples"])
     for stage, patcher in (("ar", ar.patcher), ("decoder", model)):
@@ -465,7 +464,7 @@ def test_each_stage_makes_its_device_the_current_one(nodes, whole, entered, monk
     ]
     image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
     try:
-        nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
+        sampled(nodes["GLMImageSampleTokens"], ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
         nodes["GLMImageEncodeTokens"].execute(ar, image, 96, 64)
         nodes["GLMImageGlyphEncode"].execute(clip, PROMPT)
         decode(nodes, whole, model)
@@ -483,7 +482,7 @@ def test_a_segments_device_is_the_current_one_while_its_layers_run(nodes, whole,
     layers = [with_segments(patcher)[1].model.layers[0] for patcher in (ar.patcher, model)]
     for layer in (*layers, ar.patcher.model.lm_head, model.model.diffusion_model.proj_out):
         layer.register_forward_pre_hook(lambda *_, a=layer in layers: seen.append((a, [*entered])))
-    nodes["GLMImageSampleTokens"].execute(ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
+    sampled(nodes["GLMImageSampleTokens"], ar, PROMPT, 96, 64, 7, 0.9, 0.75, 0, 1)
     decode(nodes, whole, model)
     assert all(devices == ([numbered] if away else []) for away, devices in seen)
     assert {away for away, _ in seen} == {True, False}

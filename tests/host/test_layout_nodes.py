@@ -8,7 +8,7 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from glm_image.glm_core.data.token_image import codebook_palette, draw_sheet, hash_palette
 from glm_image.glm_core.errors import GLMImageError
-from helpers import same
+from helpers import same, sampled
 
 PROMPT = "a door with 'PULL' on it"
 SIZES = {"512x768": (512, 768), "strip": (384, 128)}  # width, height
@@ -32,12 +32,13 @@ def wide_ar(nodes):
 
 
 @pytest.fixture
-def sample(run, ar):
+def sample(nodes, ar):
     """The outputs of Sample Tokens or Sample Layout at a size."""
 
     def call(node, size=(96, 64), seed=5, batch=1, prompt=PROMPT, temperature=0.9, **kwargs):
         arguments = (prompt, *size, seed, temperature, 0.75, 0, batch)
-        return run(f"Sample{node}", kwargs.pop("model", ar), *arguments, **kwargs)
+        model = kwargs.pop("model", ar)
+        return sampled(nodes[f"GLMImageSample{node}"], model, *arguments, **kwargs)
 
     return call
 

@@ -11,12 +11,11 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.component import COMPONENTS
 from glm_image.glm_core.files.conversion import convert
 from glm_image.glm_core.files.opening import open_component
-from helpers import planned, same
+from helpers import planned, same, written
 
 LOADERS = {"ar": "AR", "decoder": "Decoder", "glyph": "GlyphEncoder", "vae": "VAE"}
 
@@ -218,9 +217,9 @@ def test_one_node_loads_what_four_load(nodes, pipelines, weight_dtype) -> None:
         assert rebuilt.model is not patcher.model
         assert rebuilt.model.state_dict().keys() == ours.keys()
     comfy.model_management.unload_all_models()
-    tokens, _ = ar.sample("a door", 64, 96, 7, 1, SamplingOptions())
+    tokens, _ = written(ar, "a door", 64, 96, 7, 1)
     alone = loaded(nodes, "ar", "small", weight_dtype)
-    assert same(tokens.tokens, alone.sample("a door", 64, 96, 7, 1, SamplingOptions())[0].tokens)
+    assert same(tokens.tokens, written(alone, "a door", 64, 96, 7, 1)[0].tokens)
 
 
 def test_a_name_that_is_none_gets_a_sentence(nodes) -> None:

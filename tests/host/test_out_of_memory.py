@@ -18,7 +18,7 @@ from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.encode import encode_references
 from glm_image.nodes.host.out_of_memory import explain_out_of_memory
 from glm_image.nodes.host.patchers import with_segments
-from helpers import same, stages
+from helpers import same, sampled, stages
 
 PROMPT = "a door with 'PULL' on it"
 SIZE = (64, 96)
@@ -31,7 +31,7 @@ def run(nodes):
 
 def sample_tokens(nodes, run):
     sampling = (96, 64, 7, 0.9, 0.75, 0, 1)
-    return nodes["GLMImageSampleTokens"].execute(run.ar, PROMPT, *sampling).result[0].tokens
+    return sampled(nodes["GLMImageSampleTokens"], run.ar, PROMPT, *sampling)[0].tokens
 
 
 def encode_tokens(nodes, run):

@@ -16,7 +16,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar.cache import BlockPass
 from glm_image.glm_core.ar.model import rope_table
-from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import text_positions
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.files.conversion import convert
@@ -30,7 +29,7 @@ from glm_image.nodes.host.ar import load_ar
 from glm_image.nodes.host.decoder import load_decoder
 from glm_image.nodes.host.devices import Placement
 from glm_image.nodes.host.patchers import same_patches, with_segments
-from helpers import planned, relative_error, same, stages
+from helpers import planned, relative_error, same, stages, written
 from safetensors.torch import load_file, save_file
 from tape import Recorder
 from torch import Tensor
@@ -105,7 +104,7 @@ def forward(ar) -> Tensor:
 @pytest.mark.parametrize("dtype", FILES)
 def test_a_converted_ar_samples_tokens_and_is_near_the_plain_one(nodes, run, files, dtype) -> None:
     ar = load(nodes, "AR", files["ar", dtype])
-    tokens, layout = ar.sample(PROMPT, *SIZE, 7, 2, SamplingOptions())
+    tokens, layout = written(ar, PROMPT, *SIZE, 7, 2)
     assert tokens.tokens.shape == (2, 2, 3)
     assert layout.preview.shape[0] == 2
     error = relative_error(logits(ar), logits(run.ar))
@@ -187,7 +186,7 @@ def test_another_format_than_the_files_is_refused(nodes, files) -> None:
 def test_int4_of_an_odd_width_is_refused(nodes) -> None:
     with pytest.raises(GLMImageError, match="width 72; choose int8"):
         load(nodes, "AR", "deep", "int4")
-    load(nodes, "AR", "deep", "int8").sample(PROMPT, *SIZE, 7, 1, SamplingOptions())
+    written(load(nodes, "AR", "deep", "int8"), PROMPT, *SIZE, 7, 1)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -433,9 +432,7 @@ def test_a_split_file_is_the_whole_one(nodes, run, files, dtype, kind) -> None:
     assert len(with_segments(patcher_of(split))) == 2
     assert same(output(nodes, run, split), output(nodes, run, whole))
     if kind == "AR":
-        ours, theirs = (
-            ar.sample(PROMPT, *SIZE, 7, 2, SamplingOptions())[0] for ar in (split, whole)
-        )
+        ours, theirs = (written(ar, PROMPT, *SIZE, 7, 2)[0] for ar in (split, whole))
         assert same(ours.tokens, theirs.tokens)
 
 
@@ -537,8 +534,8 @@ def test_packed_steps_can_be_replayed(nodes, files, name, monkeypatch) -> None:
     monkeypatch.setattr("glm_image.nodes.host.ar.CudaGraphs", lambda device: recorder)
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: True)
     replayed = load(nodes, "AR", files["ar", name])
-    tokens = replayed.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())[0].tokens
+    tokens = written(replayed, PROMPT, *SIZE, 7, 1)[0].tokens
     assert recorder.tapes
     monkeypatch.setattr(step_graphs, "runs_graphs", lambda device: False)
     eager = load(nodes, "AR", files["ar", name])
-    assert same(eager.sample(PROMPT, *SIZE, 7, 1, SamplingOptions())[0].tokens, tokens)
+    assert same(written(eager, PROMPT, *SIZE, 7, 1)[0].tokens, tokens)

@@ -14,7 +14,7 @@ from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import decoder as decoder_module
 from glm_image.nodes.host import reference_cache
 from glm_image.nodes.host.cache_patcher import make_cache_patcher
-from helpers import relative_error, same, stages
+from helpers import relative_error, same, sampled, stages
 from reference import SHAPES
 from torch import Tensor
 
@@ -327,11 +327,9 @@ def test_tokens_of_a_drawing_fit_the_asked_size(nodes, run, images) -> None:
 
 
 def sample(nodes, run, references, *, seed=7, batch=1, **more):
-    execute = nodes["GLMImageSampleTokens"].execute
     height, width = SIZE
-    return execute(
-        run.ar, PROMPT, width, height, seed, 0.9, 0.75, 0, batch, references=references, **more
-    ).result
+    values = run.ar, PROMPT, width, height, seed, 0.9, 0.75, 0, batch
+    return sampled(nodes["GLMImageSampleTokens"], *values, references=references, **more)
 
 
 def test_tokens_are_written_from_the_references(nodes, run, images) -> None:

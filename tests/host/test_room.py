@@ -9,7 +9,7 @@ from glm_image.glm_core.data.tokens import Layout, SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.glm_core.placement import memory
 from glm_image.glm_core.placement.plan import GIB
-from helpers import stages
+from helpers import sampled, stages
 
 PROMPT = "a door with 'PULL' on it"
 HUGE = 16384
@@ -49,7 +49,7 @@ def show_layouts(nodes, run):
 
 def sample_tokens(nodes, run):
     sampling = (HUGE, HUGE, 7, 0.9, 0.75, 0, 64)
-    nodes["GLMImageSampleTokens"].execute(run.ar, PROMPT, *sampling)
+    sampled(nodes["GLMImageSampleTokens"], run.ar, PROMPT, *sampling)
 
 
 def encode_tokens(nodes, run):

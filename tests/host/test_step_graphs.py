@@ -11,7 +11,7 @@ from glm_image.glm_core.ar.choice import StepChoice, candidates, plainly
 from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
 from glm_image.nodes.host import ar as ar_module
 from glm_image.nodes.host import step_choice, step_graphs
-from helpers import same
+from helpers import same, sampled
 from safetensors.torch import save_file
 from tape import Recorder
 
@@ -35,7 +35,7 @@ def load(nodes):
 def sample(nodes, ar, seed: int, width: int = 96, batch: int = 1, lookahead: int = 1):
     sampling = (width, 64, seed, 0.9, 0.75, 0, batch)
     node = nodes["GLMImageSampleTokens"]
-    return node.execute(ar, PROMPT, *sampling, lookahead=lookahead).result[0].tokens
+    return sampled(node, ar, PROMPT, *sampling, lookahead=lookahead)[0].tokens
 
 
 def test_replayed_tokens_equal_eager_ones_also_after_a_change(nodes, loras, recorder) -> None:

@@ -16,11 +16,12 @@ CONTRACT = {
     "GLMImageLoadLora": ("lora_name strength_model strength_ar [model] [ar]", "MODEL GLM_AR"),
     "GLMImageSampleTokens": (
         "ar prompt width height seed temperature top_p top_k batch_size"
-        " [layout] [references] [tokens] [mask] [lookahead] [cells]",
+        " [layout] [references] [tokens] [mask] [lookahead] [cells] [rows]",
         "GLM_TOKENS GLM_LAYOUT",
     ),
     "GLMImageSampleLayout": (
-        "ar prompt width height seed temperature top_p top_k batch_size [layout] [lookahead]",
+        "ar prompt width height seed temperature top_p top_k batch_size [layout] [lookahead]"
+        " [rows]",
         "GLM_LAYOUT",
     ),
     "GLMImageLockLayout": ("layout lock batch_index [mask]", "GLM_LAYOUT"),
@@ -71,7 +72,10 @@ CONTRACT = {
     "GLMImageCellsToMask": ("cells width height [layout] [tokens]", "MASK"),
     "GLMImagePromptLines": ("text split", "STRING"),
 }
-SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
+SAMPLING = {
+    **{"temperature": 0.9, "top_p": 0.75, "top_k": 0},
+    **{"batch_size": 1, "lookahead": 1, "rows": 1},
+}
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
@@ -143,6 +147,8 @@ def test_every_node_and_input_says_what_it_is_for(nodes):
 def test_these_outputs_are_lists(nodes):
     lists = {key: info["output_is_list"] for key, info in nodes.items()}
     assert {key: found for key, found in lists.items() if any(found)} == {
+        "GLMImageSampleTokens": [True, True],
+        "GLMImageSampleLayout": [True],
         "GLMImageSplitBatch": [True, True, True],
         "GLMImageScoreTokens": [True, False, False],
         "GLMImageReadText": [True, False, False],

@@ -263,6 +263,25 @@ def test_layouts_and_locks_go_through_a_file(saved, base):
     assert not torch.equal(used.preview, layout.preview)
 
 
+def test_layouts_of_a_list_lock_the_tokens_of_a_list(client, base):
+    """They go through Lock Layout, which takes them one by one."""
+    graph = Graph()
+    seed = fresh_seed()
+    lines = graph.node("PromptLines", text="a red door\na longer text", split="lines")
+    layouts = graph.sample("Layout", seed, prompt=lines, rows=2)
+    tokens = graph.sample("Tokens", seed, prompt=lines, layout=graph.lock(layouts), rows=2)
+    free = graph.sample("Tokens", seed, prompt=lines)
+    savers = [graph.save(one, layout=layout_of(one)) for one in (tokens, free)]
+    outputs = client.run(graph).outputs
+    locked, drawn = (
+        [load_tokens(base / "output" / "layouts" / file["filename"])[0].tokens for file in files]
+        for files in (outputs[saver]["tokens"] for saver, _ in savers)
+    )
+    assert len(locked) == 2
+    assert all(torch.equal(*pair) for pair in zip(locked, drawn, strict=True))
+    assert not torch.equal(*locked)
+
+
 # ---- painted masks ------------------------------------------------------------------------------
 
 

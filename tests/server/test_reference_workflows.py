@@ -143,6 +143,25 @@ def test_references_of_another_checkpoint(client, picture):
     assert picture(fresh()).std() > 1
 
 
+def test_tokens_of_edits_in_a_list_are_saved_though_they_have_no_layout(client):
+    prompt = reference_workflow("style_transfer")
+    encode = the(prompt, "GLMImageEncodeReference")
+    image = prompt[encode]["inputs"]["image"]
+    both = add(prompt, "ImageBatch", image1=image, image2=image)
+    single = add(prompt, "RebatchImages", images=[both, 0], batch_size=1)
+    prompt[encode]["inputs"]["image"] = [single, 0]
+    sampler = the(prompt, "GLMImageSampleTokens")
+    prompt[sampler]["inputs"]["rows"] = 2
+    saver = add(prompt, "GLMImageSaveTokens", tokens=[sampler, 0], filename_prefix="edits")
+    shown = add(prompt, "GLMImageShowTokens", layout=[sampler, 1], cell_size=8)
+    events = []
+    with pytest.raises(PromptError, match="no preview stage") as refusal:
+        client.run(prompt, events.append)
+    assert refusal.value.node_id == shown
+    saved = [e["data"] for e in events if e["type"] == "executed" and e["data"]["node"] == saver]
+    assert len(saved[0]["output"]["tokens"]) == 2
+
+
 def test_an_edits_layout_is_blocked_with_a_sentence(client, picture):
     prompt = reference_workflow("style_transfer")
     add(
