@@ -101,6 +101,7 @@ def started(settings: Settings, port: int, address: str | None) -> Iterator[None
     if address is None:
         cpus = max(os.cpu_count() or 1, settings.most * settings.cpus)
         ray.init(
+            address="local",  # also where RAY_ADDRESS names a cluster
             num_cpus=cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

@@ -73,8 +73,12 @@ CONTRACT = {
     "GLMImagePromptLines": ("text split", "STRING"),
 }
 SAMPLING = {
-    **{"temperature": 0.9, "top_p": 0.75, "top_k": 0},
-    **{"batch_size": 1, "lookahead": 1, "rows": 1},
+    "temperature": 0.9,
+    "top_p": 0.75,
+    "top_k": 0,
+    "batch_size": 1,
+    "lookahead": 1,
+    "rows": 1,
 }
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
