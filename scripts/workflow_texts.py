@@ -130,7 +130,7 @@ order. Size and seed are those of **Sample Tokens**.
 One **Reference Cache** holds all references; `fp8` halves its memory, `cpu` streams it.
 """,
         {"Prompt": "change the background to yellow"},
-        suits_tiny=False,  # it has learned edits of one picture, and copies the first of two
+        suits_tiny=False,  # it has learned edits of one picture, and copies two unchanged
     ),
     "layout_contact_sheet": Workflow(
         "Choose one of eight layouts",
