@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +28,8 @@ def main() -> None:
     least, most = arguments.replicas
     if not arguments.address:
         _require_model(arguments.model)
+        _require_gpus(most if gpu else 0)
+        _require_free(arguments.port, arguments.port + 1)
     settings = Settings(
         model=str(arguments.model.resolve()),
         least=least,
@@ -92,6 +95,27 @@ def _require_model(model: Path) -> None:
         open_component(find_component(model, "ar") if model.is_dir() else model, "ar")
     except GLMImageError as error:
         raise SystemExit(str(error)) from None
+
+
+def _require_gpus(count: int) -> None:
+    """Replicas without one would wait for it forever."""
+    found = torch.cuda.device_count() if count else 0
+    if found < count:
+        raise SystemExit(
+            f"Each of {count} replicas needs a GPU and {found} can be used: choose fewer replicas, "
+            "other numbers in --device, or --device cpu."
+        )
+
+
+def _require_free(*ports: int) -> None:
+    for port in ports:
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError as error:
+            raise SystemExit(
+                f"Port {port} is not free ({os.strerror(error.errno)}): choose another --port; the "
+                "next one is taken for the metrics."
+            ) from None
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,8 @@ TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 SPARE_REQUESTS = 1024
 """That a replica answers beside those in its queue: refusals, bodies on their way, `/info`."""
 OBJECT_STORE_BYTES = 128 * 2**20  # of Ray's shared memory; requests pass through it in pieces
+AGENT_SECONDS = 300
+"""In which Ray's agent has to start; Ray itself gives it 30, which a busy machine exceeds."""
 STOP_SECONDS = 600
 """In which a replica that is scaled away ends what it has taken."""
 
@@ -99,6 +101,7 @@ def started(settings: Settings, port: int, address: str | None) -> Iterator[None
     if address is None:
         cpus = max(os.cpu_count() or 1, settings.most * settings.cpus)
         ray.init(
+            address="local",  # also where RAY_ADDRESS names a cluster
             num_cpus=cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -130,6 +133,7 @@ def _set_environment(own: bool) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(1000 * AGENT_SECONDS))
     if own and TOKEN not in os.environ and TOKEN_PATH not in os.environ:
         os.environ[TOKEN] = secrets.token_hex(32)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -13,6 +13,7 @@ from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import UNKNOWN, Forced
 from glm_image.glm_core.errors import GLMImageError
+from glm_image.glm_core.placement import memory
 from tape import Recorder
 
 ONE = SampleRequest("a cat at the mat", 96, 64, 3, SamplingOptions())
@@ -135,6 +136,13 @@ def test_in_bf16_a_request_does_not_depend_on_its_neighbours(shape, group, looka
     for request, ours, other in zip(requests, together, turned, strict=True):
         assert same(ours, other)
         assert same(ours, written([request], 4, **how)[0])
+
+
+def test_memory_is_what_the_plan_counts():
+    """Beside it are rotations and noise, at full size a twentieth of the cache."""
+    runner, config = ReplayRunner(Recorder), pair("small").model.config
+    written(LOCKED[:1], 5, runner=runner)
+    assert runner.nbytes == config.layers * memory.kv_cache(config, 5, 256 + 253, torch.float32)
 
 
 def test_shown_are_the_requests_alone():

@@ -73,8 +73,14 @@ CONTRACT = {
     "GLMImageCellsToMask": ("cells width height [layout] [tokens]", "MASK"),
     "GLMImagePromptLines": ("text split", "STRING"),
 }
-SAMPLING = {"temperature": 0.9, "top_p": 0.75, "top_k": 0, "batch_size": 1, "lookahead": 1}
-SAMPLING |= {"rows": 1}
+SAMPLING = {
+    "temperature": 0.9,
+    "top_p": 0.75,
+    "top_k": 0,
+    "batch_size": 1,
+    "lookahead": 1,
+    "rows": 1,
+}
 DEFAULTS = {
     "GLMImageLoadAR": {"weight_dtype": "default"},
     "GLMImageLoadDecoder": {"weight_dtype": "default"},
@@ -135,14 +141,6 @@ def test_defaults(nodes, node_id):
     assert found == DEFAULTS[node_id]
 
 
-def test_which_nodes_take_and_give_lists(nodes):
-    taking = {node_id for node_id, info in nodes.items() if info.get("is_input_list")}
-    giving = {node_id for node_id, info in nodes.items() if any(info["output_is_list"])}
-    if any("is_input_list" in info for info in nodes.values()):  # hosts after 0.3.75 tell it
-        assert taking == {"GLMImageSampleTokens", "GLMImageSampleLayout", "GLMImageKeepBest"}
-    assert giving >= {"GLMImageSampleTokens", "GLMImageSampleLayout", "GLMImagePromptLines"}
-
-
 def test_every_node_and_input_says_what_it_is_for(nodes):
     for info in nodes.values():
         assert info["description"].endswith(".")
@@ -154,6 +152,8 @@ def test_every_node_and_input_says_what_it_is_for(nodes):
 def test_these_outputs_are_lists(nodes):
     lists = {key: info["output_is_list"] for key, info in nodes.items()}
     assert {key: found for key, found in lists.items() if any(found)} == {
+        "GLMImageSampleTokens": [True, True],
+        "GLMImageSampleLayout": [True],
         "GLMImageSplitBatch": [True, True, True],
         "GLMImageScoreTokens": [True, False, False],
         "GLMImageReadText": [True, False, False],

@@ -35,7 +35,14 @@ class Fleet:
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that run a model."""
-        return [child for child in self._process.children(recursive=True) if _is_replica(child)]
+        children = self._process.children(recursive=True)
+        return [child for child in children if "ServeReplica" in " ".join(_words(child))]
+
+    def ray_address(self) -> str:
+        """Of Ray's control store, which a process has to reach in order to join."""
+        words = [word for child in self._process.children(recursive=True) for word in _words(child)]
+        found = [word for word in words if word.startswith("--gcs-address=")]
+        return found[0].partition("=")[2]
 
     def get(self, path: str, **more: Any) -> requests.Response:
         return requests.get(self.url + path, **{"headers": HEADERS, "timeout": 60, **more})
@@ -71,11 +78,12 @@ class Fleet:
         ]
 
 
-def _is_replica(process: psutil.Process) -> bool:
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; none if it has just ended."""
     try:
-        return "ServeReplica" in " ".join(process.cmdline())
-    except psutil.Error:  # it has just ended
-        return False
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def body_of(asked: list[SampleRequest]) -> dict:

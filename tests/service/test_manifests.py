@@ -21,7 +21,9 @@ config = ServeDeploySchema.model_validate(yaml.safe_load(text))
 assert app.import_path == "service.fleet:application"
 deployment = application(app.args)._bound_deployment
 options = deployment.ray_actor_options
-print("result", json.dumps([options["num_gpus"], deployment.max_ongoing_requests, app.args]))
+scaling = deployment._deployment_config.autoscaling_config
+span = scaling.min_replicas, scaling.max_replicas
+print("result", json.dumps([options["num_gpus"], deployment.max_ongoing_requests, span, app.args]))
 """
 
 
@@ -37,8 +39,9 @@ def test_ray_accepts_the_manifests_and_builds_the_application() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    gpus, ongoing, arguments = json.loads(done.stdout.rsplit("result ", 1)[1])
+    gpus, ongoing, span, arguments = json.loads(done.stdout.rsplit("result ", 1)[1])
     assert gpus == 1
+    assert span == [arguments["least"], arguments["most"]]
     assert ongoing > arguments["queued"] + arguments["rows"]
 
 
