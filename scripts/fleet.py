@@ -10,8 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from . import environment, host
 from .client import Prompt
@@ -20,6 +22,11 @@ from .demo import set_inputs
 NAME = "fleet"
 KEY = "GLM_IMAGE_SERVICE_KEY"
 START_TIMEOUT_S = 300
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",  # small networks are fastest so
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves a replica little of a busy machine
+    "RAY_raylet_start_wait_time_s": "120",  # on a busy machine Ray takes long to start
+}
 WORKFLOW = environment.ROOT / "workflows" / "api" / "text_to_image.json"
 
 
@@ -30,7 +37,7 @@ def service(
     """Runs an AR service and yields its address; its key is in the environment as `KEY`.
 
     Args:
-        core: the one CPU that all of it runs on.
+        core: the one CPU that all of it runs on, once it has started.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,14 +46,17 @@ def service(
     command = [str(python), "-m", "service", str(model), "--port", str(port), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*_on(core), *command],
+            command,
             cwd=environment.ROOT,
+            env={**os.environ, **SETTINGS},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the caller, which stops it in order
         )
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            if core is not None:
+                _pin(process.pid, core)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.send_signal(signal.SIGTERM)
@@ -95,8 +105,16 @@ def node_of(graph: Prompt, kind: str) -> str:
     return node_id
 
 
-def _on(core: int | None) -> list[str]:
-    return [] if core is None else ["taskset", "-c", str(core)]
+def _pin(pid: int, core: int) -> None:
+    """Keeps a process, its threads and all that it has started on one CPU.
+
+    Ray does not start on a single one when the machine is busy.
+    """
+    process = psutil.Process(pid)
+    for one in (process, *process.children(recursive=True)):
+        with suppress(subprocess.CalledProcessError):  # it has just ended
+            command = ["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(one.pid)]
+            subprocess.run(command, check=True, capture_output=True)
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
