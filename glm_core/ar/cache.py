@@ -124,14 +124,44 @@ class StepPass:
     operations: Operations = PLAIN
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        cache = self.cache.layers[layer]
-        q = self.operations.rotate_write(q, k, v, rotation, cache, self.position)
-        keys, values = cache[..., : self.mask.shape[-1], :]
-        return self.operations.attend(q, keys, values, self.mask, self.position)
+        cached = self.cache.layers[layer]
+        return _attend(q, k, v, rotation, cached, self.position, self.mask, self.operations)
 
     def to(self, device: torch.device) -> "StepPass":
         """The plain operations: others are for models that are on one device."""
         return StepPass(self.cache, self.position.to(device), self.mask.to(device))
+
+
+class LayerPass:
+    """A `StepPass` of one layer alone, with the plain operations.
+
+    Args:
+        cached: the layer's view of the cache.
+    """
+
+    operations = PLAIN
+
+    def __init__(self, cached: Tensor, position: Tensor, mask: Tensor) -> None:
+        self._rest = cached, position, mask
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """The number of the layer is not read."""
+        return _attend(q, k, v, rotation, *self._rest, PLAIN)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation,
+    cached: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    operations: Operations,
+) -> Tensor:
+    q = operations.rotate_write(q, k, v, rotation, cached, position)
+    keys, values = cached[..., : mask.shape[-1], :]
+    return operations.attend(q, keys, values, mask, position)
 
 
 def step_mask(position: Tensor, sharing: int, span: int, dtype: torch.dtype) -> Tensor:

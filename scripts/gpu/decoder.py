@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+import time
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -11,6 +13,11 @@ from bench.measure import Bench
 from bench.networks import decoder_pair
 from bench.painting import DecoderBench, vae_rows
 from bench.presets import Preset
+from glm_core.choice import described, operations_of
+from glm_core.decoder.choice import BlockChoice
+from glm_core.decoder.kernels import triton_operations
+from glm_core.decoder.model import plainly
+from glm_core.decoder.operations import PLAIN, Operations
 from glm_core.decoder.reference_cache import BlockCache, KeyValuePair, ReferenceCache
 
 from ..environment import ROOT
@@ -26,10 +33,13 @@ def measure(preset: Preset, bench: Bench, report: Report) -> None:
     ours, reference = decoder_pair(preset.decoder, bench.device, preset.dtype)
     times = 2 if bench.on_cpu else TIMES
     for size in preset.sizes:
+        ours.choose = plainly
         step = DecoderBench(bench, ours, reference, size, 1, preset.dtype)
         name = f"{size[1]}x{size[0]}"
         with report.attempt(f"step, {name}"):
             _beside_diffusers(step, name, times, report)
+        with report.attempt(f"kernels, {name}"):
+            _with_kernels(step, name, times, report)
         for store, fp8 in STORES:
             title = f"step, {name}, one reference, store {store}{', fp8' * fp8}"
             with report.attempt(title):
@@ -49,6 +59,31 @@ def _beside_diffusers(step: DecoderBench, name: str, times: int, report: Report)
     report.row(f"relative error, {name}", _error(ours(), theirs()))
     reference = report.milliseconds(f"diffusers' step, {name}", theirs, times)
     report.milliseconds(f"step, {name}, beside diffusers", ours, times, reference)
+
+
+def _with_kernels(step: DecoderBench, name: str, times: int, report: Report) -> None:
+    """Each kernel alone, and what the pack's own trial chooses, which the following rows have."""
+    found, predict = triton_operations(), step.our_prediction()
+    expected, plain = predict(), report.milliseconds(f"step, {name}, plain", predict, times)
+    for field in found:
+        step.ours.choose = partial(_always, operations_of(PLAIN, {field: "triton"}, found))
+        with report.attempt(f"step, {name}, {field}=triton"):
+            report.row(f"{field}=triton, {name}: relative difference", _error(predict(), expected))
+            report.milliseconds(f"step, {name}, {field}=triton", predict, times, plain)
+    choice = BlockChoice(None, found)
+    step.ours.choose = choice.choose
+    since = time.perf_counter()
+    predict()
+    step.bench.wait()
+    report.row(f"the trial with a step, {name}", time.perf_counter() - since, "s")
+    for names in choice.choice.known.values():
+        text = described(names)
+        report.row(f"the trial's choice, {name}", text)
+        report.milliseconds(f"step, {name}, {text}", predict, times, plain)
+
+
+def _always(operations: Operations, *_: Tensor) -> Operations:
+    return operations
 
 
 def _with_reference(
