@@ -15,7 +15,14 @@ from glm_core.ar.choice import StepChoice, candidates
 from glm_core.ar.operations import PLAIN
 from glm_core.ar.replay import EagerRunner, Runner
 from glm_core.ar.step import next_logits, step
-from glm_core.choice import Candidates, described, named, operations_of, relative_difference
+from glm_core.choice import (
+    SECONDS,
+    Candidates,
+    described,
+    named,
+    operations_of,
+    relative_difference,
+)
 from glm_core.data.grids import Grid, token_grid
 from glm_core.quant.packing import FORMATS
 
@@ -41,19 +48,19 @@ def measure(preset: Preset, bench: Bench, report: Report) -> None:
     grid, found = token_grid(*preset.sizes[0]), candidates()
     floor = 1000 * ar.weight_read_seconds()
     report.row("all weights read once", floor, "ms")
-    times = 3 if bench.on_cpu else TIMES
     chosen = ""
     with report.attempt("the trial"):
         chosen = _trial(ar, grid, found, report)
     for name, make in _steps(ar, grid, found, chosen):
         with report.attempt(name):
-            report.milliseconds(name, make(), times, floor)
+            report.milliseconds(name, make(), TIMES, floor)
     differences(ar, grid, found, report)
 
 
 def _trial(ar: ARBench, grid: Grid, found: Candidates, report: Report) -> str:
     """What the pack's own trial chooses, and how long it takes."""
-    choice, runner = StepChoice(None, found), ar.new_runner()
+    seconds = 0.0 if ar.bench.on_cpu else SECONDS  # Triton's interpreter is slow
+    choice, runner = StepChoice(None, found, seconds), ar.new_runner()
     buffers = ar.step_buffers(runner, ar.ours, grid)
     since = time.perf_counter()
     choice.choose(ar.ours, buffers, runner, lambda: None)
@@ -81,7 +88,7 @@ def _steps(
                 model = quantised(ar.ours, name, ar.bench.device)
                 return ar.our_step(grid, 1, model, run_step=best)
 
-            yield f"step, {name}, {chosen}", packed
+            yield f"step, {name}, {chosen or 'plain'}", packed
     yield f"step of {LAYOUTS} samples", partial(ar.our_step, grid, LAYOUTS, run_step=best)
     yield f"step of {LOOKAHEAD} cells", partial(ar.our_step, grid, 1, width=LOOKAHEAD)
     for text in texts(found):

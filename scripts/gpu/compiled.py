@@ -16,8 +16,8 @@ from .report import Report
 def measure(preset: Preset, bench: Bench, report: Report) -> None:
     """A CPU runs what the compiler reads, uncompiled."""
     ar = ARBench(bench, *ar_pair(preset.ar, bench.device, preset.ar_dtype), preset.ar_dtype)
-    grid, times = token_grid(*preset.sizes[0]), 3 if bench.on_cpu else TIMES
-    plain = report.milliseconds("step, graphs", ar.our_step(grid, 1), times)
+    grid = token_grid(*preset.sizes[0])
+    plain = report.milliseconds("step, graphs", ar.our_step(grid, 1), TIMES)
     found = compiled_operations("eager" if bench.on_cpu else "inductor")
     for text in texts(found):
         with report.attempt(text):
@@ -26,5 +26,5 @@ def measure(preset: Preset, bench: Bench, report: Report) -> None:
             step()
             bench.wait()
             report.row(f"{text}: the first step", time.perf_counter() - since, "s")
-            report.milliseconds(f"step, graphs, {text}", step, times, plain)
+            report.milliseconds(f"step, graphs, {text}", step, TIMES, plain)
     differences(ar, grid, found, report)

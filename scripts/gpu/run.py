@@ -1,8 +1,8 @@
 """`python3 -m scripts.gpu.run`: measures everything, prints each row, and ends within six minutes.
 
-`python3 -m scripts.gpu.run decoder memory` runs these parts alone, the last one with all the time that
-is left. It needs `.gpu/` beside the checkout (`make gpu`), and no network. Under `$OUT` it leaves
-`report.json`, `report.md` and `log.txt`. `PRESET=tiny` runs the same on a CPU.
+`python3 -m scripts.gpu.run decoder memory` runs these parts alone; the last one has all the time
+that is left. The command needs `.gpu/` beside the checkout (`make gpu`), and no network. Under
+`$OUT` it leaves `report.json`, `report.md` and `log.txt`. `PRESET=tiny` runs the same on a CPU.
 """
 
 import importlib.util
