@@ -86,6 +86,16 @@ class Choice:
         self._what = what
         self._seconds = seconds
 
+    def key(self, device: torch.device, version: int, *depends_on: str) -> str:
+        """What a choice is remembered by: the machine, what it depends on, and the candidates.
+
+        Args:
+            version: of the candidates' code.
+        """
+        return ", ".join(
+            [*machine(device), *depends_on, f"kernels {version}: {candidate_names(self.found)}"]
+        )
+
     def choose(
         self, key: str, trial: Trial, check_interrupt: Callable[[], None] = lambda: None
     ) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import choice
-from ..choice import Candidates, Choice, candidate_names, machine, mean_milliseconds
+from ..choice import Candidates, Choice, mean_milliseconds
 from .cache import span_of
 from .compiled import compiled_operations
 from .kernels import VERSION, triton_operations
@@ -91,17 +91,15 @@ class StepChoice:
     def key(self, model: ARModel, buffers: StepBuffers) -> str:
         """What a choice depends on."""
         shape, config = buffers.shape, model.config
-        return ", ".join(
-            [
-                *machine(shape.device),
-                f"{config.layers} layers of {config.hidden_size}, {config.intermediate_size}",
-                f"heads {config.heads}/{config.kv_heads} of {config.head_dim}",
-                str(shape.dtype).removeprefix("torch."),
-                f"batch {shape.batch}",
-                f"cells {shape.width}",
-                f"positions {shape.length}",
-                f"kernels {VERSION}: {candidate_names(self.choice.found)}",
-            ]
+        return self.choice.key(
+            shape.device,
+            VERSION,
+            f"{config.layers} layers of {config.hidden_size}, {config.intermediate_size}",
+            f"heads {config.heads}/{config.kv_heads} of {config.head_dim}",
+            str(shape.dtype).removeprefix("torch."),
+            f"batch {shape.batch}",
+            f"cells {shape.width}",
+            f"positions {shape.length}",
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import choice
-from ..choice import Candidates, Choice, candidate_names, machine, mean_milliseconds
+from ..choice import Candidates, Choice, mean_milliseconds
 from .embeddings import Rope
 from .kernels import VERSION
 from .operations import PLAIN, Operations
@@ -55,15 +55,13 @@ class BlockChoice:
         """What a choice depends on; the length of the text is left out, since it is small."""
         batch, length, hidden = img.shape
         width = rope[0].shape[-1]
-        return ", ".join(
-            [
-                *machine(img.device),
-                f"heads {hidden // width} of {width}",
-                str(img.dtype).removeprefix("torch."),
-                f"batch {batch}",
-                f"{length} image tokens",
-                f"kernels {VERSION}: {candidate_names(self.choice.found)}",
-            ]
+        return self.choice.key(
+            img.device,
+            VERSION,
+            f"heads {hidden // width} of {width}",
+            str(img.dtype).removeprefix("torch."),
+            f"batch {batch}",
+            f"{length} image tokens",
         )
 
 
