@@ -58,7 +58,7 @@ def warps(numbers: int) -> int:
     return max(1, min(16, triton.next_power_of_2(numbers) // 512))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["text", "length"])  # else it is compiled for every kind of prompt
 def _modulate_kernel(
     txt, img, attended, vectors, txt_out, img_out, joint, vector_stride, text, length, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, GATED: tl.constexpr,

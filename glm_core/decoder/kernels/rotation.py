@@ -24,7 +24,7 @@ def norm_rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     return outs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # else it is compiled for every kind of prompt
 def _norm_rotate_kernel(
     q, k, cos, sin, q_out, k_out, length, eps,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
