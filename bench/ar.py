@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from glm_core.ar.cache import BlockPass, span_of, step_mask
+from glm_core.ar.choice import Chooser, plainly
 from glm_core.ar.graphs import CudaGraphs
 from glm_core.ar.model import ARModel, rope_table
 from glm_core.ar.operations import attend_to_span
@@ -57,6 +58,7 @@ class ARBench:
         self.reference = reference
         self.dtype = dtype
         self.runner = self.new_runner()
+        self.choose: Chooser = plainly
         config = ours.config
         generator = torch.Generator().manual_seed(0)
         first, last = config.visual_size + 2, config.vocab_size  # plain text ids only
@@ -70,7 +72,7 @@ class ARBench:
 
     def run(self, batch: int = 1, **how) -> SamplingRun:
         options = how.pop("options", SamplingOptions())
-        how.setdefault("runner", self.runner)
+        how = {"runner": self.runner, "choose": self.choose} | how
         return SamplingRun(batch_seeds(0, batch), options, self.bench.device, self.dtype, **how)
 
     def generate(self, grid: Grid, batch: int, cells: int, greedy: bool = False) -> Tensor:
@@ -164,7 +166,15 @@ class ARBench:
         run_step: Callable[[ARModel, StepBuffers, int], None] = step,
     ) -> Callable[[], None]:
         model = self.ours if model is None else model
-        runner, at = self.new_runner(), self.middle(grid)
+        runner, span = self.new_runner(), span_of(self.middle(grid) + width)
+        buffers = self.step_buffers(runner, model, grid, batch, width)
+        return lambda: runner.run(lambda: run_step(model, buffers, span), span)
+
+    def step_buffers(
+        self, runner: Runner, model: ARModel, grid: Grid, batch: int = 1, width: int = 1
+    ) -> StepBuffers:
+        """Buffers with a target in the middle of the sequence."""
+        at = self.middle(grid)
         shape = StepShape(
             batch, 2 * at, max(grid[1], preview_grid(grid)[1]), span_of(2 * at),
             SamplingOptions(), self.bench.device, self.dtype, width,
@@ -173,9 +183,7 @@ class ARBench:
         positions = text_positions(shape.length).to(self.bench.device)
         buffers.rope.copy_(rope_table(self.ours.config, positions, self.dtype))
         set_target(buffers, at - PROMPT_LENGTH + 1, 0, at, width)
-        span = span_of(at + width)
-
-        return lambda: runner.run(lambda: run_step(model, buffers, span), span)
+        return buffers
 
     def their_step(self, length: int) -> Callable[[], Tensor]:
         """transformers' forward of one id on a cache of `length` positions, and its sampling."""

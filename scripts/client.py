@@ -110,6 +110,22 @@ class Client:
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 
+    def unload_models(self, are_gone: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Asks the server to unload all models until they are gone.
+
+        After a prompt ComfyUI collects garbage. It reads what was asked for meanwhile only with the
+        next prompt or after 1000 s, unless it is asked again.
+
+        Raises:
+            TimeoutError: they are still there.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not are_gone():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The models were not unloaded within {timeout_s:.0f} s.")
+            self.post("/free", {"unload_models": True})
+            time.sleep(0.1)
+
     def images(self, run: Run, node_id: str) -> list[bytes]:
         """The encoded images of a node's output, fetched as the page does."""
         return [self.view(image) for image in run.outputs[node_id]["images"]]

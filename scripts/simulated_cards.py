@@ -11,7 +11,6 @@ import math
 import shutil
 import struct
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -93,7 +92,7 @@ class Card:
         node = {"class_type": "GLMImageLoadTokens", "inputs": {"file": "tokens.safetensors"}}
         prompt[sampler] = node
         running, peaks = "", {}
-        self._unload()
+        self._client.unload_models(lambda: self._memory()[0] <= GIB, timeout_s=300)
 
         def note_peak(event: Event) -> None:
             nonlocal running
@@ -105,12 +104,6 @@ class Card:
         self._client.run(prompt, note_peak)
         by_type = {prompt[key]["class_type"]: peak for key, peak in peaks.items() if key}
         return by_type["GLMImageDecode"], by_type["VAEDecode"]
-
-    def _unload(self) -> None:
-        """Unload all models; the server does so a moment after it is asked."""
-        self._client.post("/free", {"unload_models": True})
-        while self._memory()[0] > GIB:
-            time.sleep(0.1)
 
     def _reset_peak(self) -> None:
         self._client.post(self._path, [self._size])

@@ -145,15 +145,48 @@ class StepPass:
     first: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        cache = self.cache.layers[layer]
-        q = self.operations.rotate_write(q, k, v, rotation, cache, self.position)
-        keys, values = cache[..., : self.mask.shape[-1], :]
-        return self.operations.attend(q, keys, values, self.mask, self.position, self.first)
+        cached, rest = self.cache.layers[layer], (self.position, self.mask, self.first)
+        return _attend(q, k, v, rotation, cached, *rest, self.operations)
 
     def to(self, device: torch.device) -> "StepPass":
         """The plain operations: others are for models that are on one device."""
         first = moved(self.first, device)
         return StepPass(self.cache, self.position.to(device), self.mask.to(device), first=first)
+
+
+class LayerPass:
+    """A `StepPass` of one layer alone, with the plain operations.
+
+    Args:
+        cached: the layer's view of the cache.
+    """
+
+    operations = PLAIN
+
+    def __init__(
+        self, cached: Tensor, position: Tensor, mask: Tensor, first: Tensor | None
+    ) -> None:
+        self._rest = cached, position, mask, first
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """The number of the layer is not read."""
+        return _attend(q, k, v, rotation, *self._rest, PLAIN)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation,
+    cached: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    first: Tensor | None,
+    operations: Operations,
+) -> Tensor:
+    q = operations.rotate_write(q, k, v, rotation, cached, position)
+    keys, values = cached[..., : mask.shape[-1], :]
+    return operations.attend(q, keys, values, mask, position, first)
 
 
 def step_mask(

@@ -249,10 +249,11 @@ def run_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states [B, L, hidden_size] after the blocks, and the norm `last` of them."""
     first, *others = blocks
+    run = attention.operations.run
     normed = first.input_layernorm(x)
     for block, following in zip((first, *others), (*others, None), strict=True):
         norm = last if following is None else following.input_layernorm
-        x, normed = block(x, normed, rotation, attention, norm)
+        x, normed = run(block, x, normed, rotation, attention, norm)
     return x, normed
 
 

@@ -1,12 +1,13 @@
 """The small operations of a block: norms, rotation, attention of a step, and the MLP's gate.
 
 The functions here are the plain ones, of torch's own operations. `Operations` holds one for each
-purpose; a step may run with faster ones in their place, see `kernels` and `choice.py`.
+purpose; a step may run with faster ones in their place, see `kernels`,
+`compiled.py` and `choice.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,18 @@ def gate(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def run(
+    block: nn.Module,
+    x: Tensor,
+    normed: Tensor,
+    rotation: Rotation,
+    attention: Any,
+    following: nn.Module | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A whole block; see `model.Block.forward` for the arguments."""
+    return block(x, normed, rotation, attention, following)
+
+
 @dataclass(frozen=True)
 class Operations:
     """An operation for each purpose; those that are not given are the plain ones."""
@@ -155,6 +168,7 @@ class Operations:
     rotate_write: Callable[..., Tensor] = rotate_write
     attend: Callable[..., Tensor] = attend
     gate: Callable[[Tensor], Tensor] = gate
+    run: Callable[..., tuple[Tensor, Tensor | None]] = run
 
 
 PLAIN = Operations()

@@ -15,20 +15,29 @@ from ..attention import sdpa
 from ..layers import Layers
 from ..split import LayerSegment, Segment, all_segments, on_device, own_layers
 from .config import DecoderConfig
-from .embeddings import Rope, TimeSizeEmbedding, rotary, rotate
+from .embeddings import Rope, TimeSizeEmbedding, rotary
 from .feed_forward import FeedForward, Projection, gelu_tanh
+from .operations import PLAIN, Operations, add, modulated_norm
 
-EPS = 1e-5
 DROPPED = -1
 """The token id of a cell without a prior: its embedding is zero, as in the unconditional pass."""
 
 KeysValues = tuple[Tensor, Tensor]
 
 
+Chooser = Callable[[Tensor, Tensor, Rope], Operations]
+"""Gives the operations of blocks from their hidden states of image and text and their rotation."""
+
+
 class ReferenceKeysValues(Protocol):
     """For block i, the keys and values of references, as `Attention.forward` takes them."""
 
     def __getitem__(self, block: int) -> Sequence[KeysValues]: ...
+
+
+def plainly(*_: Any) -> Operations:
+    """A `Chooser` of the plain operations."""
+    return PLAIN
 
 
 class StepInvariants(NamedTuple):
@@ -52,14 +61,17 @@ class Decoder(nn.Module):
         operations: Any = nn,
         attention: Callable[..., Tensor] = sdpa,
         segments: Sequence[LayerSegment] = (),
+        choose: Chooser = plainly,
     ) -> None:
         """
         Args:
             operations: the classes of layers to build from, see `Layers`.
             attention: is called as `sdpa`.
             segments: the last blocks of a split decoder, from `block_segment`.
+            choose: is called in each step, once for every segment.
         """
         super().__init__()
+        self.choose = choose
         self.config = config
         self.segments = tuple(segments)
         layers = Layers(operations, device, dtype)
@@ -159,12 +171,19 @@ class Decoder(nn.Module):
         for (device, blocks), rope in zip(self._segments(own_device), ropes, strict=True):
             img, txt, vec = (x.to(device) for x in (img, txt, vec))
             with on_device(device, current=own_device):
+                operations = self._operations(img, txt, rope)
                 for i, block in blocks:
                     pairs = () if references is None else references[i]
                     img, txt = self.run_block(
-                        i, block, img, txt, vec, rope, pairs, **attention_options
+                        i, block, img, txt, vec, rope, pairs, operations, **attention_options
                     )
         return img.to(own_device)
+
+    def _operations(self, img: Tensor, txt: Tensor, rope: Rope) -> Operations:
+        """A compiler fuses operations itself, and only torch's own have gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return PLAIN
+        return self.choose(img, txt, rope)
 
     def run_block(
         self,
@@ -175,6 +194,7 @@ class Decoder(nn.Module):
         vec: Tensor,
         rope: Rope,
         references: Sequence[KeysValues],
+        operations: Operations,
         **attention_options: Any,
     ) -> tuple[Tensor, Tensor]:
         """Run block number `index` in `predict`; a host overrides this to run patches around it.
@@ -184,7 +204,7 @@ class Decoder(nn.Module):
         Returns:
             img, txt
         """
-        return block(img, txt, vec, rope, references, **attention_options)
+        return block(img, txt, vec, rope, references, operations=operations, **attention_options)
 
     def reference_keys_values(
         self, latent: Tensor, tokens: Tensor, size: tuple[int, int]
@@ -265,6 +285,7 @@ class Block(nn.Module):
         rope: Rope,
         references: Sequence[KeysValues] = (),
         collect: list[KeysValues] | None = None,
+        operations: Operations = PLAIN,
         **attention_options: Any,
     ) -> tuple[Tensor, Tensor]:
         """
@@ -273,25 +294,19 @@ class Block(nn.Module):
             vec: time and size embedding [B, time_embed_dim].
             rope: cos, sin of text and image positions [T + N, head_dim].
             references, collect, attention_options: see `Attention.forward`.
+            operations: what is done between products and attention, see `choice.py`.
 
         Returns:
             img, txt
         """
-        (
-            (shift, shift_txt, scale, scale_txt, gate, gate_txt),
-            (ff_shift, ff_shift_txt, ff_scale, ff_scale_txt, ff_gate, ff_gate_txt),
-        ) = self.norm1(vec)
-        joint = torch.cat(
-            [modulated_norm(txt, scale_txt, shift_txt), modulated_norm(img, scale, shift)], dim=1
-        )
-        attended = self.attn1(joint, rope, references, collect, **attention_options)
-        # addcmul reads and writes memory once, where a product and a sum do so twice.
-        img = torch.addcmul(img, gate, attended[:, txt.shape[1] :])
-        txt = torch.addcmul(txt, gate_txt, attended[:, : txt.shape[1]])
-        img = torch.addcmul(img, ff_gate, self.ff(modulated_norm(img, ff_scale, ff_shift)))
-        txt = torch.addcmul(
-            txt, ff_gate_txt, self.ff(modulated_norm(txt, ff_scale_txt, ff_shift_txt))
-        )
+        if torch.compiler.is_compiling():  # the compiler fuses operations itself
+            operations = PLAIN
+        vectors = self.norm1(vec)
+        x = operations.modulate(txt, img, vectors)
+        x = self.attn1(x, rope, references, collect, operations, **attention_options)
+        txt, img, x = operations.add_modulate(txt, img, x, vectors)
+        # One product for both: where weights are streamed or unpacked, it is done once.
+        txt, img = add(txt, img, self.ff(x), vectors)
         return img, txt
 
 
@@ -316,6 +331,7 @@ class Attention(nn.Module):
         rope: Rope,
         references: Sequence[KeysValues] = (),
         collect: list[KeysValues] | None = None,
+        operations: Operations = PLAIN,
         **attention_options: Any,
     ) -> Tensor:
         """
@@ -334,7 +350,7 @@ class Attention(nn.Module):
             for project in (self.to_q, self.to_k, self.to_v)
         )
         # Heads move before tokens only after the norm, which would copy the other order first.
-        q, k = (rotate(F.layer_norm(y, y.shape[-1:], eps=EPS), rope) for y in (q, k))
+        q, k = operations.norm_rotate(q, k, rope)
         q, k, v = (rearrange(y, "b l h d -> b h l d") for y in (q, k, v))
         if collect is not None:
             collect.append((k, v))
@@ -365,17 +381,15 @@ class Attention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN's twelve vectors, image and text interleaved; the embedding already has a SiLU."""
+    """AdaLN's twelve vectors of a block; the embedding already has a SiLU."""
 
     def __init__(self, time_dim: int, hidden: int, layers: Layers) -> None:
         super().__init__()
         self.linear = layers.Linear(time_dim, 12 * hidden)
 
-    def forward(self, vec: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """vec [B, time_dim] -> for attention and for the feed-forward, each of [B, 1, hidden]:
-        shift, text shift, scale, text scale, gate, text gate."""
-        parts = self.linear(vec).unsqueeze(1).chunk(12, dim=-1)
-        return parts[:6], parts[6:]
+    def forward(self, vec: Tensor) -> Tensor:
+        """vec [B, time_dim] -> [B, 12, hidden], see `operations.py`"""
+        return self.linear(vec).unflatten(-1, (12, -1))
 
 
 class FinalNorm(nn.Module):
@@ -388,8 +402,3 @@ class FinalNorm(nn.Module):
     def forward(self, img: Tensor, vec: Tensor) -> Tensor:
         scale, shift = self.linear(vec).unsqueeze(1).chunk(2, dim=-1)
         return modulated_norm(img, scale, shift)
-
-
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Weightless LayerNorm, then an affine map given by the conditioning."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)

@@ -16,9 +16,11 @@ from ...glm_core.decoder.model import (
     ReferenceKeysValues,
     StepInvariants,
 )
+from ...glm_core.decoder.operations import Operations
 from ...glm_core.errors import LoraError
 from ...glm_core.split import LayerSegment
 from .progress import check_interrupt
+from .step_choice import block_operations
 
 MAX_ENTRIES = 16
 """Conditionings or tiles in `StepInvariantsCache`; packs that move their tiles keep adding some."""
@@ -42,6 +44,7 @@ class HostDecoder(Decoder):
             operations=operations,
             attention=optimized_attention,
             segments=segments,
+            choose=block_operations,
         )
         self.dtype = dtype
         # Other nodes read these names, which ComfyUI's own transformers have.
@@ -114,6 +117,7 @@ class HostDecoder(Decoder):
         vec: Tensor,
         rope: Rope,
         references: Sequence[KeysValues],
+        operations: Operations,
         *,
         transformer_options: dict,
     ) -> tuple[Tensor, Tensor]:
@@ -128,7 +132,9 @@ class HostDecoder(Decoder):
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
             img, txt, vec, rope = (args[name] for name in ("img", "txt", "vec", "pe"))
             options = args["transformer_options"]
-            img, txt = block(img, txt, vec, rope, references, transformer_options=options)
+            img, txt = block(
+                img, txt, vec, rope, references, operations=operations, transformer_options=options
+            )
             return {"img": img, "txt": txt}
 
         transformer_options["block_index"] = index

@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+import time
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -11,6 +13,11 @@ from bench.measure import Bench
 from bench.networks import decoder_pair
 from bench.painting import DecoderBench, vae_rows
 from bench.presets import Preset
+from glm_core.choice import SECONDS, described, operations_of
+from glm_core.decoder.choice import BlockChoice
+from glm_core.decoder.kernels import triton_operations
+from glm_core.decoder.model import plainly
+from glm_core.decoder.operations import PLAIN, Operations
 from glm_core.decoder.reference_cache import BlockCache, KeyValuePair, ReferenceCache
 
 from ..environment import ROOT
@@ -24,36 +31,62 @@ STORES = (("gpu", False), ("cpu", False), ("cpu", True))
 
 def measure(preset: Preset, bench: Bench, report: Report) -> None:
     ours, reference = decoder_pair(preset.decoder, bench.device, preset.dtype)
-    times = 2 if bench.on_cpu else TIMES
     for size in preset.sizes:
+        ours.choose = plainly
         step = DecoderBench(bench, ours, reference, size, 1, preset.dtype)
         name = f"{size[1]}x{size[0]}"
+        plain = None
         with report.attempt(f"step, {name}"):
-            _beside_diffusers(step, name, times, report)
+            plain = _beside_diffusers(step, name, report)
+        with report.attempt(f"kernels, {name}"):
+            _with_kernels(step, name, plain, report)
         for store, fp8 in STORES:
             title = f"step, {name}, one reference, store {store}{', fp8' * fp8}"
             with report.attempt(title):
-                _with_reference(step, title, store, fp8, times, report)
+                _with_reference(step, title, store, fp8, report)
     del ours, reference, step
     with report.attempt("VAE"):
         for row in vae_rows(preset, bench):
             report.row(f"{row.stage}, beside diffusers", row.ours, row.unit, row.reference)
 
 
-def _beside_diffusers(step: DecoderBench, name: str, times: int, report: Report) -> None:
+def _beside_diffusers(step: DecoderBench, name: str, report: Report) -> float:
     ours = step.our_prediction()
 
     def theirs() -> Tensor:
         return step.their_prediction(step.x, step.glyphs, step.tokens)
 
     report.row(f"relative error, {name}", _error(ours(), theirs()))
-    reference = report.milliseconds(f"diffusers' step, {name}", theirs, times)
-    report.milliseconds(f"step, {name}, beside diffusers", ours, times, reference)
+    reference = report.milliseconds(f"diffusers' step, {name}", theirs, TIMES)
+    return report.milliseconds(f"step, {name}, beside diffusers", ours, TIMES, reference)
 
 
-def _with_reference(
-    step: DecoderBench, title: str, store: str, fp8: bool, times: int, report: Report
-) -> None:
+def _with_kernels(step: DecoderBench, name: str, plain: float | None, report: Report) -> None:
+    """Each kernel alone, and what the pack's own trial chooses, which the following rows have."""
+    found, predict = triton_operations(), step.our_prediction()
+    expected = predict()
+    for field in found:
+        step.ours.choose = partial(_always, operations_of(PLAIN, {field: "triton"}, found))
+        with report.attempt(f"step, {name}, {field}=triton"):
+            report.row(f"{field}=triton, {name}: relative difference", _error(predict(), expected))
+            report.milliseconds(f"step, {name}, {field}=triton", predict, TIMES, plain)
+    choice = BlockChoice(None, found, 0.0 if step.bench.on_cpu else SECONDS)
+    step.ours.choose = choice.choose
+    since = time.perf_counter()
+    predict()
+    step.bench.wait()
+    report.row(f"the trial with a step, {name}", time.perf_counter() - since, "s")
+    for names in choice.choice.known.values():
+        text = described(names)
+        report.row(f"the trial's choice, {name}", text)
+        report.milliseconds(f"step, {name}, chosen: {text}", predict, TIMES, plain)
+
+
+def _always(operations: Operations, *_: Tensor) -> Operations:
+    return operations
+
+
+def _with_reference(step: DecoderBench, title: str, store: str, fp8: bool, report: Report) -> None:
     """Through the pack's own reader; a cache in host memory is pinned as the pack pins it."""
     patcher = pack_module("nodes.host.cache_patcher")
     readers = pack_module("nodes.host.cache_reader")
@@ -68,7 +101,7 @@ def _with_reference(
     def predict() -> Tensor:
         return step.ours.predict(step.x, step.timestep, invariants, references=reader)
 
-    report.milliseconds(title, predict, times)
+    report.milliseconds(title, predict, TIMES)
     reader.end_run()
     if not step.bench.on_cpu:
         torch.cuda.reset_peak_memory_stats()

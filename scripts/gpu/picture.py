@@ -11,17 +11,23 @@ from bench.networks import ar_pair, decoder_pair, vae_pair
 from bench.painting import DecoderBench
 from bench.presets import Preset
 from bench.whole import CFG, Pipelines
+from glm_core.ar.choice import StepChoice, candidates
+from glm_core.decoder.choice import BlockChoice
+from glm_core.decoder.kernels import triton_operations
 
 from .report import Report
 
 
 def measure(preset: Preset, bench: Bench, report: Report) -> None:
-    """Ours alone: the reference would take all of the time."""
+    """Ours alone, with operations chosen as in the pack; the reference would take all the time."""
     size, dtype = preset.sizes[0], preset.dtype
     ar = ARBench(bench, *ar_pair(preset.ar, bench.device, preset.ar_dtype), preset.ar_dtype)
     decoder = DecoderBench(
         bench, *decoder_pair(preset.decoder, bench.device, dtype), size, 1, dtype
     )
+    if not bench.on_cpu:
+        ar.choose = StepChoice(None, candidates()).choose
+        decoder.ours.choose = BlockChoice(None, triton_operations()).choose
     whole = Pipelines(ar, decoder, *vae_pair(preset.vae, bench.device, dtype), preset)
     replace(whole, preset=replace(preset, steps=1)).ours()  # records graphs, chooses kernels
     bench.wait()

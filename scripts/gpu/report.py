@@ -11,7 +11,9 @@ import torch
 
 MARK = "ROW\t"
 """Begins a line that is for the runner; other lines go into the log."""
-WARM_UP = 3
+WARM_UP = 2
+SECONDS = 2.0
+"""A row takes no more runs than these allow."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,34 @@ class Report:
     def milliseconds(
         self, name: str, work: Callable[[], object], times: int, beside: float | None = None
     ) -> float:
-        """A row with the mean time of some runs, between events of the device, after a warm-up."""
-        for _ in range(WARM_UP):
-            work()
+        """A row with the mean time of some runs after a warm-up, fewer if they take long.
+
+        On a CPU, whose figures mean nothing, it is one run.
+        """
+        if self.device.type == "cpu":
+            mean = 1000 * self._seconds(work, 1)
+        else:
+            for _ in range(WARM_UP):
+                work()
+            once = self._seconds(work, 1)
+            mean = 1000 * self._seconds(work, max(1, min(times, int(SECONDS / once))))
+        self.row(name, mean, "ms", beside)
+        return mean
+
+    def _seconds(self, work: Callable[[], object], times: int) -> float:
+        """The mean of so many runs, on a GPU between events of the device."""
         if self.device.type == "cpu":
             since = time.perf_counter()
             for _ in range(times):
                 work()
-            mean = 1000 * (time.perf_counter() - since) / times
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(times):
-                work()
-            end.record()
-            end.synchronize()
-            mean = start.elapsed_time(end) / times
-        self.row(name, mean, "ms", beside)
-        return mean
+            return (time.perf_counter() - since) / times
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / times
 
     def _say(self, name: str, value, unit: str, beside, failed: str | None) -> None:
         say({"part": self.part, "name": name, "value": value, "unit": unit, "beside": beside,

@@ -10,14 +10,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glm_core.ar.kernels import attention, norms, pointwise
+from glm_core.decoder.kernels import modulation, rotation
 
 # The hub's sizes. Names that are in neither list are tensors in bf16.
 TYPES = {
     "position": "*i64", "first": "*i64", "partial": "*fp32", "peaks": "*fp32", "sums": "*fp32",
-    "after_eps": "fp32", "following_eps": "fp32", "scale": "fp32",
+    "after_eps": "fp32", "following_eps": "fp32", "scale": "fp32", "eps": "fp32",
 } | dict.fromkeys(
     ("length", "width", "kv_heads", "span", "parts", "kind_stride", "batch_stride", "head_stride",
-     "row_stride", "rope_batch", "rope_row", "key_batch", "key_head", "key_row", "value_batch",
+     "row_stride", "vector_stride", "text", "rope_batch", "rope_row", "key_batch", "key_head",
+     "key_row", "value_batch",
      "value_head", "value_row"),
     "i32",
 )  # fmt: skip
@@ -35,7 +37,11 @@ KERNELS = {
         "SHARING": 16, "WIDTH": 128, "BLOCK": 128, "PART": attention.PART["tf32"],
         "MERGED": attention.MERGED, "PADDED": True,
     },
+    modulation._modulate_kernel: {"WIDTH": 4096, "BLOCK": 4096, "FIRST": 6, "GATED": True},
+    rotation._norm_rotate_kernel: {"HEADS": 32, "ROWS": 32, "WIDTH": 128, "BLOCK": 128},
 }  # fmt: skip
+TABLES = {rotation._norm_rotate_kernel: ("cos", "sin")}
+"""Tensors in float32 under names that are of bf16 elsewhere."""
 
 
 def compile_for(target: GPUTarget, kernel: triton.JITFunction, constants: Mapping) -> str:
@@ -43,7 +49,7 @@ def compile_for(target: GPUTarget, kernel: triton.JITFunction, constants: Mappin
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names
-    }
+    } | dict.fromkeys(TABLES.get(kernel, ()), "*fp32")
     source = ASTSource(
         fn=kernel,
         signature=signature,

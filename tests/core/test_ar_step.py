@@ -36,20 +36,37 @@ def buffers_of(model, batch=1, cells=9, columns=3, length=256, width=1, top_p=0.
     return StepBuffers.allocate(model, shape)
 
 
-@pytest.mark.parametrize("shape", reference.SHAPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("lookahead", [1, 4])
-def test_replayed_steps_write_the_same_tokens(shape, options, lookahead):
-    both, grid, recorder = pair(shape), (6, 9), Recorder()
-    how = {"batch": 2, "options": options}
-    runner = ReplayRunner(lambda: recorder)
-    for prompt, seed in ((PROMPT, 3), ("the heat", 8)):
-        replayed = both.tokens(prompt, grid, seed=seed, runner=runner, lookahead=lookahead, **how)
-        eager = both.tokens(prompt, grid, seed=seed, **how)
-        for ours, expected in zip(replayed, eager, strict=True):
-            assert torch.equal(ours, expected)
-    assert len(recorder.tapes) == 2  # one for each span of 256 positions, for both prompts
-    assert recorder.tapes[0].calls
+def all_but(grid, codebook, drawn: int) -> Forced:
+    """A preview of which the first and the last `drawn` cells are left to draw."""
+    mask = torch.ones(grid, dtype=torch.bool)
+    mask.flatten()[:drawn] = mask.flatten()[-drawn:] = False
+    return Forced(forced_half(grid, codebook).values, mask)
+
+
+# Every option with one network, every network with one option; one preview is drawn as a whole.
+CASES = [("small", OPTIONS[0], 128), *(("small", options, 20) for options in OPTIONS[1:])]
+CASES += [(shape, OPTIONS[0], 20) for shape in reference.SHAPES if shape != "small"]
+
+
+@pytest.mark.parametrize(("shape", "options", "drawn"), CASES, ids=str)
+def test_replayed_steps_write_the_same_tokens(shape, options, drawn):
+    both, grid = pair(shape), (6, 9)
+    preview = all_but(preview_grid(grid), both.model.config.codebook, drawn)
+    how = {"batch": 2, "options": options, "preview": preview}
+    eager = {
+        (prompt, seed): both.tokens(prompt, grid, seed=seed, **how)
+        for prompt, seed in ((PROMPT, 3), ("the heat", 8))
+    }
+    for lookahead in (1, 4):
+        recorder = Recorder()
+        runner = ReplayRunner(lambda recorder=recorder: recorder)
+        for (prompt, seed), expected in eager.items():
+            replayed = both.tokens(
+                prompt, grid, seed=seed, runner=runner, lookahead=lookahead, **how
+            )
+            assert all(map(torch.equal, replayed, expected))
+        assert len(recorder.tapes) == 2  # one for each span of 256 positions, for both prompts
+        assert recorder.tapes[0].calls
 
 
 @pytest.mark.parametrize("lookahead", [1, 3])
@@ -79,11 +96,13 @@ def test_another_size_batch_or_option_needs_a_new_recording():
     for count, change in enumerate(changes, 1):
         how = {"grid": (4, 5), "seed": 6, **change}
         grid = how.pop("grid")
+        how["preview"] = all_but(preview_grid(grid), both.model.config.codebook, 5)
         ours = both.layout(PROMPT, grid, **how, runner=runner)
         assert torch.equal(ours, both.layout(PROMPT, grid, **how))
         assert len(recorder.tapes) >= count
     recorded = len(recorder.tapes)
-    both.layout("another prompt", (4, 5), seed=9, options=SamplingOptions(0), runner=runner)
+    how = {"options": SamplingOptions(0), "preview": all_but(preview_grid((4, 5)), 64, 5)}
+    both.layout("another prompt", (4, 5), seed=9, **how, runner=runner)
     assert len(recorder.tapes) == recorded
 
 

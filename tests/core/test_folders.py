@@ -13,6 +13,7 @@ ORDER = (
     "fallbacks",
     "layers",
     "split",
+    "choice",
     "data",
     "vision",
     "ar",

@@ -76,15 +76,14 @@ def test_a_split_ar_model_writes_the_tokens_of_the_whole_one(shape, cuts, lookah
     split = replace(whole, model=split_ar(whole.model, cuts))
     codes = whole.model.config.codebook
     layout = preview_grid(grid)
-    forced = Forced(
-        torch.arange(layout[0] * layout[1]).view(1, *layout) % codes, torch.eye(*layout) > 0
-    )
+    mask = torch.eye(*layout) > 0
+    mask[2:-2] = True  # most of it, but cells before and after position 256 are drawn
+    forced = Forced(torch.arange(layout[0] * layout[1]).view(1, *layout) % codes, mask)
     for options in (SamplingOptions(), SamplingOptions(temperature=0)):
         how = {"seed": 5, "batch": 2, "options": options, "lookahead": lookahead}
-        for preview in (None, forced):
-            ours = split.tokens("a cat", grid, preview, **how)
-            theirs = whole.tokens("a cat", grid, preview, **how)
-            assert all(map(torch.equal, ours, theirs))
+        ours = split.tokens("a cat", grid, forced, **how)
+        theirs = whole.tokens("a cat", grid, forced, **how)
+        assert all(map(torch.equal, ours, theirs))
 
 
 def split_networks() -> dict:

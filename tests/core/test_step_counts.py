@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from glm_image.glm_core.ar.choice import candidates, named, operations_of
+from glm_image.glm_core.ar.choice import candidates
 from glm_image.glm_core.ar.kernels import attention, norms, pointwise
 from glm_image.glm_core.ar.model import ARConfig, ARModel
 from glm_image.glm_core.ar.operations import PLAIN
 from glm_image.glm_core.ar.step import SamplingOptions, StepBuffers, StepShape, step
+from glm_image.glm_core.choice import named, operations_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,7 @@ def by_kind(counts: Counter) -> Counter:
 
 def test_the_table_of_a_steps_work_is_true(model, monkeypatch) -> None:
     plain = by_kind(count(model))
-    found = operations_of(named(EVERY), candidates())
+    found = operations_of(PLAIN, named(EVERY), candidates())
     counts: Counter = Counter()
     for module in (attention, norms, pointwise):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:

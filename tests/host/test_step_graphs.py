@@ -3,15 +3,19 @@
 There is no GPU: a tape of operations replaces the CUDA graph.
 """
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
 from glm_image.glm_core.ar.choice import StepChoice, candidates, plainly
 from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
+from glm_image.glm_core.decoder.choice import BlockChoice
+from glm_image.glm_core.decoder.operations import PLAIN, modulate
 from glm_image.nodes.host import ar as ar_module
 from glm_image.nodes.host import step_choice, step_graphs
-from helpers import same, sampled
+from helpers import same, sampled, stages
 from safetensors.torch import save_file
 from tape import Recorder
 
@@ -181,15 +185,15 @@ def step_choices(monkeypatch, tmp_path) -> StepChoice:
     """Every AR model's steps are timed, as on a GPU; torch's operations are the candidates."""
     choice = StepChoice(tmp_path / "steps.json", candidates(triton=False))
     monkeypatch.setattr(step_choice, "is_trusted", lambda device: True)
-    monkeypatch.setattr(step_choice, "_choice", lambda: choice)
+    monkeypatch.setattr(step_choice, "_step_choice", lambda: choice)
     return choice
 
 
 def test_a_trial_changes_no_token_and_is_remembered(nodes, recorder, step_choices) -> None:
     ar = load(nodes)
     tokens = sample(nodes, ar, 1)
-    assert len(step_choices._known) == 1
-    assert step_choices._path.exists()
+    assert len(step_choices.choice.known) == 1
+    assert step_choices.choice.path.exists()
     recorded = len(recorder.tapes)
     assert same(sample(nodes, ar, 1), tokens)
     assert len(recorder.tapes) == recorded
@@ -226,8 +230,61 @@ def test_the_plain_step_can_be_pinned(nodes, step_choices, monkeypatch) -> None:
 def test_the_hosts_flag_against_triton_leaves_torchs_own_operations(monkeypatch) -> None:
     for disabled in (True, False):
         monkeypatch.setattr(step_choice.args, "disable_triton_backend", disabled, raising=False)
-        step_choice._choice.cache_clear()
-        found = step_choice._choice()._found
+        clear_choices()
+        found = step_choice._step_choice().choice.found
         assert "products" in found["attend"]
         assert ("gate" in found) != disabled
-    step_choice._choice.cache_clear()
+        assert bool(step_choice._block_choice().choice.found) != disabled
+    clear_choices()
+
+
+def test_compiled_candidates_are_there_if_they_are_asked_for(monkeypatch) -> None:
+    monkeypatch.setenv(step_choice.COMPILED_STEP, "1")
+    clear_choices()
+    assert "run" in step_choice._step_choice().choice.found
+    monkeypatch.delenv(step_choice.COMPILED_STEP)
+    clear_choices()
+    assert "run" not in step_choice._step_choice().choice.found
+
+
+def clear_choices() -> None:
+    step_choice._step_choice.cache_clear()
+    step_choice._block_choice.cache_clear()
+
+
+# ---- the operations of the decoder's blocks ----------------------------------------------------
+
+
+def test_blocks_run_with_what_was_chosen(nodes, monkeypatch) -> None:
+    """On a CPU with the plain ones; where they are chosen, under another node's patches too."""
+    ran = []
+
+    def counted(*args):
+        ran.append(1)
+        return modulate(*args)
+
+    choice = BlockChoice(None, {"modulate": {"counted": counted}})
+    choice.choose = lambda *_: replace(PLAIN, modulate=counted)
+    monkeypatch.setattr(step_choice, "_block_choice", lambda: choice)
+    run = stages(nodes, "small", "the word 'OPEN'", (64, 64), steps=1)
+    inputs = (run.positive, run.negative, run.empty, run.seed, 1, 1.5, 1.0)
+
+    def decode(model):
+        return nodes["GLMImageDecode"].execute(model, *inputs).result[0]["samples"]
+
+    model = nodes["GLMImageLoadDecoder"].execute("small", "default").result[0]
+    expected = decode(model)
+    assert not ran
+    monkeypatch.setattr(step_choice, "is_trusted", lambda device: True)
+    assert same(decode(model), expected)
+    blocks = model.model.diffusion_model.config.num_layers
+    assert len(ran) == 2 * blocks
+    patched = model.clone()
+    patched.set_model_patch_replace(
+        lambda args, extra: extra["original_block"](args), "dit", "double_block", 0
+    )
+    assert same(decode(patched), expected)
+    assert len(ran) == 4 * blocks
+    monkeypatch.setenv(step_choice.PLAIN_STEP, "1")
+    decode(model)
+    assert len(ran) == 4 * blocks

@@ -5,7 +5,6 @@ the numbers must be the CPU's, and a tensor on the wrong device is an error.
 """
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +46,7 @@ class Machine:
 
     def unload(self) -> None:
         """Unload all models, as the page's button does, and wait until the server has done so."""
-        self.client.post("/free", {"unload_models": True})
-        deadline = time.monotonic() + 20
-        while self.memory[0][0] > NOISE_LEVELS and time.monotonic() < deadline:
-            time.sleep(0.1)
+        self.client.unload_models(lambda: self.memory[0][0] <= NOISE_LEVELS)
 
     @property
     def log(self) -> str:

@@ -6,15 +6,15 @@ cache and the weights of norms, and leave products with weights to the layers.
 
 from collections.abc import Callable, Mapping
 
+from ...choice import triton_version
+
 VERSION = 2
 """To be raised with every change of a kernel: choices that were made before are made again."""
 
 
 def triton_operations() -> Mapping[str, Mapping[str, Callable]]:
     """The kernels by the field of `Operations` that they are for, and by name."""
-    try:
-        import triton  # noqa: F401
-    except Exception:  # an installation for another torch or Python fails in many ways
+    if triton_version() is None:
         return {}
     from .attention import attend_in_parts
     from .norms import add_norm
