@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ class Client:
         return {event.sample: event.value for event in self.wait() if isinstance(event, Result)}
 
 
+@contextmanager
+def busy(engine):
+    """What is submitted in the block waits until its end, so it is there at the same time."""
+    done = threading.Event()
+    client = Client(engine.submit_work, lambda watch: done.wait(60))
+    try:
+        yield
+    finally:
+        done.set()
+        client.wait()
+
+
 def alone(model, request):
     """What a run of the request alone gives, with the same number of rows."""
     return write_together(
@@ -82,8 +95,9 @@ def alone(model, request):
 
 
 def test_samples_that_come_together_share_a_run_and_equal_single_ones(model, engine) -> None:
-    first = Client(engine.submit, [short(seed=1), short("a blue square on the left", seed=2)])
-    second = Client(engine.submit, [short("two green triangles", seed=3)])
+    with busy(engine):
+        first = Client(engine.submit, [short(seed=1), short("a blue square on the left", seed=2)])
+        second = Client(engine.submit, [short("two green triangles", seed=3)])
     written = [*first.results().values(), *second.results().values()]
     assert model.runs == [3]
     requests = [
@@ -93,6 +107,13 @@ def test_samples_that_come_together_share_a_run_and_equal_single_ones(model, eng
     ]
     for one, request in zip(written, requests, strict=True):
         assert torch.equal(one.preview, alone(model, request).preview)
+
+
+def test_the_first_of_a_run_waits_for_others(model, engine, monkeypatch) -> None:
+    monkeypatch.setattr("service.engine.JOIN_SECONDS", 5)
+    clients = [Client(engine.submit, [short(seed=i)]) for i in range(2)]
+    assert all(client.results() for client in clients)
+    assert model.runs == [2]
 
 
 def test_other_sizes_and_options_have_runs_of_their_own(model, engine) -> None:
@@ -126,7 +147,8 @@ def started(events) -> bool:
 
 
 def test_a_run_stops_at_once_when_all_have_left(model, engine) -> None:
-    clients = [Client(engine.submit, [plain(seed=i, side=1024)]) for i in range(2)]
+    with busy(engine):
+        clients = [Client(engine.submit, [plain(seed=i, side=1024)]) for i in range(2)]
     for client in clients:
         client.wait(started)
     assert engine.counts == (0, 2)
@@ -134,13 +156,13 @@ def test_a_run_stops_at_once_when_all_have_left(model, engine) -> None:
         engine.leave(client.order)
     left = time.monotonic()
     Client(engine.submit, [short()]).results()
-    assert engine.counts == (0, 0)
     assert model.runs == [2, 1]
     assert time.monotonic() - left < 20  # the run that was left takes minutes
 
 
 def test_one_that_leaves_a_batch_changes_nothing_for_the_others(model, engine) -> None:
-    stays, leaves = (Client(engine.submit, [plain(seed=seed)]) for seed in (1, 2))
+    with busy(engine):
+        stays, leaves = (Client(engine.submit, [plain(seed=seed)]) for seed in (1, 2))
     leaves.wait(started)
     engine.leave(leaves.order)
     told = len(leaves.events) + len(leaves.order.take())
@@ -206,12 +228,12 @@ def test_a_full_device_is_a_sentence(engine) -> None:
 
 def test_a_closing_engine_refuses_and_tells_those_who_wait(model) -> None:
     engine = Engine(model, queued=8)
-    running = Client(engine.submit, [short()])
-    running.wait(started)
-    waiting = Client(engine.submit, [plain(side=64)])
-    engine.close()
-    assert len(running.results()) == 1
-    (event,) = waiting.wait()
+    with busy(engine):
+        waiting = Client(engine.submit, [short()])
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        (event,) = waiting.wait()
+    closing.join()
     assert event.error.status == 503
     with pytest.raises(RefusalError, match="stopping"):
         engine.submit([short()], lambda: None)
