@@ -134,9 +134,9 @@ Sample Tokens changes. If you change **Layouts' prompt**, the node says that you
 chosen for other layouts.
 """,
         {
-            "Layouts' prompt": "a red circle on the left, a blue star on the right, yellow "
+            "Layouts' prompt": "a red circle on the left, a blue star on the right, white "
             "background",
-            "Prompt": "a red circle on the left, a green square on the right, yellow background",
+            "Prompt": "a red circle on the left, a green square on the right, white background",
         },
     ),
     "lock_layout_change_prompt": Workflow(
@@ -213,9 +213,10 @@ A mask on Lock Layout holds a part of it only.
 **Width** and **Height** are the picture's, **Grow the canvas** says how many pixels are added on \
 each side (multiples of 32). The **Prompt** describes the whole of it.
 
-**Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are written \
-around them. The layout's cells at the seam see the grey that fills the canvas, so **Unlock the \
-seam** lets them be drawn anew. The first picture's pixels come back at the end, with a soft seam.
+**Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are \
+written around them. The layout's cells at the seam see the grey that fills the canvas, so \
+**Unlock the seam** lets them be drawn anew. The first picture's pixels come back at the end, \
+with a soft seam.
 """,
         {
             "Prompt": "a blue circle on the left, an orange diamond in the centre, a red star on "
