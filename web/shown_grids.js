@@ -86,8 +86,8 @@ function addGrids(node) {
     element.style.display = grids.length ? "" : "none"
     element.style.minHeight = `${height()}px` // pages that draw nodes as elements read this
     const [width, least] = node.computeSize()
-    const room = before ? node.size[1] - before : 0
-    node.setSize([Math.max(width, node.size[0]), Math.max(least, shown.length ? node.size[1] : room)])
+    const now = node.size[1] - (shown.length ? 0 : before)
+    node.setSize([Math.max(width, node.size[0]), Math.max(least, now)])
     draw(canvas, grids)
     node.setDirtyCanvas(true, true)
   }

@@ -19,6 +19,12 @@ NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 # (height, width) of the saved pictures of those that run; an edit has its picture's size
 RUN = {"text_to_image": (192, 256), "edit_image": (768, 768)}
 TIMEOUT_S = 60
+SHOWS_A_GRID = """() => {
+    const canvases = [...document.querySelectorAll('.glm-image-grids canvas')]
+        .filter(canvas => canvas.clientHeight > 50)
+    return canvases.length === 1 && canvases[0].getContext('2d')
+        .getImageData(canvases[0].width / 2, canvases[0].height / 4, 1, 1).data[3] === 255
+}"""
 
 
 def graph(name):
@@ -82,6 +88,10 @@ def test_it_runs_and_shows_its_picture(page, name):
     page.set_inputs(width=256, height=192, steps=4)
     page.run()
     assert page.wait_for_image("SaveImage", TIMEOUT_S) == RUN[name]
+    page.browser_page.wait_for_function(SHOWS_A_GRID)
+    # Opened again its nodes are new, and the grid comes from the server's history.
+    page.open_file((WORKFLOWS / f"{name}.json").read_text(), f"{name}.json")
+    page.browser_page.wait_for_function(SHOWS_A_GRID)
     assert page.errors == []
 
 

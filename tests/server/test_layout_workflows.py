@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from glm_image.glm_core.data.token_file import load_tokens
 from glm_image.glm_core.data.token_image import DARK
 from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client, PromptError
@@ -25,9 +26,13 @@ NAMES = (
 
 
 def images(client, run, prompt, class_type="SaveImage"):
+    return images_of(client, run, the(prompt, class_type))
+
+
+def images_of(client, run, node_id):
     return [
-        np.asarray(Image.open(io.BytesIO(data))).astype(int)
-        for data in client.images(run, the(prompt, class_type))
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        for data in client.images(run, node_id)
     ]
 
 
@@ -170,6 +175,66 @@ def test_a_redone_region_leaves_the_rest_untouched(client, base):
     (old,), (new,) = (images(client, run, prompt, kind) for kind in ("PreviewImage", "SaveImage"))
     moved = np.abs(new - old).max(axis=-1)
     assert moved[64:192, 128:].mean() > 5 * moved[:, :64].mean()
+
+
+# ---- beyond the edges, twice the size ----------------------------------------------------------
+
+
+def test_an_extended_picture_keeps_its_cells_and_pixels(client, base):
+    """64x64 pixels grow by 32 on the left and 64 at the top."""
+    prompt = fresh(name="extend_picture", width=64, height=64, steps=4)
+    canvas, seam, read, write = (
+        titled(prompt, title)
+        for title in (
+            "Grow the canvas",
+            "Unlock the seam of the layout",
+            "GLM-Image Encode Tokens",
+            "Write the new cells",
+        )
+    )
+    prompt[canvas]["inputs"] |= {"left": 32, "top": 64, "right": 0, "bottom": 0, "feathering": 8}
+    prompt[seam]["inputs"]["expand"] = 8  # a cell of this layout has seven pixels
+    shown = add(prompt, "PreviewImage", images=[canvas, 0])
+    savers = [
+        add(prompt, "GLMImageSaveTokens", tokens=[node, 0], layout=[node, 1], filename_prefix=name)
+        for name, node in (("read", read), ("written", write))
+    ]
+    run = client.run(prompt)
+    (picture,), (grey,) = (
+        images_of(client, run, node) for node in (the(prompt, "SaveImage"), shown)
+    )
+    assert picture.shape == grey.shape == (128, 96, 3)
+    inner = slice(64 + 8, None), slice(32 + 8, None)  # the seam is as wide as the feathering
+    assert (picture[inner] == grey[inner]).all()
+    new = np.ones(picture.shape[:2], dtype=bool)
+    new[64:, 32:] = False
+    assert grey[new].std() < 1
+    assert picture[new].std() > 5
+
+    (before, old), (after, layout) = (
+        load_tokens(base / "output" / run.outputs[node]["tokens"][0]["filename"]) for node in savers
+    )
+    assert (after.tokens[:, 2:, 1:] == before.tokens[:, 2:, 1:]).all()
+    assert (after.tokens != before.tokens).any()
+    assert 0 < layout.locked.sum() < layout.locked.numel()
+    assert (layout.preview == old.preview)[:, layout.locked].all()
+
+
+def test_the_same_picture_at_twice_the_size(client):
+    """It is nearer to the enlarged picture, as the VAE has it, than one of its tokens alone."""
+    prompt = fresh(name="upscale_by_tokens", steps=4)
+    first, vae = titled(prompt, "Decode the first picture"), the(prompt, "GLMImageLoadVAE")
+    enlarged = add(prompt, "VAEDecode", samples=[the(prompt, "VAEEncode"), 0], vae=[vae, 0])
+    shown = add(prompt, "PreviewImage", images=[enlarged, 0])
+    run = client.run(prompt)
+    (large,), (plain,) = (
+        images_of(client, run, node) for node in (the(prompt, "SaveImage"), shown)
+    )
+    anew = client.run(changed(prompt, denoise=1.0))
+    assert first in anew.cached
+    (other,) = images(client, anew, prompt)
+    assert large.shape == plain.shape == (128, 192, 3)
+    assert 0 < np.abs(large - plain).mean() < 0.5 * np.abs(other - plain).mean()
 
 
 # ---- tiles -----------------------------------------------------------------------------------
