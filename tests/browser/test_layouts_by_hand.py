@@ -96,7 +96,9 @@ def editor(page) -> Editor:
     page.open_file(json.dumps(graph), WORKFLOW.name)
     page.set_inputs(width=256, height=192, steps=1)
     set_value(page, "GLMImageSampleLayout", "batch_size", 3)
-    set_prompt(page, "Layouts' prompt", "a red circle on the left, white background")
+    # At this temperature free cells change in any case.
+    set_value(page, "GLMImageSampleTokens", "temperature", 5.0)
+    set_value(page, "GLMImageSampleTokens", "top_p", 1.0)
     shown = Editor(page)
     shown.center()
     return shown
@@ -159,6 +161,7 @@ def test_run_click_drag_and_another_prompt(editor, page, address):
 
     # The exported prompt makes the same picture without the page, from nothing.
     client.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)  # until the server has done so
     prompt = page.export_prompt()
     (sampler,) = (k for k, node in prompt.items() if node["class_type"] == "GLMImageSampleTokens")
     used = {"layout": [sampler, 1], "lock": "none", "batch_index": 0, "cells": ""}
