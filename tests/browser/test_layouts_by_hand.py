@@ -97,8 +97,9 @@ def editor(page) -> Editor:
     page.set_inputs(width=256, height=192, steps=1)
     set_value(page, "GLMImageSampleLayout", "batch_size", 3)
     # At this temperature free cells change in any case.
-    set_value(page, "GLMImageSampleTokens", "temperature", 5.0)
-    set_value(page, "GLMImageSampleTokens", "top_p", 1.0)
+    for sampler in ("GLMImageSampleLayout", "GLMImageSampleTokens"):
+        set_value(page, sampler, "temperature", 5.0)
+        set_value(page, sampler, "top_p", 1.0)
     shown = Editor(page)
     shown.center()
     return shown
