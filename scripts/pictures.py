@@ -3,7 +3,8 @@
 Each workflow runs on a real server with the model `tiny/`, prompts that this model understands,
 512x512 and 20 steps; all else is as stored. Its picture becomes the thumbnail of its graph, a
 square, with what led to it along the upper edge. `ARGS="NAME ..."` makes only those. The name
-`graph` makes the README's picture of the page with a finished graph.
+`graph` makes the README's picture of the page with a finished graph, `layouts_by_hand_film` its
+animation.
 """
 
 import io
@@ -14,7 +15,7 @@ import sys
 
 from PIL import Image, ImageOps
 
-from . import demo, environment
+from . import demo, environment, film
 from .client import Client, Prompt
 from .page import open_page
 from .tiny_graphs import draw_picture
@@ -23,17 +24,18 @@ from .workflow_texts import FOLDER, WORKFLOWS, graph_file
 SIDE = 640  # pixels of a thumbnail, as the template browser shows it
 INSET, FRAME, GAP = 190, 4, 10  # pixels: an inset's side, its frame, around it
 GRAPH = environment.ROOT / "docs" / "images" / "graph.jpg"
+FILM = f"{film.NAME}_film"
 GRAPH_SIDE = 1800  # pixels, the longer one
 GRAPH_SCALE = 1.5
 GRAPH_TIMEOUT_S = 120
 
 
 def main(names: list[str]) -> None:
-    names = names or [*WORKFLOWS, GRAPH.stem]
-    if unknown := set(names) - {*WORKFLOWS, GRAPH.stem}:
+    known = [*WORKFLOWS, GRAPH.stem, FILM]
+    names = names or known
+    if unknown := set(names) - set(known):
         raise SystemExit(
-            f"There is no picture {', '.join(sorted(unknown))}: use {', '.join(WORKFLOWS)} or "
-            f"{GRAPH.stem}."
+            f"There is no picture {', '.join(sorted(unknown))}: use {', '.join(known)}."
         )
     model = demo.prepare_model(None)
     with demo.demo_server(environment.host(), model) as address:
@@ -42,6 +44,9 @@ def main(names: list[str]) -> None:
         for name in names:
             if name == GRAPH.stem:
                 photograph_graph(address, model)
+                continue
+            if name == FILM:
+                film.main(address, model)
                 continue
             prompt = workflow_prompt(name, model, drawn.name)
             sources = [Image.open(drawn)] if _loads_image(prompt) else []
@@ -72,17 +77,20 @@ def workflow_prompt(name: str, model: str, image: str) -> Prompt:
     for node in prompt.values():
         if node["class_type"] == "PrimitiveStringMultiline":
             node["inputs"]["value"] = WORKFLOWS[name].tiny[node["_meta"]["title"]]
+        if name == film.NAME and node["class_type"] == "GLMImageLockLayout":
+            node["inputs"] |= {"batch_index": film.TAKEN, "cells": film.LOCKED}
     return prompt
 
 
 def run_images(client: Client, prompt: Prompt) -> list[Image.Image]:
     """The images of a run: of each preview all on one sheet, then the saved one."""
     run = client.run(prompt)
+    shown = {"GLMImageLockLayout": "glm_images", "PreviewImage": "images", "SaveImage": "images"}
     return [
-        sheet([Image.open(io.BytesIO(png)) for png in client.images(run, key)])
-        for kind in ("PreviewImage", "SaveImage")
+        sheet([Image.open(io.BytesIO(client.view(image))) for image in run.outputs[key][name]])
+        for kind, name in shown.items()
         for key in sorted(prompt, key=int)
-        if prompt[key]["class_type"] == kind
+        if prompt[key]["class_type"] == kind and name in run.outputs[key]
     ]
 
 

@@ -158,9 +158,9 @@ Sample Tokens changes. If you change **Layouts' prompt**, the node says that you
 chosen for other layouts.
 """,
         {
-            "Layouts' prompt": "a red circle on the left, a blue star on the right, yellow "
+            "Layouts' prompt": "a red circle on the left, a blue star on the right, white "
             "background",
-            "Prompt": "a red circle on the left, a green square on the right, yellow background",
+            "Prompt": "a red circle on the left, a green square on the right, white background",
         },
     ),
     "lock_layout_change_prompt": Workflow(

@@ -261,6 +261,7 @@ export class CellEditor {
     const { canvas, notice, readout, buttons } = this.parts
     const { run, ...others } = buttons
     for (const made of Object.values(others)) made.style.display = this.grid ? "" : "none"
+    canvas.parentElement.style.display = this.grid ? "" : "none"
     if (!this.grid) {
       readout.textContent = this.texts.empty
       return

@@ -64,7 +64,7 @@ export function buildParts(texts, act) {
   const frame = element("div", { position: "relative", flex: "1 1 0", minHeight: "0" })
   frame.append(canvas)
   const notice = element("div", { ...NOTE, display: "none", gap: "6px", alignItems: "center" })
-  notice.setAttribute("role", "alert")
+  notice.setAttribute("aria-live", "polite")
   notice.append(
     element("span", { color: "var(--error-text, #f80)", flex: "1" }, { textContent: texts.stale }),
     button(texts.keep, texts.keep, act.keep),
