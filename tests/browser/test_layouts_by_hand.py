@@ -4,16 +4,16 @@ import base64
 import io
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from glm_image.glm_core.data.cells import format_cells
 from glm_image.scripts.client import Client
+from glm_image.scripts.workflow_texts import graph_file
 from PIL import Image
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "layouts_by_hand.json"
+WORKFLOW = graph_file("layouts_by_hand")
 EDITOR = ".glm-image-editor"
 MODULES = "/extensions/ComfyUI-GLM-Image"
 TIMEOUT_MS = 180_000
