@@ -88,7 +88,8 @@ def test_as_elements_they_do_not_overlap(page):
         for name in CROWDED:
             page.open_file(graph_file(name).read_text(), f"{name}.json")
             assert page.browser_page.locator("[data-node-id]").count() == len(page.node_types())
-            assert page.overlaps() == [], name
+            # Links are compared on the canvas only.
+            assert not [found for found in page.overlaps() if " overlaps " in found], name
     finally:
         page.draw_nodes_as_elements(False)
 

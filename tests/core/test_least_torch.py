@@ -8,7 +8,13 @@ from glm_image.scripts.environment import ROOT
 SINCE_2_5 = {"set_submodule", "OutOfMemoryError", "accelerator", "enable_gqa", "get_device_module",
              "flex_attention", "float8_e8m0fnu", "float4_e2m1fn_x2"}  # fmt: skip
 """Names of functions, arguments and types; `torch.cuda.OutOfMemoryError` is older."""
-FILES = [file for folder in ("glm_core", "nodes") for file in (ROOT / folder).rglob("*.py")]
+ON_REQUEST = {"compiled.py"}  # its candidates are dropped where torch lacks what they use
+FILES = [
+    file
+    for folder in ("glm_core", "nodes")
+    for file in (ROOT / folder).rglob("*.py")
+    if file.name not in ON_REQUEST
+]
 
 
 def names(file: Path) -> set[str]:

@@ -72,12 +72,14 @@ def stages(
 
 def sampled(node: type, *values: Any, **more: Any) -> tuple:
     """The outputs of Sample Tokens or Sample Layout for lists of one entry."""
+    return tuple(entry for (entry,) in run_sampler(node, *values, **more).result)
+
+
+def run_sampler(node: type, *values: Any, **more: Any) -> Any:
+    """Runs Sample Tokens or Sample Layout on lists of one entry."""
     names = [given.id for given in node.define_schema().inputs]
     given = dict(zip(names, values, strict=False)) | more
-    return tuple(
-        entry
-        for (entry,) in node.execute(**{name: [value] for name, value in given.items()}).result
-    )
+    return node.execute(**{name: [value] for name, value in given.items()})
 
 
 def written(

@@ -8,7 +8,7 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from glm_image.glm_core.data.token_image import codebook_palette, draw_sheet, hash_palette
 from glm_image.glm_core.errors import GLMImageError
-from helpers import same, sampled
+from helpers import run_sampler, same, sampled
 
 PROMPT = "a door with 'PULL' on it"
 SIZES = {"512x768": (512, 768), "strip": (384, 128)}  # width, height
@@ -267,10 +267,10 @@ def test_colours_where_the_file_has_no_codebook(ar, monkeypatch):
 
 def test_nodes_show_the_grid_that_they_wrote_or_read(nodes, sample, ar):
     settings = (PROMPT, 96, 64, 5, 0.9, 0.75, 0, 2)
-    written = nodes["GLMImageSampleTokens"].execute(ar, *settings)
-    drawn = nodes["GLMImageSampleLayout"].execute(ar, *settings)
+    written = run_sampler(nodes["GLMImageSampleTokens"], ar, *settings)
+    drawn = run_sampler(nodes["GLMImageSampleLayout"], ar, *settings)
     read = nodes["GLMImageEncodeTokens"].execute(ar, torch.rand(2, 64, 96, 3), 96, 64)
-    (saved,) = nodes["GLMImageSaveTokens"].execute(written.result[0], "shown/test").ui["tokens"]
+    (saved,) = nodes["GLMImageSaveTokens"].execute(written.result[0][0], "shown/test").ui["tokens"]
     name = f"{saved['subfolder']}/{saved['filename']} [output]"
     loaded = nodes["GLMImageLoadTokens"].execute(name)
     for output, kind, shape in (

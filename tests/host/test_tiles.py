@@ -34,7 +34,7 @@ def scaled(nodes, run) -> Tensor:
 @pytest.fixture(scope="module")
 def whole(nodes, run, scaled):
     """The tokens of the scaled picture, and its positive and negative."""
-    (tokens, _) = nodes["GLMImageEncodeTokens"].execute(run.ar, scaled, 192, 192).result
+    tokens, *_ = nodes["GLMImageEncodeTokens"].execute(run.ar, scaled, 192, 192).result
     positive, negative, _ = nodes["GLMImageApplyTokens"].execute(run.positive, tokens, -1).result
     return tokens, positive, negative
 
