@@ -82,7 +82,7 @@ class LoadLora(Node):
         if model is not None:
             require_decoder(model)
         decoder, ar_patcher = apply_lora(
-            _find(lora_name), model, ar and ar.patcher, strength_model, strength_ar
+            _find(lora_name), model, ar and ar.require_patcher(), strength_model, strength_ar
         )
         return io.NodeOutput(
             _or_blocked(decoder, "model"), _or_blocked(ar and ar.with_patcher(ar_patcher), "ar")

@@ -94,6 +94,9 @@ class HostAR(AnyAR):
         """The same model under another patcher, such as a clone that carries a LoRA."""
         return HostAR(patcher, self.tokenizer, self.dtype, self.vision, self.palette, self.graphs)
 
+    def require_patcher(self) -> Any:
+        return self.patcher
+
     @property
     def config(self) -> ARConfig:
         return self.patcher.model.config

@@ -35,13 +35,19 @@ class AnyAR(ABC):
     """Whether it writes samples in rows of its own, whatever a node's `rows` is."""
     vision: Vision
     palette: Palette
-    patcher: Any
-    """The network's, for LoRAs; a GLMImageError if the weights are on another machine."""
 
     @property
     @abstractmethod
     def codebook(self) -> int:
         """The number of codes."""
+
+    @abstractmethod
+    def require_patcher(self) -> Any:
+        """The network's, for LoRAs. A method, since current hosts look for `patcher` on outputs.
+
+        Raises:
+            GLMImageError: the weights are on another machine.
+        """
 
     @abstractmethod
     def write(self, requests: Sequence[SampleRequest], rows: int) -> list[Written]:

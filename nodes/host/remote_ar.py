@@ -74,8 +74,7 @@ class RemoteAR(AnyAR):
     def codebook(self) -> int:
         return self.info.codebook
 
-    @property
-    def patcher(self) -> Any:
+    def require_patcher(self) -> Any:
         raise LoraError(
             f"The AR model of the service '{self.service.name}' takes no LoRA from here; connect "
             "GLM-Image Load AR Model, or leave ar unconnected for the decoder alone."
