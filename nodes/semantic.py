@@ -1,5 +1,6 @@
 """The first stage: semantic tokens from a prompt."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ def token_requests(
     mask: torch.Tensor | None = None,
     lookahead: int = 1,
     cells: str = "",
+    kind: str = "tokens",
 ) -> list[SampleRequest]:
     """The samples of one entry of Sample Tokens' lists.
 
@@ -134,6 +136,7 @@ def token_requests(
         seed,
         batch_size,
         SamplingOptions(temperature, top_p, top_k),
+        kind=kind,
         layout=layout,
         references=references,
         tokens=tokens,
@@ -180,37 +183,8 @@ class SampleLayout(Node):
         return io.NodeOutput(layouts, ui=warning(_advice(entries)) | grids(*layouts))
 
 
-def layout_requests(
-    ar: AnyAR,
-    prompt: str,
-    width: int,
-    height: int,
-    seed: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    batch_size: int,
-    layout: LayoutData | None = None,
-    lookahead: int = 1,
-) -> list[SampleRequest]:
-    """The samples of one entry of Sample Layout's lists.
-
-    Raises:
-        GLMImageError: the layout does not fit.
-    """
-    options = SamplingOptions(temperature, top_p, top_k)
-    return requests_of(
-        ar.codebook,
-        prompt,
-        height,
-        width,
-        seed,
-        batch_size,
-        options,
-        kind="layout",
-        layout=layout,
-        lookahead=lookahead,
-    )
+layout_requests = partial(token_requests, kind="layout")
+"""The samples of one entry of Sample Layout's lists."""
 
 
 def _count(rows: list[int] | None) -> int:

@@ -23,12 +23,12 @@ from glm_core.ar.requests import SampleRequest, Written, run_key, write_together
 from glm_core.ar.row_linear import cpu_has
 from glm_core.ar.score import ScoringRun, log_ratios
 from glm_core.data.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
-from glm_core.data.token_image import codebook_palette, hash_palette
 from glm_core.errors import LowMemoryError
 from glm_core.files.component import Component
 from glm_core.files.loading import load_network
 from glm_core.files.model_folder import find_component
 from glm_core.files.opening import open_component
+from glm_core.files.palette import token_colours
 from glm_core.placement import memory
 from glm_core.vision.encoder import OTHER_PREFIXES, VISION_PREFIXES, VisionConfig, VisionEncoder
 from glm_core.vision.pixels import ImageConfig, vision_pixels
@@ -36,7 +36,6 @@ from glm_core.vision.pixels import ImageConfig, vision_pixels
 from .bounds import Bounds, too_large
 from .engine import Watch
 
-CODES = "model.vqmodel.quantize.embedding.weight"
 BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
 SMALL_BYTES = 2**16
 LEAST_POSITIONS = 2048
@@ -84,9 +83,7 @@ class ServedModel:
     @cached_property
     def palette(self) -> Tensor:
         """float32 [codebook, 3], 0 to 1."""
-        if CODES in self.component.tensors:
-            return codebook_palette(self.component.tensor(CODES))
-        return hash_palette(self.codebook)
+        return token_colours(self.component, self.codebook)
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -195,16 +192,8 @@ class ServedModel:
         self._require_few_cells(height, width)
 
     def _scored_prompts(self, request: ScoreRequest) -> tuple[Prompt, Prompt]:
-        grid = token_grid(*request.size)
-
-        def read(text: str, may_be_empty: bool) -> Prompt:
-            if request.references:
-                return self.tokenizer.image_to_image(
-                    text, grid, request.references, may_be_empty=may_be_empty
-                )
-            return self.tokenizer.text_to_image(text, grid, may_be_empty=may_be_empty)
-
-        return read(request.prompt, False), read(request.against, True)
+        what, read = (token_grid(*request.size), request.references), self.tokenizer.read
+        return read(request.prompt, *what), read(request.against, *what, may_be_empty=True)
 
     # ---- bounds ----------------------------------------------------------------------------------
 

@@ -97,6 +97,19 @@ class PromptTokenizer:
         self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._template = None if chat_template is None else ChatTemplate(chat_template)
 
+    def read(
+        self,
+        prompt: str,
+        grid: Grid,
+        references: Sequence[Tensor] | None = None,
+        *,
+        may_be_empty: bool = False,
+    ) -> Prompt:
+        """`image_to_image` if there are references, else `text_to_image`."""
+        if references:
+            return self.image_to_image(prompt, grid, references, may_be_empty=may_be_empty)
+        return self.text_to_image(prompt, grid, may_be_empty=may_be_empty)
+
     def text_to_image(self, prompt: str, grid: Grid, *, may_be_empty: bool = False) -> Prompt:
         """`{prompt}<sop>H W<eop><sop>h w<eop><start>` for a large grid (H, W).
 

@@ -82,9 +82,7 @@ class SampleRequest:
         Raises:
             GLMImageError: the prompt is empty.
         """
-        if self.references:
-            return tokenizer.image_to_image(self.prompt, self.grid, self.references)
-        return tokenizer.text_to_image(self.prompt, self.grid)
+        return tokenizer.read(self.prompt, self.grid, self.references)
 
 
 @dataclass(frozen=True, eq=False)

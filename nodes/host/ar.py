@@ -130,7 +130,7 @@ class HostAR(AnyAR):
         written = {}
         for run in runs:
             some = [requests[i] for i in run]
-            size = self._size(some, rows if padded else len(some), padded)
+            size = _size(some, self._longest(some), rows if padded else len(some), padded)
             written |= zip(run, self._run(some, size, progress), strict=True)
             progress.next_part()
         return [written[i] for i in range(len(requests))]
@@ -145,13 +145,9 @@ class HostAR(AnyAR):
     ) -> dict[str, Tensor]:
         return score_run(self, prompt_pairs(self.tokenizer, prompt, against, size, sets), grids)
 
-    def _size(self, requests: Sequence[SampleRequest], rows: int, padded: bool) -> RunSize:
-        grid = requests[0].grid
-        longest = max(len(request.read(self.tokenizer)) for request in requests)
-        end = span_of(longest) if padded else longest
-        length = end + math.prod(grid) + math.prod(preview_grid(grid))
-        ahead = max(max(request.forced, request.lookahead) for request in requests)
-        return RunSize(rows, length, max(longest, rows * ahead), padded)
+    def _longest(self, requests: Sequence[SampleRequest]) -> int:
+        """Ids of the longest prompt."""
+        return max(len(request.read(self.tokenizer)) for request in requests)
 
     def _run(
         self, requests: Sequence[SampleRequest], size: RunSize, progress: TokenProgress
@@ -196,9 +192,10 @@ class HostAR(AnyAR):
         grids: dict[Grid, list[SampleRequest]] = {}
         for request in requests:
             grids.setdefault(request.grid, []).append(request)
+        longest = {grid: self._longest(some) for grid, some in grids.items()}
 
         def has_room(count: int) -> bool:
-            sizes = (self._size(some, count, padded=True) for some in grids.values())
+            sizes = (_size(some, longest[grid], count, True) for grid, some in grids.items())
             return all(
                 need - self.graphs.nbytes <= usable(device)
                 for size in sizes
@@ -230,6 +227,15 @@ class HostAR(AnyAR):
         for numbers, device in layer_devices(self.patcher, self.config.layers):
             needs[device] = needs.get(device, work) + len(numbers) * layer
         return needs
+
+
+def _size(requests: Sequence[SampleRequest], longest: int, rows: int, padded: bool) -> RunSize:
+    """longest: ids of the longest prompt."""
+    grid = requests[0].grid
+    end = span_of(longest) if padded else longest
+    length = end + math.prod(grid) + math.prod(preview_grid(grid))
+    ahead = max(max(request.forced, request.lookahead) for request in requests)
+    return RunSize(rows, length, max(longest, rows * ahead), padded)
 
 
 def load_ar(

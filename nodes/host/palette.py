@@ -1,13 +1,11 @@
-"""Colours of tokens in pictures, from the AR model's codebook if its file has one."""
+"""Colours of tokens in pictures, kept with the AR model."""
 
 from functools import cached_property
 
 from torch import Tensor
 
-from ...glm_core.data.token_image import codebook_palette, hash_palette
 from ...glm_core.files.component import Component
-
-CODES = "model.vqmodel.quantize.embedding.weight"
+from ...glm_core.files.palette import token_colours
 
 
 class CodePalette:
@@ -20,6 +18,4 @@ class CodePalette:
     @cached_property
     def colours(self) -> Tensor:
         """float32 [codebook, 3], 0 to 1."""
-        if CODES in self._component.tensors:
-            return codebook_palette(self._component.tensor(CODES))
-        return hash_palette(self._codebook)  # the file holds only the text part
+        return token_colours(self._component, self._codebook)

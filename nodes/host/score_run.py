@@ -26,14 +26,8 @@ def prompt_pairs(
     sets: Sequence[Sequence[Tensor] | None],
 ) -> list[tuple[Prompt, Prompt]]:
     """Both prompts as ids, for each set of references; see `AnyAR.log_ratios`."""
-    grid = token_grid(*size)
-
-    def read(text: str, images: Sequence[Tensor] | None, may_be_empty: bool) -> Prompt:
-        if images is None:
-            return tokenizer.text_to_image(text, grid, may_be_empty=may_be_empty)
-        return tokenizer.image_to_image(text, grid, images, may_be_empty=may_be_empty)
-
-    return [(read(prompt, one, False), read(against, one, True)) for one in sets]
+    grid, read = token_grid(*size), tokenizer.read
+    return [(read(prompt, grid, one), read(against, grid, one, may_be_empty=True)) for one in sets]
 
 
 def score_run(
