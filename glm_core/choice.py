@@ -3,7 +3,7 @@
 A network does some of its work through functions that have alternatives. Every candidate must agree
 with the plain function. Those that make the work faster are kept, one purpose after the other. A
 machine takes the same path every time, because the choice is kept in a file, so the same seed gives
-the same numbers in bf16 too.
+the same numbers in bf16 too. What a file remembers is run once before a process goes by it.
 """
 
 import json
@@ -83,6 +83,7 @@ class Choice:
         self.found = found
         self.path = path
         self.known: dict[str, Names] = {}
+        self._proven: set[str] = set()
         self._what = what
         self._seconds = seconds
 
@@ -99,15 +100,41 @@ class Choice:
     def choose(
         self, key: str, trial: Trial, check_interrupt: Callable[[], None] = lambda: None
     ) -> Any:
-        """What is remembered for a key, or else the outcome of a trial."""
-        names = self._recalled(key)
+        """What is remembered for a key and still holds, or else the outcome of a trial."""
+        names = self._known_to_hold(key, trial)
         if names is None:
-            names = self._try(trial, key, check_interrupt)
-        return operations_of(self.plain, names, self.found)
+            names = self._unless_full(lambda: self._try(trial, key, check_interrupt))
+        return operations_of(self.plain, names or {}, self.found)
 
-    def recall(self, key: str) -> Any:
-        """What is remembered, or else the plain operations."""
-        return operations_of(self.plain, self._recalled(key) or {}, self.found)
+    def recall(self, key: str, trial: Trial) -> Any:
+        """What is remembered and still holds, or else the plain operations."""
+        return operations_of(self.plain, self._known_to_hold(key, trial) or {}, self.found)
+
+    def _known_to_hold(self, key: str, trial: Trial) -> Names | None:
+        """What is remembered, if it runs in this process and agrees; None if there is nothing.
+
+        A compiler may be gone, or its cache broken, since the file was written.
+        """
+        names = self._recalled(key)
+        if names is None or key in self._proven:
+            return names
+        if self._unless_full(lambda: self._hold(names, trial)):
+            self._proven.add(key)
+            return names
+        return None
+
+    def _hold(self, names: Names, trial: Trial) -> bool:
+        return not names or self._agrees(trial, trial.results(self.plain), names)
+
+    def _unless_full(self, work: Callable[[], Any]) -> Any:
+        """What some work gives; None if the device is full, which says nothing of candidates."""
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s stay plain for now: %s", self._what, str(error).splitlines()[0])
+            return None
 
     def _recalled(self, key: str) -> Names | None:
         if key not in self.known:
@@ -115,19 +142,14 @@ class Choice:
         return self.known.get(key)
 
     def _try(self, trial: Trial, key: str, check_interrupt: Callable[[], None]) -> Names:
-        """The names of a trial. A full device says nothing of candidates, so nothing is kept."""
-        try:
-            outcome = self._fastest(trial, check_interrupt)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("%s stay plain for now: %s", self._what, str(error).splitlines()[0])
-            return {}
+        """The names of a trial, which are kept."""
+        outcome = self._fastest(trial, check_interrupt)
         log.info(
             "%s run with %s: %.2f ms, plain %.2f ms (%s)",
             self._what, described(outcome.names), outcome.milliseconds, outcome.plain, key,
         )  # fmt: skip
         self.known[key] = outcome.names
+        self._proven.add(key)
         if outcome.untried:
             log.info(
                 "%s were tried for %g s, which left out %s; the next start of the program tries "
@@ -144,33 +166,31 @@ class Choice:
         names: dict[str, str] = {}
         plain = best = trial.milliseconds(self.plain)
         untried = []
-        for field, name, function in _each(self.found):
+        for field, name, _ in _each(self.found):
             check_interrupt()
             if time.perf_counter() >= end:
                 untried.append(f"{field}={name}")
-            elif self._agrees(trial, expected, field, name, function):
+            elif self._agrees(trial, expected, {field: name}):
                 changed = names | {field: name}
                 took = trial.milliseconds(operations_of(self.plain, changed, self.found))
                 if took <= GAIN * best:
                     names, best = changed, took
         return Outcome(names, best, plain, untried)
 
-    def _agrees(
-        self, trial: Trial, expected: Sequence[Tensor], field: str, name: str, function: Callable
-    ) -> bool:
-        """Whether a candidate runs, and its results are the plain ones'."""
-        operations = replace(self.plain, **{field: _telling(function)})
+    def _agrees(self, trial: Trial, expected: Sequence[Tensor], names: Names) -> bool:
+        """Whether candidates run, and the results are the plain ones'."""
+        told = {field: _telling(self.found[field][name]) for field, name in names.items()}
         try:
-            results = trial.results(operations)
+            results = trial.results(replace(self.plain, **told))
         except CandidateError as error:
-            log.info("%s run without %s=%s: %s", self._what, field, name, error)
+            log.info("%s run without %s: %s", self._what, described(names), error)
             return False
         differences = list(map(relative_difference, results, expected))
         if all(difference <= trial.tolerance for difference in differences):
             return True
         log.warning(
-            "%s run without %s=%s: its results differ by %s",
-            self._what, field, name, " ".join(f"{difference:.1e}" for difference in differences),
+            "%s run without %s: results differ by %s",
+            self._what, described(names), " ".join(map("{:.1e}".format, differences)),
         )  # fmt: skip
         return False
 

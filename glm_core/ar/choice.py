@@ -5,6 +5,7 @@ In float32 the tokens do not depend on the choice.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,25 @@ class StepChoice:
         check_interrupt: Callable[[], None],
     ) -> Operations:
         """What is remembered, or else the outcome of a trial of a few seconds."""
+        choose = partial(self.choice.choose, check_interrupt=check_interrupt)
+        return self._by_trial(choose, model, buffers, runner)
+
+    def recall(self, model: ARModel, buffers: StepBuffers, runner: Runner, *_: Any) -> Operations:
+        """What is remembered, or else the plain operations: for steps that cannot be timed."""
+        return self._by_trial(self.choice.recall, model, buffers, runner)
+
+    def _by_trial(
+        self,
+        ask: Callable[[str, "_Trial"], Operations],
+        model: ARModel,
+        buffers: StepBuffers,
+        runner: Runner,
+    ) -> Operations:
         if model.segments:
             return PLAIN
         trial = _Trial(model, buffers, runner)
         with trial.leaving_no_trace():
-            return self.choice.choose(self.key(model, buffers), trial, check_interrupt)
-
-    def recall(self, model: ARModel, buffers: StepBuffers, *_: Any) -> Operations:
-        """What is remembered, or else the plain operations: for steps that cannot be timed."""
-        return PLAIN if model.segments else self.choice.recall(self.key(model, buffers))
+            return ask(self.key(model, buffers), trial)
 
     def key(self, model: ARModel, buffers: StepBuffers) -> str:
         """What a choice depends on."""

@@ -332,10 +332,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attention: AttentionPass) -> Tensor:
         # Views [B, L, heads, D] instead of einops, whose Python code costs time in a step.
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = attention.operations.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         return self.o_proj(attention.attend(self.index, q, k, v, rotation))
 
 

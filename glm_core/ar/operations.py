@@ -1,4 +1,4 @@
-"""The small operations of a block: norms, rotation, attention of a step, and the MLP's gate.
+"""The operations of a block: norms, projections, rotation, attention of a step, the MLP's gate.
 
 The functions here are the plain ones, of torch's own operations. `Operations` holds one for each
 purpose; a step may run with faster ones in their place, see `kernels`,
@@ -64,6 +64,13 @@ def add_norm(
     """
     x = x + after(y)
     return x, None if following is None else following(x)
+
+
+def project(
+    x: Tensor, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, L, heads * D], keys and values [B, L, kv_heads * D] of x [B, L, C]."""
+    return q_proj(x), k_proj(x), v_proj(x)
 
 
 def rotate_write(
@@ -165,6 +172,7 @@ class Operations:
     """An operation for each purpose; those that are not given are the plain ones."""
 
     add_norm: Callable[..., tuple[Tensor, Tensor | None]] = add_norm
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project
     rotate_write: Callable[..., Tensor] = rotate_write
     attend: Callable[..., Tensor] = attend
     gate: Callable[[Tensor], Tensor] = gate

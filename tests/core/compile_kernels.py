@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from glm_core.ar.kernels import attention, norms, pointwise
+from glm_core.ar.kernels import attention, norms, pointwise, projection
 from glm_core.decoder.kernels import modulation, rotation
 
 # The hub's sizes. Names that are in neither list are tensors in bf16.
@@ -20,7 +20,8 @@ TYPES = {
     ("length", "width", "kv_heads", "span", "parts", "kind_stride", "batch_stride", "head_stride",
      "row_stride", "vector_stride", "text", "rope_batch", "rope_row", "key_batch", "key_head",
      "key_row", "value_batch",
-     "value_head", "value_row"),
+     "value_head", "value_row", "q_width", "k_width", "v_width", "rows", "keys_from",
+     "values_from"),
     "i32",
 )  # fmt: skip
 KERNELS = {
@@ -36,6 +37,10 @@ KERNELS = {
     attention._merge_kernel: {
         "SHARING": 16, "WIDTH": 128, "BLOCK": 128, "PART": attention.PART["tf32"],
         "MERGED": attention.MERGED, "PADDED": True,
+    },
+    projection._project_kernel: {
+        "WIDTH": 4096, "BIASED": True, "ROWS": projection.ROWS, "FEATURES": projection.FEATURES,
+        "COLUMNS": projection.COLUMNS, "PRECISION": "tf32",
     },
     modulation._modulate_kernel: {"WIDTH": 4096, "BLOCK": 4096, "FIRST": 6, "GATED": True},
     rotation._norm_rotate_kernel: {"HEADS": 32, "ROWS": 32, "WIDTH": 128, "BLOCK": 128},

@@ -28,7 +28,7 @@ from tape import Recorder
 PROMPT = "a cat at the mat"
 FOUND = candidates()
 PRODUCTS = candidates(triton=False)
-EVERY = "add_norm=triton attend=split gate=triton rotate_write=triton"
+EVERY = "add_norm=triton attend=split gate=triton project=triton rotate_write=triton"
 
 
 def buffers_of(model, batch=1, width=1) -> StepBuffers:

@@ -75,6 +75,82 @@ def test_gate(shape, dtype) -> None:
     require_equal(KERNELS["gate"]["triton"](x), plain.gate(x))
 
 
+def linear(width: int, out: int, seed: int, dtype: torch.dtype, bias: bool) -> nn.Linear:
+    layer = nn.Linear(width, out, bias=bias, dtype=dtype)
+    for offset, part in enumerate(layer.parameters()):
+        part.data.copy_(normal(*part.shape, seed=seed + offset))
+    return layer
+
+
+def projections(width=72, heads=64, kv_heads=24, dtype=torch.float32, bias=True) -> list[nn.Linear]:
+    sizes = (heads, kv_heads, kv_heads)
+    return [linear(width, size, 10 * place, dtype, bias) for place, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [((1, 1, 4096), (48, 16)), ((2, 3, 72), (64, 24)), ((16, 1, 300), (96, 8))]
+)
+def test_project(shape, sizes, bias, dtype) -> None:
+    x, layers = normal(*shape, dtype=dtype), projections(shape[-1], *sizes, dtype, bias)
+    ours = KERNELS["project"]["triton"](x, *layers)
+    for mine, expected in zip(ours, plain.project(x, *layers), strict=True):
+        require_equal(mine, expected)
+
+
+class Patched(nn.Linear):
+    weight_function = (lambda weight: 2 * weight,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24, 72, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype).T
+
+
+def replaced_call(layer: nn.Linear) -> nn.Linear:
+    call = layer.forward
+    layer.forward = lambda x: 2 * call(x)
+    return layer
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_hook(lambda layer, args, out: 2 * out)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Patched(72, 24),
+        Packed(),
+        replaced_call(nn.Linear(72, 24)),
+        hooked(nn.Linear(72, 24)),
+        nn.Linear(72, 24, bias=False),
+    ],
+)
+def test_projections_that_are_not_plain_are_called(layer) -> None:
+    """The last has no bias, and the others have one."""
+    x, (q_proj, k_proj, _) = normal(1, 2, 72), projections()
+    ours = KERNELS["project"]["triton"](x, q_proj, k_proj, layer)
+    for mine, expected in zip(ours, plain.project(x, q_proj, k_proj, layer), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_more_rows_than_a_product_takes_are_left_to_the_layers() -> None:
+    x, layers = normal(17, 1, 72), projections()
+    ours = KERNELS["project"]["triton"](x, *layers)
+    for mine, expected in zip(ours, plain.project(x, *layers), strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sizes", "own"), [*((sizes, False) for sizes in HEADS), (HEADS[1], True)])
 def test_rotate_write(sizes, own, dtype) -> None:
@@ -152,4 +228,4 @@ def test_the_kernels_compile_for_a_gpu(tmp_path) -> None:
     program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("compile_kernels.py"))]
     result = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 7
+    assert len(result.stdout.split()) == 8

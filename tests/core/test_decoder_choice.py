@@ -50,8 +50,9 @@ def test_it_is_made_once_for_a_shape_whatever_the_text(tmp_path) -> None:
     assert calls
     longer = rotary(GRID, 2 * TEXT, WIDTH, "cpu")
     assert choice.choose(img, torch.cat([txt, txt], dim=1), longer) == first
-    assert BlockChoice(path, {"modulate": {"same": same}}).choose(*states()) == first
     assert same.calls == calls
+    assert BlockChoice(path, {"modulate": {"same": same}}).choose(*states()) == first
+    assert same.calls in (calls, calls + 1)  # if it was chosen, another process runs it once
     choice.choose(*states(batch=1))
     assert same.calls > calls
     assert len(known(choice)) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from glm_image.glm_core.ar.choice import candidates
-from glm_image.glm_core.ar.kernels import attention, norms, pointwise
+from glm_image.glm_core.ar.kernels import attention, norms, pointwise, projection
 from glm_image.glm_core.ar.model import ARConfig, ARModel
 from glm_image.glm_core.ar.operations import PLAIN
 from glm_image.glm_core.ar.step import SamplingOptions, StepBuffers, StepShape, step
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HUB = Path(__file__).parents[1] / "configs" / "hub"
 META = torch.device("meta")
 SPEED = Path(__file__).parents[2] / "docs" / "speed.md"
-EVERY = "add_norm=triton attend=split gate=triton rotate_write=triton"
+EVERY = "add_norm=triton attend=split gate=triton project=triton rotate_write=triton"
 VIEWS = {
     "view", "_unsafe_view", "transpose", "t", "split", "split_with_sizes", "slice", "select",
     "unsqueeze", "squeeze", "expand", "permute", "alias", "detach", "unbind", "as_strided",
@@ -100,7 +100,7 @@ def test_the_table_of_a_steps_work_is_true(model, monkeypatch) -> None:
     plain = by_kind(count(model))
     found = operations_of(PLAIN, named(EVERY), candidates())
     counts: Counter = Counter()
-    for module in (attention, norms, pointwise):
+    for module in (attention, norms, pointwise, projection):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, CountedKernel(name, counts))
     replaced = by_kind(count(model, found) + counts)
@@ -108,7 +108,8 @@ def test_the_table_of_a_steps_work_is_true(model, monkeypatch) -> None:
     assert plain["norms"] == 40 * 4 + 1
     assert plain["attention"] == 40
     assert replaced["norms"] == 1
-    assert replaced["kernels of Triton"] == 40 * (2 + 1 + 2 + 1)
+    assert replaced["products"] == 40 * 3 + 1
+    assert replaced["kernels of Triton"] == 40 * (2 + 1 + 1 + 2 + 1)
     rows = {*plain, *replaced}
     lines = SPEED.read_text().splitlines()
     for kind in rows:

@@ -30,7 +30,7 @@ def attend_in_parts(
     """`operations.attend`; it goes by the positions and does not read the mask."""
     batch, length, heads, head_dim = q.shape
     kv_heads, span = keys.shape[1:3]
-    precision = _precision(q.dtype)
+    precision = precision_of(q.dtype)
     sharing, parts = heads // kv_heads, triton.cdiv(span, PART[precision])
     groups, block = batch * length * kv_heads, triton.next_power_of_2(head_dim)
     q = q.contiguous()
@@ -56,7 +56,7 @@ def attend_in_parts(
     return out.view(batch, length, -1)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """TF32 holds numbers in bf16 exactly. Not all of AMD's devices have it."""
     return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32"
 

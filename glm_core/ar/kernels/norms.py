@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from .. import operations
+from .in_place import is_in_place
 
 
 def add_norm(
@@ -13,7 +14,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """`operations.add_norm`. Weights that a host fetches or patches as it runs are left to it."""
     norms = [norm for norm in (after, following) if norm is not None]
-    if not all(_is_in_place(norm, x.device) for norm in norms):
+    if not all(is_in_place(norm, x.device) for norm in norms):
         return operations.add_norm(x, y, after, following)
     width = x.shape[-1]
     x, y, out = x.contiguous(), y.contiguous(), torch.empty_like(x)
@@ -26,10 +27,6 @@ def add_norm(
         num_warps=8 if width > 2048 else 4,
     )  # fmt: skip
     return out, normed
-
-
-def _is_in_place(norm: nn.Module, device: torch.device) -> bool:
-    return norm.weight.device == device and not getattr(norm, "weight_function", None)
 
 
 @triton.jit
