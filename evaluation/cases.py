@@ -59,12 +59,13 @@ class Settings:
     width: int = 512
     height: int = 512
     steps: int = 20
+    lookahead: int = 1
 
     def graph(self, workflow: str, prompt: str, seed: int, name: str) -> Prompt:
         """A stored workflow with these values in every input of their names that is not a link."""
         values = {
             "model_name": self.model, "width": self.width, "height": self.height,
-            "steps": self.steps, "prompt": prompt, "seed": seed,
+            "steps": self.steps, "lookahead": self.lookahead, "prompt": prompt, "seed": seed,
             "filename_prefix": f"evaluation/{name}",
         }  # fmt: skip
         graph = json.loads((WORKFLOWS / f"{workflow}.json").read_text())
