@@ -140,7 +140,7 @@ def batches(requests: Sequence[SampleRequest]) -> list[list[int]]:
     """The indices of requests that follow each other and have one prompt and one set of references.
 
     Args:
-        requests: of one size, kind, lookahead, and set of options and of locked places.
+        requests: of one node; they have the same size, options and forced cells.
     """
     indices = range(len(requests))
     return [list(batch) for _, batch in groupby(indices, lambda i: _read_by(requests[i]))]

@@ -14,7 +14,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.nodes.host import vae, weights
+from glm_image.nodes.host import vae
 from glm_image.nodes.host.patchers import NotifyingPatcher
 from helpers import relative_error, same, sampled, stages, written
 from safetensors.torch import save_file

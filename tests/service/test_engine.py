@@ -265,7 +265,7 @@ def test_a_closing_engine_refuses_and_tells_those_who_wait(model) -> None:
         engine.submit([short()], lambda: None)
 
 
-# ---- graphs ----------------------------------------------------------------------------------------
+# ---- graphs --------------------------------------------------------------------------------------
 
 
 def test_steps_are_replayed_until_one_cannot_be_recorded(model, engine, monkeypatch) -> None:
