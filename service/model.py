@@ -21,6 +21,7 @@ from glm_core.ar.replay import EagerRunner, ReplayRunner, Runner
 from glm_core.ar.requests import SampleRequest, run_key, write_together
 from glm_core.ar.row_linear import cpu_is_fast_in_bf16
 from glm_core.ar.score import ScoringRun, log_ratios
+from glm_core.ar.writer import MOST_READ
 from glm_core.data.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
 from glm_core.errors import LowMemoryError
 from glm_core.files.component import Component
@@ -231,7 +232,7 @@ class ServedModel:
         positions = most
         while positions >= LEAST_POSITIONS:
             cache = config.layers * memory.kv_cache(config, self.rows, positions, self.dtype)
-            need = cache + memory.ar(config, positions, self.dtype)
+            need = cache + memory.ar(config, max(positions, MOST_READ), self.dtype)
             if need <= free:
                 return positions
             positions //= 2

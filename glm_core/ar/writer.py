@@ -39,6 +39,9 @@ from .step import (
 )
 
 PREVIEW, LARGE = 0, 1
+MOST_READ = 4096
+"""Forced cells of all samples that one pass reads where samples have their own, so that the memory
+of a run does not depend on who joins it."""
 
 Prompts = Prompt | Sequence[Prompt]
 """One for all samples of a run, or one for each; those of one run take equal spans of the cache."""
@@ -290,11 +293,16 @@ class Writer:
 
     def _read_forced(self, cells: range, samples: list[int]) -> None:
         """Read forced cells for some samples, and draw the cell after them."""
-        self._run.check_interrupt()
-        start, index = self._prompts.end + cells.start, None
+        index = None
         if len(samples) < self._run.batch_size:
             index = torch.tensor(samples, device=self._run.device)
-        logits = read_cells(self._model, self._buffers, cells, start, index)
+        most = MOST_READ // self._run.batch_size if self._prompts.padded else len(cells)
+        for first in range(cells.start, cells.stop, most):
+            self._run.check_interrupt()
+            part = range(first, min(first + most, cells.stop))
+            logits = read_cells(
+                self._model, self._buffers, part, self._prompts.end + first, index
+            )
         draw_and_write(self._buffers, logits)
 
     def _step(self, span: int) -> int:

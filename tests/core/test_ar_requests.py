@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from ar_pair import CPU_FLOAT32, pair
+from glm_image.glm_core.ar import writer
 from glm_image.glm_core.ar.cache import SPAN
 from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
 from glm_image.glm_core.ar.requests import SampleRequest, shared_runs, write_together
@@ -124,6 +125,22 @@ def test_locks_of_their_own(shape, lookahead):
     requests = [replace(one, lookahead=lookahead) for one in MIXED]
     for request, ours in zip(requests, written(requests, 5, shape=shape), strict=True):
         assert same(ours, written([request], 1, shape=shape)[0])
+
+
+def test_forced_cells_are_read_in_parts_of_bounded_size(monkeypatch):
+    lengths, read_cells = [], writer.read_cells
+
+    def spied(model, buffers, cells, *rest):
+        lengths.append(len(cells))
+        return read_cells(model, buffers, cells, *rest)
+
+    expected = written(MIXED[:2], 2)
+    monkeypatch.setattr(writer, "MOST_READ", 2 * 50)
+    monkeypatch.setattr(writer, "read_cells", spied)
+    for ours, before in zip(written(MIXED[:2], 2), expected, strict=True):
+        assert same(ours, before)
+    assert max(lengths) == 50
+    assert sum(length == 50 for length in lengths) > 4
 
 
 def test_a_run_has_no_pass_that_no_sample_needs():

@@ -154,18 +154,21 @@ def test_a_service_that_is_killed_and_comes_back_loses_nothing(service, client, 
     prompt = fresh(width=512, height=512)
     here = picture(deepcopy(prompt))
     sampler = the(remote(prompt), SAMPLER)
-    killed = []
+    killed, node, shown = [], [None], set()
 
     def kill(event):
         data = event["data"]
+        if event["type"] == "executing":
+            node[0] = data["node"]
         if event["type"] == "progress" and data["node"] == sampler and not killed:
             assert data["value"] < data["max"]
             service.kill()
             killed.append(True)
             service.start()
 
-    run = client.run(prompt, kill)
+    run = client.run(prompt, kill, lambda picture: shown.add(node[0]))
     assert killed
+    assert sampler in shown
     assert np.array_equal(first_image(client, run, prompt), here)
 
 
