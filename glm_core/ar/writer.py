@@ -12,7 +12,6 @@ cells writes them again.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from einops import rearrange
@@ -174,7 +173,7 @@ class Writer:
         self._row_start = 0  # the first cell of the row being written
         self._operations: Operations | None = None  # chosen before the first step
         self._drawn: list[int] | None = None  # what the buffer of that name says
-        self._mask = cache(self._mask)
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     def _place_prompts(self) -> None:
         """Fill in where each sample's prompt begins, and the rotations of it and its cells."""
@@ -270,14 +269,17 @@ class Writer:
         buffers, cell = self._buffers, self._row_start + column
         set_target(buffers, cell, column, self._prompts.end + cell - 1, remaining)
         if buffers.drawn is not None and samples != self._drawn:
-            buffers.drawn.copy_(self._mask(tuple(samples)))
+            buffers.drawn.copy_(self._mask(samples))
             self._drawn = samples
 
-    def _mask(self, samples: tuple[int, ...]) -> Tensor:
-        """bool [B], on the device."""
-        mask = torch.zeros(self._run.batch_size, dtype=torch.bool)
-        mask[list(samples)] = True
-        return mask.to(self._run.device)
+    def _mask(self, samples: list[int]) -> Tensor:
+        """bool [B] on the device, made once for each set of samples."""
+        key = tuple(samples)
+        if key not in self._masks:
+            mask = torch.zeros(self._run.batch_size, dtype=torch.bool)
+            mask[samples] = True
+            self._masks[key] = mask.to(self._run.device)
+        return self._masks[key]
 
     def _read_prompts(self) -> Tensor:
         """Logits [B, 1, codebook] of the first cell."""
@@ -300,9 +302,7 @@ class Writer:
         for first in range(cells.start, cells.stop, most):
             self._run.check_interrupt()
             part = range(first, min(first + most, cells.stop))
-            logits = read_cells(
-                self._model, self._buffers, part, self._prompts.end + first, index
-            )
+            logits = read_cells(self._model, self._buffers, part, self._prompts.end + first, index)
         draw_and_write(self._buffers, logits)
 
     def _step(self, span: int) -> int:
