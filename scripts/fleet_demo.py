@@ -77,8 +77,8 @@ def paint(
 ) -> list[Painted]:
     """Paints prompts on workers; each takes the next when it has less than `AT_ONCE`.
 
-    A worker gets its prompts one after the other: of two that are sent at the same time, ComfyUI
-    runs the one first that it has checked first.
+    A worker gets its prompts one after the other, since of two that are sent at the same time
+    either may arrive first.
     """
     numbers = iter(range(len(prompts)))
     since, lock = time.perf_counter(), threading.Lock()
