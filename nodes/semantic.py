@@ -285,6 +285,6 @@ def _rows_input() -> io.Int.Input:
         max=64,
         optional=True,
         tooltip="For lists of inputs, such as of Prompt Lines: up to this many samples of the list "
-        "are written together, for nearly the time of one. They need equal sizes, options and "
-        "locked places. 1 writes one entry after the other.",
+        "are written together, for nearly the time of one. They need equal sizes and options. "
+        "1 writes one entry after the other.",
     )

@@ -50,11 +50,12 @@ class Client:
         prompt: Prompt,
         on_event: Callable[[Event], None] = lambda event: None,
         on_picture: Callable[[bytes], None] = lambda message: None,
+        on_queued: Callable[[], None] = lambda: None,
     ) -> Run:
         """Queues `prompt` and waits for its end.
 
         `on_event` is called with every JSON message of the prompt, `on_picture` with the bytes of
-        every live preview.
+        every live preview, `on_queued` once the prompt stands in the queue.
 
         Raises:
             PromptError: the prompt is refused or fails; an interrupt is no error.
@@ -63,6 +64,7 @@ class Client:
         socket = websocket.create_connection(url, timeout=self.timeout_s)
         try:
             run = Run(self._queue(prompt))
+            on_queued()
             return self._follow(socket, run, on_event, on_picture)
         finally:
             socket.shutdown()  # close() would wait for the server's close message

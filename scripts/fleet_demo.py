@@ -7,12 +7,13 @@ writes meanwhile. `overlap` as argument measures what that saves, on one core fo
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import environment, fleet, host
-from .client import Client, PromptError
+from .client import Client, Prompt, PromptError
 from .demo import OUTPUT, TINY
 
 BASE = environment.CACHE / "fleet"
@@ -74,9 +75,14 @@ def demonstrate(comfyui: environment.Host, python: Path) -> None:
 def paint(
     addresses: Sequence[str], prompts: Sequence[str], values: dict[str, object], seed: int = 1
 ) -> list[Painted]:
-    """Paints prompts on workers; each takes the next when it has less than `AT_ONCE`."""
+    """Paints prompts on workers; each takes the next when it has less than `AT_ONCE`.
+
+    A worker gets its prompts one after the other, since of two that are sent at the same time
+    either may arrive first.
+    """
     numbers = iter(range(len(prompts)))
     since, lock = time.perf_counter(), threading.Lock()
+    turns = [threading.Lock() for _ in addresses]
     painted: list[Painted] = []
     errors: list[Exception] = []
 
@@ -84,12 +90,21 @@ def paint(
         with lock:
             return None if errors else next(numbers, None)
 
+    def paint_next(worker: int) -> bool:
+        with ExitStack() as turn:
+            turn.enter_context(turns[worker])
+            number = next_number()
+            if number is None:
+                return False
+            graph = fleet.remote_graph({**values, "prompt": prompts[number], "seed": seed + number})
+            client = Client(addresses[worker])
+            painted.append(_paint_one(client, worker, number, graph, since, turn.close))
+            return True
+
     def work(worker: int) -> None:
-        client = Client(addresses[worker])
         try:
-            while (number := next_number()) is not None:
-                one = _paint_one(client, worker, number, prompts[number], values, seed, since)
-                painted.append(one)
+            while paint_next(worker):
+                pass
         except Exception as error:  # raised below, in the caller's thread
             errors.append(error)
 
@@ -111,12 +126,10 @@ def _paint_one(
     client: Client,
     worker: int,
     number: int,
-    prompt: str,
-    values: dict[str, object],
-    seed: int,
+    graph: Prompt,
     since: float,
+    on_queued: Callable[[], None],
 ) -> Painted:
-    graph = fleet.remote_graph({**values, "prompt": prompt, "seed": seed + number})
     begun = 0.0
 
     def on_event(event: dict) -> None:
@@ -125,7 +138,7 @@ def _paint_one(
             begun = time.perf_counter() - since
 
     queued = time.perf_counter() - since
-    run = Client(client.address).run(graph, on_event)
+    run = client.run(graph, on_event, on_queued=on_queued)
     waited = run.seconds.get(fleet.node_of(graph, "GLMImageSampleTokens"), 0.0)
     (image,) = run.outputs[fleet.node_of(graph, "SaveImage")]["images"]
     ended = time.perf_counter() - since

@@ -91,7 +91,7 @@ Write one prompt a line. **Prompt Lines** makes a list of them, and **Sample Tok
 after the other.
 
 All pictures have the seed and the size of **Sample Tokens**. A list of seeds, of sizes or of \
-layouts may be connected as well; what differs in size or locked places is written apart.
+layouts may be connected as well; what differs in size is written apart.
 """,
         {
             "Prompts": "a red circle on the left, white background\na blue star on the right, "

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from glm_core.ar.requests import SampleRequest, Written
+from glm_core.ar.requests import SampleRequest
+from glm_core.data.tokens import UNKNOWN
 from glm_core.errors import GLMImageError, LowMemoryError, is_out_of_memory
 
 from .bounds import RefusalError
@@ -95,7 +96,7 @@ class Order:
 
     def put(self, event: Event) -> None:
         with self._lock:
-            if self.gone:
+            if self.gone or not self._missing:
                 return
             if isinstance(event, Progress):
                 self._progress[event.sample] = event
@@ -118,25 +119,45 @@ class Watch:
 
     def __init__(self, entries: Sequence["Entry"]) -> None:
         self._entries = entries
+        self._answered: set[int] = set()
         self._grids: list[Tensor] = []
         self._due = 0.0
 
+    def gone(self) -> list[int]:
+        """The entries whose client has left."""
+        return [row for row, entry in enumerate(self._entries) if entry.order.gone]
+
     def check_interrupt(self) -> None:
-        if all(entry.order.gone for entry in self._entries):
+        if len(self._answered.union(self.gone())) == len(self._entries):
             raise AbandonedError
 
     def show(self, grids: list[Tensor]) -> None:
         self._grids = grids
 
     def progress(self, done: int, total: int) -> None:
-        """The newest grids of every sample, at most every `REPORT_SECONDS`."""
+        """The newest grids of every sample, and its own cells, at most every `REPORT_SECONDS`."""
         now = time.monotonic()
         if now < self._due:
             return
         self._due = now + REPORT_SECONDS
         for row, entry in enumerate(self._entries):
+            if row in self._answered:
+                continue
             own = [grid[row] for grid in self._grids]
+            if entry.request is not None:
+                done, total = _written(entry.request, own)
             entry.order.put(Progress(entry.sample, done, total, own))
+
+    def finished(self, row: int, value: Any) -> None:
+        """The result of an entry, which may come before the others'."""
+        self._answered.add(row)
+        self._entries[row].order.put(Result(self._entries[row].sample, value))
+
+
+def _written(request: SampleRequest, grids: Sequence[Tensor]) -> tuple[int, int]:
+    """How many cells of a sample are written, and how many are to be; forced ones are neither."""
+    total = sum(grid.numel() for grid in grids) - request.forced
+    return total - sum(int((grid == UNKNOWN).sum()) for grid in grids), total
 
 
 class Model(Protocol):
@@ -147,8 +168,8 @@ class Model(Protocol):
     def key(self, request: SampleRequest) -> Hashable:
         """Requests of equal keys may share a run."""
 
-    def write(self, requests: Sequence[SampleRequest], watch: Watch) -> list[Written]:
-        """Write 1 to `rows` requests of one key in one run."""
+    def write(self, requests: Sequence[SampleRequest], watch: Watch) -> None:
+        """Write 1 to `rows` requests of one key in one run, and have the watch told of each."""
 
 
 Work = Callable[[Watch], Any]
@@ -291,14 +312,11 @@ class Engine:
         return entries
 
     def _run(self, entries: list[Entry]) -> None:
-        watch = Watch(entries)
-        (first, *_) = entries
+        watch, (first, *_) = Watch(entries), entries
         if first.work is not None:
-            first.order.put(Result(0, first.work(watch)))
-            return
-        written = self._model.write([entry.request for entry in entries], watch)
-        for entry, one in zip(entries, written, strict=True):
-            entry.order.put(Result(entry.sample, one))
+            watch.finished(0, first.work(watch))
+        else:
+            self._model.write([entry.request for entry in entries], watch)
 
 
 def _stopping() -> RefusalError:

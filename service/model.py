@@ -13,15 +13,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from glm_core.ar.choice import StepChoice, candidates, plainly
-from glm_core.ar.graphs import CudaGraphs
+from glm_core.ar.graphs import CudaGraphs, captures_failed
 from glm_core.ar.model import ARConfig, ARModel
 from glm_core.ar.prompt import Prompt, PromptTokenizer
 from glm_core.ar.protocol import VERSION, ScoreRequest
-from glm_core.ar.replay import EagerRunner, ReplayRunner
-from glm_core.ar.requests import SampleRequest, Written, run_key, write_together
-from glm_core.ar.row_linear import cpu_has
+from glm_core.ar.replay import EagerRunner, ReplayRunner, Runner
+from glm_core.ar.requests import SampleRequest, run_key, write_together
+from glm_core.ar.row_linear import cpu_is_fast_in_bf16
 from glm_core.ar.score import ScoringRun, log_ratios
+from glm_core.ar.writer import MOST_READ
 from glm_core.data.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
 from glm_core.errors import LowMemoryError
 from glm_core.files.component import Component
@@ -36,7 +36,6 @@ from glm_core.vision.pixels import ImageConfig, vision_pixels
 from .bounds import Bounds, too_large
 from .engine import Watch
 
-BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
 SMALL_BYTES = 2**16
 LEAST_POSITIONS = 2048
 """An image of 1024 x 1024 pixels after a prompt of 700 ids."""
@@ -69,9 +68,8 @@ class ServedModel:
         self.tokenizer = PromptTokenizer(
             files.tokenizer, files.tokenizer_config, files.chat_template
         )
-        graphs = device.type == "cuda"
-        self._runner = ReplayRunner(partial(CudaGraphs, device)) if graphs else EagerRunner()
-        self._choose = StepChoice(None, candidates()).choose if graphs else plainly
+        has_graphs = device.type == "cuda"
+        self._graphs = ReplayRunner(partial(CudaGraphs, device)) if has_graphs else None
         self.bounds = replace(
             bounds, samples=min(bounds.samples, rows), positions=self._positions(bounds.positions)
         )
@@ -120,21 +118,29 @@ class ServedModel:
         self._require_positions(len(request.read(self.tokenizer)) + cells)
         return run_key(self.tokenizer, request)
 
-    def write(self, requests: Sequence[SampleRequest], watch: Watch) -> list[Written]:
+    def write(self, requests: Sequence[SampleRequest], watch: Watch) -> None:
         """Write 1 to `rows` requests of one key in one run."""
-        return write_together(
+        write_together(
             self._network,
             self.tokenizer,
             requests,
             self.rows,
+            watch.finished,
+            gone=watch.gone,
             device=self.device,
             dtype=self.dtype,
             runner=self._runner,
-            choose=self._choose,
             progress=watch.progress,
             show=watch.show,
             check_interrupt=watch.check_interrupt,
         )
+
+    @property
+    def _runner(self) -> Runner:
+        """Of a run that begins now: graphs where the device has them, until one fails."""
+        if self._graphs is None or captures_failed():
+            return EagerRunner()
+        return self._graphs
 
     # ---- images and scores -----------------------------------------------------------------------
 
@@ -226,7 +232,7 @@ class ServedModel:
         positions = most
         while positions >= LEAST_POSITIONS:
             cache = config.layers * memory.kv_cache(config, self.rows, positions, self.dtype)
-            need = cache + memory.ar(config, positions, self.dtype)
+            need = cache + memory.ar(config, max(positions, MOST_READ), self.dtype)
             if need <= free:
                 return positions
             positions //= 2
@@ -279,13 +285,12 @@ def _cells(height: int, width: int, preview: bool) -> int:
 def _dtype(component: Component, device: torch.device, few_rows: bool) -> torch.dtype:
     """What the pack's loaders compute in by default: the same tokens come of it.
 
-    bf16 if the file has it or a smaller dtype and the device is fast in it. With few rows a CPU
-    mostly reads weights, and bf16 is half the bytes.
+    bf16 if the file has it or a smaller dtype and the device is fast in it.
     """
     if component.dtype == torch.float32:
         return torch.float32
     if device.type == "cpu":
-        fast = few_rows or cpu_has(*BF16_PRODUCTS)
+        fast = cpu_is_fast_in_bf16(few_rows)
     else:
         fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fallbacks import index_copy_
 from .operations import PLAIN, Operations, Rotation, rotate_together
 
 SPAN = 256
@@ -81,26 +82,34 @@ class BlockPass:
 
     Args:
         first: int64 [B], the first position that a sample sees; None if it is 0 for all.
+        samples: int64, those whose keys and values are written; None for all. What the pass gives
+            for the others means nothing.
     """
 
     operations = PLAIN
 
-    def __init__(self, cache: KVCache, start: int, first: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        start: int,
+        first: Tensor | None = None,
+        samples: Tensor | None = None,
+    ) -> None:
         self.cache = cache
         self.start = start
         self.first = first
+        self.samples = samples
         self._mask: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         length, heads = q.shape[1:3]
         end = self.start + length
         q, k = rotate_together(q, k, rotation)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
         written = self.cache.layers[layer][..., :end, :]
-        written[0, :, :, self.start :] = k
-        written[1, :, :, self.start :] = v
+        for cached, new in zip(written[..., self.start :, :], (k, v), strict=True):
+            self._write(cached, new.transpose(1, 2))
         # Keys are repeated for every query head: with a mask, no kernel is as fast on shared ones.
-        keys, values = written.repeat_interleave(heads // k.shape[1], dim=2)
+        keys, values = written.repeat_interleave(heads // written.shape[2], dim=2)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys,
@@ -110,9 +119,17 @@ class BlockPass:
         )
         return out.transpose(1, 2).flatten(2)
 
+    def _write(self, cached: Tensor, new: Tensor) -> None:
+        """Keys or values [B, kv_heads, L, D] into their places in the cache."""
+        if self.samples is None:
+            cached.copy_(new)
+        else:
+            index_copy_(cached, 0, self.samples, new.index_select(0, self.samples))
+
     def to(self, device: torch.device) -> "BlockPass":
         """The mask is made anew on the device."""
-        return BlockPass(self.cache, self.start, moved(self.first, device))
+        first, samples = moved(self.first, device), moved(self.samples, device)
+        return BlockPass(self.cache, self.start, first, samples)
 
     def _causal(self, length: int, device: torch.device) -> Tensor | None:
         """bool [L, start + L], or [B, 1, L, start + L] where samples begin at positions of their

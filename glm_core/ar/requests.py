@@ -1,6 +1,6 @@
 """Samples as requests: the unit of batches, lists and services, and which of them share a run."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.grids import Grid, token_grid
+from ..data.grids import Grid, preview_grid, token_grid
 from ..data.tokens import Forced
 from ..errors import BatchError, InputError
 from .cache import span_of
 from .model import ARModel
 from .prompt import Prompt, PromptTokenizer
-from .sampler import (
-    Prompts,
-    SamplingRun,
-    sample_from_references,
-    sample_layout,
-    sample_tokens,
-)
+from .run import SamplingRun
+from .sampler import sample_from_references, sample_layout, sample_tokens
 from .step import SamplingOptions
+from .writer import Prompts, require_forced_fit
 
 KINDS = ("tokens", "layout")
 
@@ -37,11 +33,11 @@ class SampleRequest:
         preview: locked cells, [1, ph, pw].
         large: cells kept of given tokens, [1, h, w].
         references: semantic tokens of each reference, int [h, w]. With them there is no preview.
-        lookahead: see `sampler.SamplingRun`.
+        lookahead: see `run.SamplingRun`.
 
     Raises:
-        GLMImageError: the kind is unknown, the size has no grid, or a kind has no use for an
-            argument.
+        GLMImageError: the kind is unknown, the size has no grid, forced cells are of another, or a
+            kind has no use for an argument.
     """
 
     prompt: str
@@ -56,7 +52,9 @@ class SampleRequest:
     lookahead: int = 1
 
     def __post_init__(self) -> None:
-        token_grid(self.height, self.width)
+        for forced, grid in ((self.preview, preview_grid(self.grid)), (self.large, self.grid)):
+            if forced is not None:
+                require_forced_fit(forced, grid)
         if self.kind not in KINDS:
             raise InputError(f"The kind of a sample is {self.kind!r}; use {' or '.join(KINDS)}.")
         if self.kind == "layout" and (self.large is not None or self.references):
@@ -100,32 +98,24 @@ class Written:
 def run_key(tokenizer: PromptTokenizer, request: SampleRequest) -> Hashable:
     """Requests of equal keys may share a run.
 
-    They agree in grid, kind, options and lookahead, in which cells are forced (not in their
-    tokens), in whether they have references, and in the spans of the cache that their prompts take.
-    Forced cells that follow each other are read in one pass, and other cells drawn in steps; in
-    bf16 the two round differently. So where a neighbour's locks would change which is which, tokens
-    would depend on it.
+    They agree in grid, kind, options and lookahead, in whether they have references, and in the
+    spans of the cache that their prompts take.
 
     Raises:
         GLMImageError: the prompt is empty.
     """
+    return _key(request, request.read(tokenizer))
+
+
+def _key(request: SampleRequest, prompt: Prompt) -> Hashable:
     return (
         request.grid,
         request.kind,
         request.options,
         request.lookahead,
-        _places(request.preview),
-        _places(request.large),
         bool(request.references),
-        span_of(len(request.read(tokenizer))),
+        span_of(len(prompt)),
     )
-
-
-def _places(forced: Forced | None) -> bytes | None:
-    """Which cells are forced; None if there are none."""
-    if forced is None or not forced.mask.any():
-        return None
-    return forced.mask.numpy().tobytes()
 
 
 def shared_runs(
@@ -150,7 +140,7 @@ def batches(requests: Sequence[SampleRequest]) -> list[list[int]]:
     """The indices of requests that follow each other and have one prompt and one set of references.
 
     Args:
-        requests: of one size, kind, lookahead, and set of options and of locked places.
+        requests: of one node; they have the same size, options and forced cells.
     """
     indices = range(len(requests))
     return [list(batch) for _, batch in groupby(indices, lambda i: _read_by(requests[i]))]
@@ -166,32 +156,40 @@ def write_together(
     tokenizer: PromptTokenizer,
     requests: Sequence[SampleRequest],
     rows: int,
+    finished: Callable[[int, Written], None] = lambda index, written: None,
     **how: Any,
 ) -> list[Written]:
     """Write requests of one key in one run of `rows` rows.
 
-    A request's tokens do not depend on the others. In bf16 they depend on `rows`, so a step always
-    has that many: rows without a request repeat the first one, and are left out of what comes back.
-    With one row a request is written as `sampler` writes a single sample.
+    A request's tokens do not depend on the others. In bf16 they depend on `rows`, so a pass always
+    has that many: rows without a request hold the first one's prompt, and no pass is for them. With
+    one row a request is written as `sampler` writes a single sample.
 
     Args:
         requests: 1 to `rows` of them, of equal `run_key`.
-        how: the arguments of `SamplingRun` that a request does not say: device, dtype, runner,
-            choose, progress, show and check_interrupt. `show` gets the requests' grids in order.
+        finished: called with the index of a request that is not gone, and what came of it, as soon
+            as its last cell is drawn.
+        how: the other arguments of `SamplingRun` that a request does not say. `show` gets the
+            requests' grids in order; `gone` gives the indices of requests.
 
     Raises:
         GLMImageError: there are more requests than rows, or they have several keys.
     """
     if not 1 <= len(requests) <= rows:
         raise BatchError(f"There are {len(requests)} requests for a run of {rows} rows.")
-    if len({run_key(tokenizer, request) for request in requests}) > 1:
-        raise BatchError("Requests that differ in size, options or locks cannot share a run.")
-    if rows == 1:
-        return write_batch(model, tokenizer, requests, **how)
-    filled = [*requests, *[requests[0]] * (rows - len(requests))]
+    prompts = _prompts(tokenizer, requests)
+    if len({_key(*pair) for pair in zip(requests, prompts, strict=True)}) > 1:
+        raise BatchError("Requests that differ in size or options cannot share a run.")
+    empty = rows - len(requests)
+    filled, prompts = [*requests, *requests[:1] * empty], [*prompts, *prompts[:1] * empty]
     run = _run(filled, how)
-    shown = replace(run, show=lambda grids: run.show([grid[: len(requests)] for grid in grids]))
-    return _write(model, _prompts(tokenizer, filled), filled, shown)[: len(requests)]
+    own = replace(
+        run,
+        show=lambda grids: run.show([grid[: len(requests)] for grid in grids]),
+        gone=lambda: [*run.gone(), *range(len(requests), rows)],
+        finished=lambda index, grids: finished(index, _of_grids(requests[index], grids)),
+    )
+    return _write(model, prompts if rows > 1 else prompts[0], filled, own)[: len(requests)]
 
 
 def write_batch(
@@ -237,10 +235,23 @@ def _prompts(tokenizer: PromptTokenizer, requests: Sequence[SampleRequest]) -> l
 
 
 def _together(forced: Sequence[Forced | None]) -> Forced | None:
-    """The forced cells of all samples, which have the same mask; None if there are none."""
-    if _places(forced[0]) is None:
+    """The forced cells of all samples, with a mask for each; None if there are none."""
+    given = [cells for cells in forced if cells is not None]
+    if not given:
         return None
-    return Forced(torch.cat([cells.values.cpu() for cells in forced]), forced[0].mask)
+    grid = given[0].mask.shape
+    nothing = Forced(torch.zeros(1, *grid, dtype=torch.int64), torch.zeros(grid, dtype=torch.bool))
+    every = [nothing if cells is None else cells for cells in forced]
+    values = torch.cat([cells.values.cpu().to(torch.int64) for cells in every])
+    return Forced(values, torch.stack([cells.mask for cells in every]))
+
+
+def _of_grids(request: SampleRequest, grids: Sequence[Tensor]) -> Written:
+    """What came of a request, from its grids in the order of writing."""
+    stored = [_stored(grid) for grid in grids]
+    if request.kind == "layout":
+        return Written(None, *stored)
+    return Written(*stored, None) if request.references else Written(*reversed(stored))
 
 
 def _stored(tokens: Tensor | None) -> Tensor | None:

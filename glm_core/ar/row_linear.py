@@ -1,4 +1,4 @@
-"""Linear layers for inputs of mostly one row, as in the AR model."""
+"""Linear layers for inputs of mostly one row, as in the AR model; what a CPU is fast in."""
 
 from functools import cache
 
@@ -35,6 +35,15 @@ def _is_faster(x: Tensor) -> bool:
     some widths takes twice the time. On CPUs with AVX-512 or AVX2 the vector kernel is slower.
     """
     return x.device.type == "cpu" and cpu_has("amx_bf16")
+
+
+def cpu_is_fast_in_bf16(few_rows: bool) -> bool:
+    """Whether a network computes faster in bf16 than in float32 on this CPU.
+
+    With few rows a CPU mostly reads weights, and bf16 is half the bytes. With many it is fast only
+    if it has instructions that multiply matrices in bf16; others convert every number.
+    """
+    return few_rows or cpu_has("amx_bf16", "avx512_bf16")
 
 
 @cache

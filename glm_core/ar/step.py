@@ -53,7 +53,8 @@ class StepShape:
         dtype: what to compute in.
         width: cells that a step draws; all but the first are drawn after guesses, see
             `lookahead.py`.
-        padded: whether samples have prompts of their own, see `StepBuffers.first`.
+        padded: whether samples have prompts and forced cells of their own, see `StepBuffers.first`
+            and `StepBuffers.drawn`.
     """
 
     batch: int
@@ -80,6 +81,8 @@ class StepBuffers:
     first: int64 [B], where each sample's prompt begins in the cache: prompts of several lengths end
         at the same position, and no sample sees the positions before its own. None if not padded:
         the prompt begins at 0.
+    drawn: bool [B], the samples that a pass is for; the others keep their tokens. None if not
+        padded: all.
     noise: float32 [B, columns + width - 1, codebook], of the row being written; None if greedy.
     cell, column, position: int64 [width], of the cells to draw; `position` is that of the id
         before each.
@@ -99,6 +102,7 @@ class StepBuffers:
     final: Tensor
     offsets: Tensor  # 0, 1, ... width - 1
     first: Tensor | None
+    drawn: Tensor | None
 
     @classmethod
     def allocate(cls, model: ARModel, shape: StepShape) -> "StepBuffers":
@@ -121,6 +125,11 @@ class StepBuffers:
             final=torch.ones((), **integers),
             offsets=torch.arange(shape.width, **integers),
             first=torch.zeros(shape.batch, **integers) if shape.padded else None,
+            drawn=(
+                torch.ones(shape.batch, device=shape.device, dtype=torch.bool)
+                if shape.padded
+                else None
+            ),
         )
 
 
@@ -151,19 +160,22 @@ def prefill(
     return logits
 
 
-def read_cells(model: ARModel, buffers: StepBuffers, cells: range, start: int) -> Tensor:
+def read_cells(
+    model: ARModel, buffers: StepBuffers, cells: range, start: int, samples: Tensor | None = None
+) -> Tensor:
     """Read cells that are written already, in one pass.
 
     Args:
         cells: those that the cache does not hold yet.
         start: the position of the first of them.
+        samples: int64, those whose keys and values are written; None for all.
 
     Returns:
         Logits [B, 1, codebook] of the cell after them.
     """
     ids = buffers.tokens[:, cells.start : cells.stop]
     rope = buffers.rope[:, :, start : start + len(cells)]
-    block = BlockPass(buffers.cache, start, buffers.first)
+    block = BlockPass(buffers.cache, start, buffers.first, samples)
     return model(ids, rope, block, buffers.shape.dtype)
 
 
@@ -210,6 +222,7 @@ def decode_ahead(model: ARModel, buffers: StepBuffers, span: int, operations: Op
     logits = next_logits(model, buffers, span, operations)
     drawn = draw(buffers, logits, buffers.column)
     guesses = buffers.tokens.index_select(1, buffers.cell)
+    drawn = _of_drawn(buffers, drawn, buffers.cell)
     buffers.final.copy_(torch.minimum(count_final(drawn, guesses), buffers.remaining))
     tokens = torch.where(buffers.offsets < buffers.remaining, drawn, guesses)
     index_copy_(buffers.tokens, 1, buffers.cell, tokens)
@@ -249,8 +262,19 @@ def set_noise(
 
 def draw_and_write(buffers: StepBuffers, logits: Tensor) -> None:
     """Draw the first target cell from its logits [B, 1, codebook], and write it."""
+    cell = buffers.cell[:1]
     token = draw(buffers, logits, buffers.column[:1])
-    index_copy_(buffers.tokens, 1, buffers.cell[:1], token)
+    index_copy_(buffers.tokens, 1, cell, _of_drawn(buffers, token, cell))
+
+
+def _of_drawn(buffers: StepBuffers, tokens: Tensor, cells: Tensor) -> Tensor:
+    """Tokens [B, W] for the samples that the pass is for; the others keep those in the cells.
+
+    What they keep counts as guessed right, so they hold up no sample.
+    """
+    if buffers.drawn is None:
+        return tokens
+    return torch.where(buffers.drawn[:, None], tokens, buffers.tokens.index_select(1, cells))
 
 
 def draw(buffers: StepBuffers, logits: Tensor, columns: Tensor) -> Tensor:

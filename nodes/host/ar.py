@@ -22,6 +22,7 @@ from ...glm_core.ar.requests import (
     write_batch,
     write_together,
 )
+from ...glm_core.ar.writer import MOST_READ
 from ...glm_core.data.grids import Grid, Size, preview_grid
 from ...glm_core.placement import memory
 from ...glm_core.split import on_device
@@ -234,8 +235,8 @@ def _size(requests: Sequence[SampleRequest], longest: int, rows: int, padded: bo
     grid = requests[0].grid
     end = span_of(longest) if padded else longest
     length = end + math.prod(grid) + math.prod(preview_grid(grid))
-    ahead = max(max(request.forced, request.lookahead) for request in requests)
-    return RunSize(rows, length, max(longest, rows * ahead), padded)
+    ahead = rows * max(max(request.forced, request.lookahead) for request in requests)
+    return RunSize(rows, length, max(longest, min(ahead, MOST_READ) if padded else ahead), padded)
 
 
 def load_ar(

@@ -8,7 +8,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...glm_core.ar.row_linear import RowLinear, cpu_has
+from ...glm_core.ar.row_linear import RowLinear, cpu_is_fast_in_bf16
 from ...glm_core.errors import WeightsError
 from ...glm_core.files.component import Component
 from ...glm_core.files.opening import open_component
@@ -19,9 +19,6 @@ from ...glm_core.quant.packing import FORMATS, quantise
 from ...glm_core.split import LayerSegment
 from .paths import find_model
 from .quant import HostPackedLinear, fp8_operations, with_formats
-
-BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
-"""CPU instructions that multiply matrices in bf16; CPUs without them convert every number."""
 
 
 class Precision(NamedTuple):
@@ -103,15 +100,11 @@ def _stored_dtype(component: Component) -> torch.dtype:
 
 
 def _is_fast_in_bf16(device: torch.device, few_rows: bool) -> bool:
-    """The host's choice, except on CPUs, where it never chooses bf16.
-
-    With one row a CPU mostly reads weights, and bf16 is half the bytes. With many rows it is fast
-    only if it has the instructions.
-    """
+    """The host's choice, except on CPUs, where it never chooses bf16."""
     management = comfy.model_management
     if not management.is_device_cpu(device):
         return management.should_use_bf16(device)
-    return not management.FORCE_FP32 and (few_rows or cpu_has(*BF16_PRODUCTS))
+    return not management.FORCE_FP32 and cpu_is_fast_in_bf16(few_rows)
 
 
 def _row_operations(operations: Any) -> Any:

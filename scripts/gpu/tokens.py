@@ -13,7 +13,8 @@ from bench.networks import ar_pair
 from bench.presets import PRESETS, Preset
 from glm_core.ar.replay import EagerRunner, Runner
 from glm_core.ar.sampler import sample_tokens
-from glm_core.data.grids import token_grid
+from glm_core.data.grids import preview_grid, token_grid
+from glm_core.data.tokens import Forced
 
 from .report import Report
 
@@ -38,6 +39,10 @@ def measure(preset: Preset, bench: Bench, report: Report) -> None:
 
     with report.attempt("tokens, recorded"):
         compare("tokens, recorded", ar.new_runner())
+    with report.attempt("tokens of requests, recorded"):
+        recorded, stepped = (_of_requests(ar, one) for one in (ar.new_runner(), EagerRunner()))
+        equal = f"{_same(recorded, stepped)} of {stepped.numel()}"
+        report.require("tokens of requests, recorded", torch.equal(recorded, stepped), equal)
     with report.attempt("after an interrupt within a recording"):
         _interrupted(ar, compare)
     with report.attempt("after a full device"):
@@ -49,6 +54,16 @@ def measure(preset: Preset, bench: Bench, report: Report) -> None:
 def _written(ar: ARBench, runner: Runner) -> Tensor:
     tokens, preview = sample_tokens(ar.ours, ar.prompt, token_grid(*SIZE), ar.run(runner=runner))
     return torch.cat([preview.flatten(), tokens.flatten()])
+
+
+def _of_requests(ar: ARBench, runner: Runner) -> Tensor:
+    """A run of two samples as a service has it, with a prompt and locked cells each."""
+    grid = token_grid(*SIZE)
+    locked = torch.ones(2, *preview_grid(grid), dtype=torch.bool)
+    locked[0, 0] = locked[1, 1] = False
+    preview = Forced(torch.zeros(1, *preview_grid(grid), dtype=torch.int64), locked)
+    run = ar.run(2, runner=runner)
+    return sample_tokens(ar.ours, [ar.prompt] * 2, grid, run, preview=preview)[0]
 
 
 def _same(ours: Tensor, plain: Tensor) -> int:

@@ -7,8 +7,10 @@ import pytest
 import reference
 import torch
 from ar_pair import CPU_FLOAT32, pair
-from glm_image.glm_core.ar.replay import ReplayRunner
-from glm_image.glm_core.ar.requests import SampleRequest, run_key, shared_runs, write_together
+from glm_image.glm_core.ar import writer
+from glm_image.glm_core.ar.cache import SPAN
+from glm_image.glm_core.ar.replay import EagerRunner, ReplayRunner
+from glm_image.glm_core.ar.requests import SampleRequest, shared_runs, write_together
 from glm_image.glm_core.ar.step import SamplingOptions
 from glm_image.glm_core.data.grids import preview_grid
 from glm_image.glm_core.data.tokens import UNKNOWN, Forced
@@ -32,6 +34,21 @@ def locks(seed: int, free: int = 12) -> Forced:
     return Forced(values, mask)
 
 
+def kept(row: int, value: int) -> Forced:
+    """A large grid that is drawn anew from a row on."""
+    mask = torch.zeros(ONE.grid, dtype=torch.bool)
+    mask[:row] = True
+    return Forced(torch.full((1, *ONE.grid), value), mask)
+
+
+def all_but(*free: tuple[int, int]) -> Forced:
+    """A preview with these cells free."""
+    mask = torch.ones(PREVIEW, dtype=torch.bool)
+    for cell in free:
+        mask[cell] = False
+    return Forced(torch.full((1, *PREVIEW), 7), mask)
+
+
 LOCKED = [
     replace(ONE, preview=locks(1)),
     replace(ONE, preview=locks(2), seed=2**64 - 1, prompt="the heat " * 7),
@@ -44,7 +61,14 @@ EDITS = [
     replace(ONE, references=REFERENCES[::-1], seed=2),
 ]
 LAYOUTS = [replace(request, kind="layout") for request in LOCKED[:3]]
-GROUPS = {"locked": LOCKED, "edits": EDITS, "layouts": LAYOUTS}
+MIXED = [
+    replace(ONE, preview=all_but((0, 0), (4, 3), (4, 4), (9, 1))),
+    replace(ONE, preview=all_but(), prompt="the heat " * 7, seed=4),
+    replace(ONE, preview=all_but((0, 1), (4, 4), (4, 5)), large=kept(1, 9), seed=5),
+    replace(ONE, preview=all_but((18, 12)), large=kept(2, 3), prompt="x"),
+]
+"""Other cells are locked and kept in each."""
+GROUPS = {"locked": LOCKED, "edits": EDITS, "mixed": MIXED}
 
 
 def written(requests, rows, model=None, shape="small", **how):
@@ -95,6 +119,47 @@ def test_references_and_layouts_of_their_own(requests):
         assert (ours.tokens is None) == (request.kind == "layout")
 
 
+@pytest.mark.parametrize(("shape", "lookahead"), [("small", 1), ("deep", 4)])
+def test_locks_of_their_own(shape, lookahead):
+    """All of the preview, and all but some cells, with parts of the large grid."""
+    requests = [replace(one, lookahead=lookahead) for one in MIXED]
+    for request, ours in zip(requests, written(requests, 5, shape=shape), strict=True):
+        assert same(ours, written([request], 1, shape=shape)[0])
+
+
+def test_forced_cells_are_read_in_parts_of_bounded_size(monkeypatch):
+    lengths, read_cells = [], writer.read_cells
+
+    def spied(model, buffers, cells, *rest):
+        lengths.append(len(cells))
+        return read_cells(model, buffers, cells, *rest)
+
+    expected = written(MIXED[:2], 2)
+    monkeypatch.setattr(writer, "MOST_READ", 2 * 50)
+    monkeypatch.setattr(writer, "read_cells", spied)
+    for ours, before in zip(written(MIXED[:2], 2), expected, strict=True):
+        assert same(ours, before)
+    assert max(lengths) == 50
+    assert sum(length == 50 for length in lengths) > 4
+
+
+def test_a_run_has_no_pass_that_no_sample_needs():
+    """One for each cell that is free in some sample, and one for forced cells of some sample."""
+
+    def passes(requests, **how):
+        calls = []
+        written(requests, 3, check_interrupt=lambda: calls.append(1), **how)
+        return len(calls)
+
+    rows = [replace(ONE, preview=all_but(*((row, c) for c in range(13)))) for row in (0, 5)]
+    large = 6
+    prompts, forced = 1, 1  # of equal prompts; from the preview's row to the large grid
+    assert passes(rows[:1]) == prompts + 12 + forced + large - 1
+    assert passes(rows[1:]) == prompts + forced + 12 + forced + large - 1
+    assert passes(rows) == prompts + 12 + forced + 12 + 2 * forced + large - 1
+    assert passes(rows, gone=lambda: [1]) == passes(rows[:1])
+
+
 def test_tokens_kept_of_others():
     """Large grids with the same region to redraw."""
     mask = torch.zeros(3, 2, dtype=torch.bool)
@@ -109,10 +174,10 @@ def test_tokens_kept_of_others():
 
 @pytest.mark.parametrize("lookahead", [1, 4])
 def test_replayed_steps_write_the_same_tokens(lookahead):
-    """With recordings of steps that later prompts of other lengths replay."""
+    """With recordings of steps that later prompts of other lengths, and locks, replay."""
     recorder = Recorder()
     runner = ReplayRunner(lambda: recorder)
-    requests = [replace(request, lookahead=lookahead) for request in LOCKED]
+    requests = [replace(one, lookahead=lookahead) for one in (*LOCKED[:2], *MIXED[1:3])]
     for some in (requests[:2], requests[2:], requests[:1]):
         for ours, expected in zip(written(some, 2, runner=runner), written(some, 2), strict=True):
             assert same(ours, expected)
@@ -125,17 +190,45 @@ def test_replayed_steps_write_the_same_tokens(lookahead):
 
 @pytest.mark.parametrize("lookahead", [1, 4])
 @pytest.mark.parametrize(
-    ("shape", "group"), [("small", "locked"), ("wide", "edits"), ("wide", "layouts")]
+    ("shape", "group"),
+    [("small", "locked"), ("wide", "edits"), ("wide", "mixed")],
 )
 def test_in_bf16_a_request_does_not_depend_on_its_neighbours(shape, group, lookahead):
-    """Nor on the row that it is written in, or on rows without a request."""
+    """Nor on the row that it is written in, or on rows without a request: to the bit, in what the
+    cache holds."""
     how = {"model": rounded(shape), "shape": shape, "dtype": torch.bfloat16}
     requests = [replace(request, lookahead=lookahead) for request in GROUPS[group]]
-    together = written(requests, 4, **how)
-    turned = written(requests[::-1], 4, **how)[::-1]
-    for request, ours, other in zip(requests, together, turned, strict=True):
-        assert same(ours, other)
-        assert same(ours, written([request], 4, **how)[0])
+    runners = {name: Keeping() for name in ("together", "turned")}
+    together = written(requests, 4, runner=runners["together"], **how)
+    turned = written(requests[::-1], 4, runner=runners["turned"], **how)[::-1]
+    for row, request in enumerate(requests):
+        alone = Keeping()
+        (expected,) = written([request], 4, runner=alone, **how)
+        cached = alone.cached(request, 0)
+        for ours, runner, at in (
+            (together, "together", row),
+            (turned, "turned", len(requests) - 1 - row),
+        ):
+            assert same(ours[row], expected)
+            assert torch.equal(runners[runner].cached(request, at), cached)
+
+
+class Keeping(EagerRunner):
+    """Keeps the buffers of its last run."""
+
+    def buffers(self, model, shape):
+        self.kept = super().buffers(model, shape)
+        return self.kept
+
+    def cached(self, request: SampleRequest, row: int) -> torch.Tensor:
+        """Keys and values of all that a sample had read when its last cell was drawn."""
+        given = [(request.large, request.grid)]
+        if not request.references:
+            given.insert(0, (request.preview, PREVIEW))
+        free = [torch.ones(grid) if one is None else ~one.mask for one, grid in given]
+        end = SPAN + int(torch.cat([cells.flatten() for cells in free]).nonzero().max())
+        layers = torch.stack(self.kept.cache.layers)
+        return layers[:, :, row, :, int(self.kept.first[row]) : end]
 
 
 def test_memory_is_what_the_plan_counts():
@@ -153,6 +246,29 @@ def test_shown_are_the_requests_alone():
     }
     assert (seen[0][1] == UNKNOWN).all()
     assert torch.equal(seen[-1][1][0].int(), ours.tokens)
+
+
+def test_each_is_told_when_its_last_cell_is_drawn():
+    """Before the run ends, and those that are gone never."""
+    told = []
+
+    def note(index, one):
+        told.append((index, len(progress), one))
+
+    progress = []
+    requests = [
+        replace(MIXED[0], large=kept(1, 2)),
+        replace(MIXED[0], preview=all_but((3, 3)), large=kept(3, 5)),
+        MIXED[1],
+        replace(MIXED[1], preview=all_but(), large=kept(3, 5)),
+    ]
+    how = {"finished": note, "show": progress.append, "gone": lambda: [2] * (len(progress) > 3)}
+    done = written(requests, 5, **how)
+    assert [index for index, *_ in told] == [3, 1, 0]
+    assert [count for _, count, _ in told[:2]] < [len(progress)] * 2
+    for index, _, one in told:
+        assert same(one, done[index])
+        assert same(one, written([requests[index]], 1)[0])
 
 
 def test_an_interrupt_between_prompts_stops_the_run():
@@ -174,30 +290,27 @@ def test_an_interrupt_between_prompts_stops_the_run():
 # ---- who shares a run --------------------------------------------------------------------------
 
 
-def test_requests_share_runs_by_size_options_and_locks():
-    diagonal = Forced(torch.zeros(1, *PREVIEW, dtype=torch.int64), torch.eye(*PREVIEW) > 0)
+def test_requests_share_runs_by_size_and_options():
     requests = [
         ONE,
         replace(ONE, prompt="another", seed=9),
         replace(ONE, height=64),
-        replace(ONE, preview=diagonal),
-        replace(ONE, preview=replace(diagonal, values=diagonal.values + 5), prompt="x"),
+        replace(ONE, preview=locks(1)),
         replace(ONE, options=SamplingOptions(top_k=3)),
         replace(ONE, prompt="far " * 300),
-        replace(ONE, seed=10),
+        replace(ONE, references=REFERENCES),
+        replace(ONE, seed=10, large=kept(1, 2)),
     ]
     tokenizer = pair("small").tokenizer
-    assert shared_runs(tokenizer, requests, 16) == [[0, 1, 7], [2], [3, 4], [5], [6]]
-    assert shared_runs(tokenizer, requests, 2) == [[0, 1], [7], [2], [3, 4], [5], [6]]
-    nothing = replace(ONE, preview=Forced(diagonal.values, torch.zeros(PREVIEW, dtype=torch.bool)))
-    assert run_key(tokenizer, nothing) == run_key(tokenizer, ONE)
+    assert shared_runs(tokenizer, requests, 16) == [[0, 1, 3, 7], [2], [4], [5], [6]]
+    assert shared_runs(tokenizer, requests, 2) == [[0, 1], [3, 7], [2], [4], [5], [6]]
 
 
 @pytest.mark.parametrize(
     ("requests", "rows", "said"),
     [
         ([ONE] * 3, 2, "3 requests for a run of 2 rows"),
-        ([ONE, replace(ONE, height=64)], 2, "differ in size, options or locks"),
+        ([ONE, replace(ONE, height=64)], 2, "differ in size or options"),
     ],
 )
 def test_requests_that_cannot_share_a_run(requests, rows, said):
@@ -212,6 +325,8 @@ def test_requests_that_cannot_share_a_run(requests, rows, said):
         ({"kind": "layout", "references": REFERENCES}, "neither tokens nor references"),
         ({"preview": locks(1), "references": REFERENCES}, "no preview to lock cells of"),
         ({"height": 50}, "64x50 pixels has no grid"),
+        ({"preview": kept(1, 2)}, "a grid of 3x2 .* but this image has 19x13"),
+        ({"large": locks(1)}, "a grid of 19x13 .* but this image has 3x2"),
     ],
 )
 def test_a_request_that_makes_no_sense(change, said):

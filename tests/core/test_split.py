@@ -190,25 +190,28 @@ def test_no_move_of_the_decoder_over_a_reference_is_missing() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3,), (1, 3)])
-@pytest.mark.parametrize("step", [True, False], ids=["step", "block"])
-def test_no_move_of_the_ar_model_is_missing(cuts: tuple[int, ...], step: bool) -> None:
+@pytest.mark.parametrize("kind", ["step", "block", "block of some samples"])
+def test_no_move_of_the_ar_model_is_missing(cuts: tuple[int, ...], kind: str) -> None:
     split = split_ar(ar_pair("deep").model, cuts, device=META)
-    ids = torch.zeros(1, 1 if step else 3, dtype=torch.int64)
+    ids = torch.zeros(1, 1 if kind == "step" else 3, dtype=torch.int64)
     rope = rope_table(split.config, torch.arange(ids.shape[1]).expand(3, -1), torch.float32)
     cache = split.new_cache(1, SPAN, CPU, torch.float32)
     assert [layer.device for layer in cache.layers] == [
         CPU if i < cuts[0] else META for i in range(split.config.layers)
     ]
-    if step:
+    if kind == "step":
         position = torch.tensor([5])
         sharing = split.config.heads // split.config.kv_heads
         reading = StepPass(cache, position, step_mask(position, sharing, SPAN, torch.float32))
-    else:
+    elif kind == "block":
         reading = BlockPass(cache, 5)
+    else:
+        reading = BlockPass(cache, 5, first=torch.tensor([2]), samples=torch.tensor([0]))
 
     def run() -> None:
         assert split(ids, rope, reading, torch.float32).device == CPU
 
     found = every_move_is_needed(run)
-    each = 3 if step else 1  # rope; a step's position and mask: once for every segment
+    # Once for every segment: rope; a step's position and mask; where samples begin, and which.
+    each = 1 if kind == "block" else 3
     assert found == each * len(cuts) + 2  # and the states there and back

@@ -14,7 +14,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from glm_image.glm_core.ar import row_linear
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.nodes.host import vae, weights
+from glm_image.nodes.host import vae
 from glm_image.nodes.host.patchers import NotifyingPatcher
 from helpers import relative_error, same, sampled, stages, written
 from safetensors.torch import save_file
@@ -383,7 +383,7 @@ def test_a_cpu_computes_a_bf16_ar_model_without_casting(nodes) -> None:
 def test_a_cpu_with_bf16_instructions_multiplies_matrices_in_bf16(
     nodes, monkeypatch, able: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(weights, "cpu_has", lambda *_: able)
+    monkeypatch.setattr(row_linear, "cpu_has", lambda *_: able)
     assert load(nodes, "AR", "small", "bf16").vision.dtype == dtype
     decoder = load(nodes, "Decoder", "small", "bf16")
     assert decoder.model.compute_dtype == dtype
@@ -397,7 +397,7 @@ def test_a_picture_decoded_in_bf16_differs_from_float32_by_rounding(
 ) -> None:
     pictures = []
     for able in (False, True):
-        monkeypatch.setattr(weights, "cpu_has", lambda *_, able=able: able)
+        monkeypatch.setattr(row_linear, "cpu_has", lambda *_, able=able: able)
         model = load(nodes, "Decoder", "small", "bf16")
         inputs = (model, run.positive, run.negative, run.empty, 7, 3, 1.5, 1.0)
         pictures.append(nodes["GLMImageDecode"].execute(*inputs).result[0]["samples"])
@@ -407,7 +407,7 @@ def test_a_picture_decoded_in_bf16_differs_from_float32_by_rounding(
 
 
 def test_the_hosts_force_fp32_holds_on_a_cpu(nodes, monkeypatch) -> None:
-    monkeypatch.setattr(weights, "cpu_has", lambda *_: True)
+    monkeypatch.setattr(row_linear, "cpu_has", lambda *_: True)
     monkeypatch.setattr(comfy.model_management, "FORCE_FP32", True)
     assert load(nodes, "AR", "small", "bf16").dtype == torch.float32
     decoder = load(nodes, "Decoder", "small", "bf16")

@@ -13,11 +13,13 @@ from service.keys import digest
 from service.model import ServedModel
 from service.web import web_app
 
+ROWS = 4
+
 if __name__ == "__main__":
     _, path, port, key = sys.argv
     torch.set_num_threads(1)
     bounds = Bounds()
-    model = ServedModel(path, torch.device("cpu"), 2, bounds)
+    model = ServedModel(path, torch.device("cpu"), ROWS, bounds)
     engine = Engine(model, bounds.queued)
 
     async def counts(_: Request) -> JSONResponse:

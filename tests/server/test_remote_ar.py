@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from glm_image.scripts import environment, host
 from glm_image.scripts.client import Client, PromptError
-from graphs import MODEL, add, fresh, relink, the
-from pictures import first_image
+from graphs import MODEL, add, changed, fresh, relink, the
+from pictures import first_image, pixels
 from remote_service import KEY, RemoteService, name_services, remote
 
 SAMPLER, DECODER = "GLMImageSampleTokens", "GLMImageDecode"
@@ -57,6 +58,50 @@ def test_scores_are_those_of_a_model_here(service, picture):
     relink(prompt, (the(prompt, "VAEDecode"), 0), (scorer, 2))
     here = picture(deepcopy(prompt))
     assert np.array_equal(picture(remote(prompt)), here)
+
+
+@pytest.fixture
+def second(service, base, tmp_path) -> Iterator[Client]:
+    """Another ComfyUI, with the same decoder and with live previews."""
+    folder = host.make_base(tmp_path)
+    host.add_model(folder, base / "models" / "glm_image" / MODEL)
+    name_services(folder, service.address)
+    flags = ("--preview-method", "auto")
+    with host.serve(environment.host(), folder, *flags, threads=1) as address:
+        yield Client(address, timeout_s=120)
+
+
+def test_two_servers_paint_sixteen_prompts_as_one_with_a_model_here(service, client, second):
+    """Eight in each queue at once; here they are a list."""
+    texts, prompt, before = [f"{count} red apples" for count in range(16)], fresh(), service.asked
+    asked = [remote(changed(deepcopy(prompt), prompt=text)) for text in texts]
+    list_of_texts = {"text": "\n".join(texts), "split": "lines"}
+    source, _ = prompt[the(prompt, SAMPLER)]["inputs"]["prompt"]
+    prompt[source] = {"class_type": "GLMImagePromptLines", "inputs": list_of_texts}
+    prompt[the(prompt, SAMPLER)]["inputs"]["rows"] = 16
+    here = client.images(client.run(prompt), the(prompt, "SaveImage"))
+
+    shown = set()
+
+    def paint(number: int) -> np.ndarray:
+        own, running = Client((client, second)[number % 2].address, timeout_s=120), [None]
+
+        def note(event):
+            if event["type"] == "executing":
+                running[0] = event["data"]["node"]
+
+        run = own.run(asked[number], note, lambda preview: shown.add((number % 2, running[0])))
+        return first_image(own, run, asked[number])
+
+    with ThreadPoolExecutor(16) as pool:
+        pictures = list(pool.map(paint, range(16)))
+    assert service.asked == before + 16
+    sampler = the(prompt, SAMPLER)
+    assert ((0, sampler) in shown, (1, sampler) in shown) == (False, True)
+    for picture, png in zip(pictures, here, strict=True):
+        assert np.array_equal(picture, pixels(png))
+    # One seed draws the same tokens for some prompts, as the weights are random.
+    assert len({picture.tobytes() for picture in pictures}) > 8
 
 
 # ---- what can go wrong ---------------------------------------------------------------------------

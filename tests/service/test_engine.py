@@ -7,8 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from short_samples import TINY, plain, short
+from tape import Recorder
 
+from glm_core.ar.replay import ReplayRunner
 from glm_core.ar.requests import write_together
+from glm_core.data.tokens import Forced
 from service.bounds import Bounds, RefusalError
 from service.engine import Engine, Failure, Progress, Result
 from service.model import ServedModel
@@ -17,20 +20,20 @@ ROWS = 4
 
 
 class Counting(ServedModel):
-    """The model, which notes how many samples each run writes and when it passes a cell."""
+    """The model, which notes how many samples each run writes and how often it computes."""
 
     def __init__(self) -> None:
         super().__init__(TINY, torch.device("cpu"), ROWS, Bounds())
         self.runs: list[int] = []
-        self.last_pass = 0.0
+        self.passes = 0  # of the last run
 
     def write(self, requests, watch):
         self.runs.append(len(requests))
-        check = watch.check_interrupt
+        self.passes, check = 0, watch.check_interrupt
 
         def noted() -> None:
             check()
-            self.last_pass = time.monotonic()
+            self.passes += 1
 
         watch.check_interrupt = noted
         return super().write(requests, watch)
@@ -172,6 +175,29 @@ def test_one_that_leaves_a_batch_changes_nothing_for_the_others(model, engine) -
     assert len(leaves.events) + len(leaves.order.take()) == told
 
 
+def test_locks_of_their_own_share_a_run_in_which_each_is_answered_as_it_ends(model, engine) -> None:
+    """And from the row on in which one leaves, no pass is for it."""
+    top, bottom = (plain(seed=2, side=512, large=all_but_row(row)) for row in (0, 15))
+    with busy(engine):
+        whole, first, last = (
+            Client(engine.submit, [one]) for one in (plain(side=512), top, bottom)
+        )
+    (written,) = first.results().values()
+    assert engine.counts == (0, 3)  # the others go on
+    engine.leave(whole.order)
+    assert len(last.results()) == 1
+    assert model.runs == [3]
+    assert model.passes < 250  # of 32 in the preview, 256, and those that read forced cells
+    assert torch.equal(written.tokens, alone(model, top).tokens)
+
+
+def all_but_row(row: int) -> Forced:
+    """Tokens of a picture of 512 x 512, of which one row is free."""
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    mask[row] = False
+    return Forced(torch.full((1, 16, 16), 5, dtype=torch.int32), mask)
+
+
 def test_those_that_leave_the_queue_free_their_places(model, engine) -> None:
     running = Client(engine.submit, [plain(side=1024)])
     running.wait(started)
@@ -237,6 +263,20 @@ def test_a_closing_engine_refuses_and_tells_those_who_wait(model) -> None:
     assert event.error.status == 503
     with pytest.raises(RefusalError, match="stopping"):
         engine.submit([short()], lambda: None)
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+def test_steps_are_replayed_until_one_cannot_be_recorded(model, engine, monkeypatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(model, "_graphs", ReplayRunner(lambda: recorder))
+    expected = alone(model, short()).preview
+    for failed in (False, True):
+        monkeypatch.setattr("service.model.captures_failed", lambda failed=failed: failed)
+        (written,) = Client(engine.submit, [short()]).results().values()
+        assert torch.equal(written.preview, expected)
+        assert len(recorder.tapes) == 1
 
 
 # ---- bounds --------------------------------------------------------------------------------------
