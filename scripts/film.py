@@ -177,7 +177,7 @@ def _places(page) -> dict:
     """Where the editor draws, on the screen, by the page's own module."""
     return page.evaluate(
         """async ([selector, rows, columns]) => {
-            const {placesOf} = await import('/extensions/ComfyUI-GLM-Image/editor_view.js')
+            const {placesOf} = await import('/extensions/ComfyUI-GLM-Image/editor_places.js')
             const box = document.querySelector(selector).getBoundingClientRect()
             const {boxes, large} = placesOf({rows, columns, count: 8}, box.width, box.height)
             const moved = one => ({...one, x: one.x + box.left, y: one.y + box.top})

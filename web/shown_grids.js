@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { contextOf, decodeGrid, drawSheet, sheetOf } from "./grids.js"
 import { nodesOf, onGrids, onRestored } from "./node_grids.js"
+import { addElement } from "./node_widget.js"
 
 const NAME = "glm_grids"
 const SETTING = "GLMImage.ShowGrids"
@@ -56,40 +57,20 @@ function draw(canvas, grids) {
   }
 }
 
-/**
- * Adds the widget, without height as long as it shows nothing: some pages draw no widget of a node
- * that comes later. Returns a function that shows grids, or none.
- */
+/** Adds the widget; returns a function that shows grids, or none. */
 function addGrids(node) {
   let grids = []
   const element = document.createElement("div")
   element.className = "glm-image-grids"
   Object.assign(element.style, { position: "relative", width: "100%", overflow: "hidden" })
-  element.style.display = "none"
   const canvas = document.createElement("canvas")
   Object.assign(canvas.style, { position: "absolute", inset: "0", width: "100%", height: "100%" })
   element.append(canvas)
   new ResizeObserver(() => draw(canvas, grids)).observe(element)
-  const height = () => (grids.length ? heightOf(node, grids) : 0)
-  const widget = node.addDOMWidget(NAME, NAME, element, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getValue: () => "",
-    setValue: () => {},
-    getMinHeight: height,
-    getMaxHeight: () => (grids.length ? undefined : 0),
-  })
-  widget.serialize = false // nor in the workflow
+  const fit = addElement(node, NAME, element, () => (grids.length ? heightOf(node, grids) : 0))
   return (shown) => {
-    const before = height()
-    grids = shown
-    element.style.display = grids.length ? "" : "none"
-    element.style.minHeight = `${height()}px` // pages that draw nodes as elements read this
-    const [width, least] = node.computeSize()
-    const now = node.size[1] - (shown.length ? 0 : before)
-    node.setSize([Math.max(width, node.size[0]), Math.max(least, now)])
+    fit(() => (grids = shown))
     draw(canvas, grids)
-    node.setDirtyCanvas(true, true)
   }
 }
 

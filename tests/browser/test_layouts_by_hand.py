@@ -63,7 +63,7 @@ class Editor:
                 return {boxes: boxes.map(moved), large: moved(large)}
             }""",
             [
-                f"{MODULES}/editor_view.js",
+                f"{MODULES}/editor_places.js",
                 EDITOR,
                 {"rows": ROWS, "columns": COLUMNS, "count": count},
             ],

@@ -362,7 +362,7 @@ def _other_codebook(graph):
 
 
 def _mask_alone(graph):
-    return graph.sample("Tokens", 1, mask=graph.mask()), "tokens and mask belong together"
+    return graph.sample("Tokens", 1, mask=graph.mask()), "mask is connected and tokens are not"
 
 
 def _cells_outside_the_grid(graph):
