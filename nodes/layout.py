@@ -166,10 +166,9 @@ class ComposeLayouts(Node):
                     "cells",
                     default="",
                     optional=True,
-                    tooltip="The part of the source to paste, in place of mask: rows:columns of "
-                    "its cells, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * "
-                    "is all. Empty: the mask. Written by the picture on the node; you may also "
-                    "type it.",
+                    tooltip="The part of the source to paste, in place of mask: rows:columns, "
+                    "numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * is all. Empty: "
+                    "the mask. Written by the picture on the node; you may also type it.",
                 ),
             ],
             outputs=[

@@ -2,8 +2,9 @@
 // switches this off. Where a live preview still shows the same grid, that one stays instead.
 import { app } from "../../scripts/app.js"
 import { contextOf, decodeGrid, drawSheet, sheetOf } from "./grids.js"
-import { nodesOf, onGrids, onRestored } from "./node_grids.js"
+import { onGrids, onRestored } from "./node_grids.js"
 import { addElement } from "./node_widget.js"
+import { keyOf, nodesOf, rootGraph } from "./page_nodes.js"
 
 const NAME = "glm_grids"
 const SETTING = "GLMImage.ShowGrids"
@@ -74,12 +75,6 @@ function addGrids(node) {
   }
 }
 
-/** Under which the page keeps a node's outputs and its live previews. */
-function keyOf(node) {
-  const inSubgraph = node.graph !== (app.rootGraph ?? app.graph)
-  return inSubgraph ? `${node.graph.id}:${node.id}` : String(node.id)
-}
-
 /** Whether the page still shows the last picture that came while the node ran. */
 const hasLivePreview = (node) => Boolean(app.nodePreviewImages?.[keyOf(node)]?.length)
 
@@ -117,7 +112,7 @@ app.registerExtension({
       defaultValue: true,
       onChange: (wanted) => {
         if (!any) return // the page may have no graph yet
-        for (const node of nodesOf(app.rootGraph ?? app.graph))
+        for (const node of nodesOf(rootGraph()))
           if (shownOn.has(node)) update(node, wanted)
       },
     },
