@@ -10,7 +10,7 @@ from .page import Page
 
 ROOT = ".glm-image-editor"
 MODULES = "/extensions/ComfyUI-GLM-Image"
-CORNER = (600, 200)  # of a centered node, in pixels of the page
+CORNER = (600, 200)  # of a node that is brought into sight, in pixels of the page
 Cell = tuple[int, int]
 
 
@@ -30,8 +30,8 @@ class Editor:
         self.root = f'{ROOT}:has(canvas[aria-label^="{label}"])'
         self.grid = grid
 
-    def center(self) -> None:
-        """Brings the node into sight."""
+    def center(self, corner: tuple[int, int] = CORNER) -> None:
+        """Brings the node into sight, its corner to a place of the page or beyond its edge."""
         self.browser_page.evaluate(
             """([title, corner]) => {
                 const node = app.graph.nodes.find(node => node.title === title)
@@ -39,7 +39,7 @@ class Editor:
                 app.canvas.ds.offset = corner.map((at, side) => at - node.pos[side])
                 app.canvas.setDirty(true, true)
             }""",
-            [self.title, CORNER],
+            [self.title, corner],
         )
         time.sleep(0.5)
 

@@ -1,6 +1,6 @@
 // The editor of cells on a node: a canvas with panes, their gestures and keys, buttons and undo.
 // It keeps nothing of the node's inputs: it reads them before it draws, and writes them alone.
-import { countOf, inverted, formatCells, parseCells } from "./cells.js"
+import { countOf, formatCells, inverted, parseCells } from "./cells.js"
 import { buildParts, press } from "./editor_parts.js"
 import { placesOf } from "./editor_places.js"
 import { contextOf } from "./grids.js"
@@ -83,7 +83,7 @@ export class CellEditor {
    * change begins that sets cells to a value.
    */
   state() {
-    const { grid, kind, texts, pictures, places, tool, value } = this
+    const { grid, kind } = this
     const values = { ...this.inputs.values(), ...this.drag?.changes }
     const now = kind.read(values, grid)
     const fixed = values.cells === undefined // another node names them
@@ -93,7 +93,15 @@ export class CellEditor {
     const marks = read ?? none
     return {
       ...now,
-      ...{ grid, texts, pictures, places, tool, value, fixed, cells, marks },
+      grid,
+      texts: this.texts,
+      pictures: this.pictures,
+      places: this.places,
+      tool: this.tool,
+      value: this.value,
+      fixed,
+      cells,
+      marks,
       fits: !cells.trim() || Boolean(read),
       kept: countOf(marks) ? kind.kept(marks) : null,
       stale: !fixed && !this.drag && this.inputs.isStale(now.meant),

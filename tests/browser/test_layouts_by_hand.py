@@ -11,6 +11,7 @@ import torch
 from glm_image.glm_core.data.cells import format_cells
 from glm_image.scripts.client import Client
 from glm_image.scripts.editor import MODULES, ROOT, Editor
+from glm_image.scripts.page import open_page
 from glm_image.scripts.workflow_texts import graph_file
 from PIL import Image
 
@@ -126,6 +127,7 @@ def test_run_click_drag_and_another_prompt(editor, page, address):
 
 SIZE = {"width": 96, "height": 64}  # a preview of 13 x 19 cells, and 2 x 3 of 32 pixels
 PREVIEW = {"rows": 13, "columns": 19}
+LOW = (600, -400)  # where a long node shows its lower end
 
 
 def pasting_and_redrawing() -> dict:
@@ -174,7 +176,7 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
     assert pasting.values("row", "column", "cells") == (1, 10, "0:1-2; 2-5:3-6")
 
     # A second finger means the page; the first alone means cells.
-    redrawing.center()
+    redrawing.center(LOW)
     fingers = page.browser_page.context.new_cdp_session(page.browser_page)
 
     def touch(kind, *cells):
@@ -186,7 +188,7 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
     touch("touchStart", (0, 1), (1, 2))
     touch("touchEnd")
     assert redrawing.values("cells") == ("",)
-    redrawing.center()
+    redrawing.center(LOW)
     touch("touchStart", (0, 1))
     touch("touchMove", (1, 1))
     touch("touchEnd")
@@ -204,7 +206,14 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
     assert page.errors == []
 
 
-def test_cells_in_the_page_are_those_of_the_server(page):
+@pytest.fixture(scope="module")
+def modules(address):
+    """A page for tests of its modules alone. They come last: only one page is open at a time."""
+    with open_page(address) as page:
+        yield page
+
+
+def test_cells_in_the_page_are_those_of_the_server(modules):
     """The same canonical text; what hands do to cells; and what is refused."""
     generator = torch.Generator().manual_seed(0)
     grids = [torch.rand(5, 7, generator=generator) < share / 10 for share in range(11)]
@@ -224,7 +233,7 @@ def test_cells_in_the_page_are_those_of_the_server(page):
         }
     }"""
     argument = [f"{MODULES}/cells.js", [grid.flatten().int().tolist() for grid in grids]]
-    found = page.browser_page.evaluate(script, argument)
+    found = modules.browser_page.evaluate(script, argument)
     assert found["texts"] == found["again"] == [format_cells(grid) for grid in grids]
     assert found["hole"] == "0:0-2; 1-2:0; 1-2:2; 3-4:0-2"
     assert found["others"] == "0-4:3-6"
@@ -232,7 +241,7 @@ def test_cells_in_the_page_are_those_of_the_server(page):
     assert found["refused"] == [None] * 5
 
 
-def test_sixty_layouts_are_drawn_within_a_frame(page):
+def test_sixty_layouts_are_drawn_within_a_frame(modules):
     script = """async module => {
         const {CellEditor} = await import(`${module}/cell_editor.js`)
         const {CellsPane} = await import(`${module}/cells_pane.js`)
@@ -269,6 +278,6 @@ def test_sixty_layouts_are_drawn_within_a_frame(page):
         editor.element.remove()
         return times.sort((a, b) => a - b)
     }"""
-    times = page.browser_page.evaluate(script, MODULES)
+    times = modules.browser_page.evaluate(script, MODULES)
     print(f"60 layouts of 16x16: {times[len(times) // 2]:.1f} ms a frame (best {times[0]:.1f})")
     assert times[0] < FRAME_MS  # the best, as the machine may be busy with other work
