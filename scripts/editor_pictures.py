@@ -31,7 +31,7 @@ def main(address: str, model: str) -> None:
 
         run(page, "redo_region", model)
         redrawing = Editor(page, "Redo the region", "Tokens", GRID)
-        redrawing.center((600, -700))  # a long node, with its editor below
+        redrawing.center((600, -600))  # a long node, with its editor below
         redrawing.drag((3, 7), (12, 15))
         page.wait_until_idle()
         redrawing.still(FOLDER / "redraw_by_hand.jpg", above=0)

@@ -15,10 +15,10 @@ from . import environment
 from .editor import ROOT, Editor
 from .page import Page, open_page
 from .tiny_graphs import suit_tiny
-from .workflow_texts import WORKFLOWS
+from .workflow_texts import WORKFLOWS, graph_file
 
 NAME = "layouts_by_hand"
-GRAPH = environment.ROOT / "workflows" / f"{NAME}.json"
+GRAPH = graph_file(NAME)
 FOLDER = environment.ROOT / "docs" / "images"
 PLACES = {"Prompt": (0, 0), "Click one, drag over it": (420, 0), "Save Image": (880, 0)}
 AWAY = -4000  # pixels, for the other nodes
