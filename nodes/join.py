@@ -121,8 +121,7 @@ class CellsToMask(Node):
 
 
 def _grid(shown: SemanticTokens | LayoutData) -> Grid:
-    grids = shown.preview if isinstance(shown, LayoutData) else shown.tokens
-    return tuple(grids.shape[1:])
+    return tuple(shown.ids.shape[1:])
 
 
 class PromptLines(Node):

@@ -1,4 +1,4 @@
-"""Nodes on layouts: choose and lock one, join two, paint one as a small image."""
+"""Nodes on layouts: choose and lock one, paste one into another, paint one as a small image."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..glm_core.data.cells import cells_or_mask
+from ..glm_core.data.cells import cells_or_mask, parse_cells
 from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
+from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import BatchError
-from .grid_ui import KEY, grid
+from .grid_ui import KEY, MAX_CELLS, editable, grid, masked_cells
 from .inputs import check_choices, require_choices
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
@@ -19,6 +20,8 @@ from .types import CATEGORY, Layout, Tokens
 SUBCATEGORY = f"{CATEGORY}/layout"
 REACH = 256
 """Cells by which a layout can be moved; no preview is longer."""
+GRID_TYPES = [Layout, Tokens]
+"""Of inputs that take either. What comes out is of the kind that went in, on a layout's link."""
 
 
 class LockLayout(Node):
@@ -93,7 +96,7 @@ class LockLayout(Node):
         require_choices(("lock", lock, LOCKS))
         locked = lock_cells(layout, lock, batch_index, mask, cells)
         shown = replace(layout, locked=locked.locked)
-        entry = grid(shown, layout.locked) | {"taken": batch_index}
+        entry = editable(shown, locked.locked, layout.locked) | {"taken": batch_index}
         return io.NodeOutput(locked, ui={KEY: [entry], **_pictures(cls, images, entry)})
 
 
@@ -124,10 +127,21 @@ class ComposeLayouts(Node):
             display_name="GLM-Image Compose Layouts",
             category=SUBCATEGORY,
             description="Pastes one layout, or the part of it that cells or a mask name, into "
-            "another. Both keep their locks; connect Lock Layout after it to lock the result.",
+            "another. Both keep their locks; connect Lock Layout after it to lock the result. "
+            "After a run it shows both: drag over the source for what to take, and drag this "
+            "where it should go. It pastes tokens into tokens, too: connect Layout To Tokens "
+            "after it.",
             inputs=[
-                Layout.Input("base", tooltip="The layout to paste into. The result has its size."),
-                Layout.Input("source", tooltip="The layout to take cells from."),
+                io.MultiType.Input(
+                    "base",
+                    GRID_TYPES,
+                    tooltip="The layout to paste into, or tokens. The result has its size.",
+                ),
+                io.MultiType.Input(
+                    "source",
+                    GRID_TYPES,
+                    tooltip="The layout to take cells from, or tokens where the base is tokens.",
+                ),
                 io.Int.Input(
                     "row",
                     default=0,
@@ -152,26 +166,36 @@ class ComposeLayouts(Node):
                     "cells",
                     default="",
                     optional=True,
-                    tooltip="The part of the source to paste, in place of mask: rows:columns of "
-                    "its preview, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * "
-                    "is all. Empty: the mask.",
+                    tooltip="The part of the source to paste, in place of mask: rows:columns, "
+                    "numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * is all. Empty: "
+                    "the mask. Written by the picture on the node; you may also type it.",
                 ),
             ],
-            outputs=[Layout.Output(display_name="layout")],
+            outputs=[
+                Layout.Output(
+                    display_name="layout",
+                    tooltip="The layout. Of tokens: tokens, for GLM-Image Layout To Tokens.",
+                )
+            ],
         )
 
     @classmethod
     def execute(
         cls,
-        base: LayoutData,
-        source: LayoutData,
+        base: LayoutData | SemanticTokens,
+        source: LayoutData | SemanticTokens,
         row: int,
         column: int,
         mask: torch.Tensor | None = None,
         cells: str = "",
     ) -> io.NodeOutput:
-        chosen = cells_or_mask(cells, mask, tuple(source.locked.shape))
-        return io.NodeOutput(compose(base, source, row, column, chosen))
+        shape = tuple(source.ids.shape[1:])
+        composed = compose(base, source, row, column, cells_or_mask(cells, mask, shape))
+        given = masked_cells(mask, shape, otherwise=True)
+        taken = parse_cells(cells, shape) if cells.strip() else given
+        room = MAX_CELLS // 2
+        entry = editable(source, taken, given, room) | {"row": row, "column": column}
+        return io.NodeOutput(composed, ui={KEY: [entry, grid(base, room)]})
 
 
 class LayoutToTokens(Node):
@@ -184,13 +208,16 @@ class LayoutToTokens(Node):
             description="Turns a layout into the tokens of a small image, 32 pixels a cell. Decode "
             "them in a few steps to see the layout as an image before the large one is written.",
             inputs=[
-                Layout.Input(
-                    "layout", tooltip="The layout to paint. A batch makes a batch of tokens."
+                io.MultiType.Input(
+                    "layout",
+                    GRID_TYPES,
+                    tooltip="The layout to paint. A batch makes a batch of tokens. Tokens, such as "
+                    "Compose Layouts makes of tokens, come out as they are.",
                 )
             ],
             outputs=[Tokens.Output(display_name="tokens")],
         )
 
     @classmethod
-    def execute(cls, layout: LayoutData) -> io.NodeOutput:
+    def execute(cls, layout: LayoutData | SemanticTokens) -> io.NodeOutput:
         return io.NodeOutput(to_tokens(layout))

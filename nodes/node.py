@@ -73,9 +73,11 @@ def require_input(given: io.Input, value: Any) -> None:
     """
     if value is None and given.optional:
         return
-    kind = (WIDGETS | KINDS)[given.io_type]
-    if not kind.fits(value):
-        raise InputError(f"{given.id} is {_described(value)} and not {kind.title}; {kind.remedy}.")
+    kinds = [(WIDGETS | KINDS)[name] for name in given.get_io_type().split(",")]
+    if not any(kind.fits(value) for kind in kinds):
+        titles = " or ".join(kind.title for kind in kinds)
+        remedy = kinds[0].remedy
+        raise InputError(f"{given.id} is {_described(value)} and not {titles}; {remedy}.")
     low, high = getattr(given, "min", None), getattr(given, "max", None)
     if low is not None and not low <= value <= high:  # nan is in no range
         raise InputError(f"{given.id} is {value}; use a value from {low} to {high}.")

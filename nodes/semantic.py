@@ -1,5 +1,6 @@
 """The first stage: semantic tokens from a prompt."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..glm_core.data.references import References as ReferenceData
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import InputError, shown
-from .grid_ui import grids
+from .grid_ui import GIVEN, editable, grids, masked_cells
 from .host.ar_interface import AnyAR
 from .host.lists import entries_of, write_lists
 from .host.requests import layout_of, requests_of, tokens_of
@@ -25,6 +26,10 @@ from .messages import warning
 from .node import Node
 from .types import AR, CATEGORY, Layout, References, Tokens
 
+NO_REGION = (
+    "No cell of the tokens is named, so all stay as they are; drag over the picture on the node, "
+    "write cells, or connect a mask."
+)
 NO_LAYOUT = "An image made from references has no layout, because it has no preview stage."
 BATCH_OF_LAYOUTS = "A batch of layouts is used batch_size times: all layouts once, then all again."
 
@@ -57,7 +62,8 @@ class SampleTokens(Node):
                     "tokens",
                     optional=True,
                     tooltip="Tokens of a finished image, to redraw what mask or cells name. "
-                    "Connect its locked layout too, or the preview is also drawn anew.",
+                    "Connect its locked layout too, or the preview is also drawn anew. After a "
+                    "run the node shows them: drag over what shall be redrawn.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -72,7 +78,8 @@ class SampleTokens(Node):
                     optional=True,
                     tooltip="The region of tokens to redraw, in place of mask: rows:columns of 32 "
                     "pixels, numbers or ranges counted from 0, joined by ;: 0-7:0-3; 9:2. * is "
-                    "all. Empty: the mask.",
+                    "all. Empty: the mask. Written by the picture on the node; you may also type "
+                    "it.",
                 ),
                 _rows_input(),
             ],
@@ -101,7 +108,30 @@ class SampleTokens(Node):
                 if asked[0].references
                 else layout_of(asked, done, *known)
             )
-        return io.NodeOutput(tokens, layouts, ui=warning(_advice(entries)) | grids(*tokens))
+        said = warning(_advice(entries) + _without_region(requests))
+        return io.NodeOutput(tokens, layouts, ui=said | grids(*tokens) | _given(entries, requests))
+
+
+def _without_region(requests: list[list[SampleRequest]]) -> list[str]:
+    whole = [one.large is not None and bool(one.large.mask.all()) for one, *_ in requests]
+    return [NO_REGION] if any(whole) else []
+
+
+def _given(
+    entries: list[dict[str, Any]], requests: list[list[SampleRequest]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The `ui` of the tokens to redraw a part of: those of the first entry that has some.
+
+    They are the tokens that were given, because the next run redraws these again; what this run
+    wrote stands beside them.
+    """
+    for entry, (asked, *_) in zip(entries, requests, strict=True):
+        if asked.large is not None:
+            tokens = replace(entry["tokens"], palette=entry["ar"].palette.colours)
+            marked = ~asked.large.mask
+            given = masked_cells(entry.get("mask"), tuple(marked.shape), otherwise=False)
+            return {GIVEN: [editable(tokens, marked, given)]}
+    return {GIVEN: []}
 
 
 def token_requests(

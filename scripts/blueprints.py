@@ -74,7 +74,7 @@ BLUEPRINTS = {
         }
         | PAINTING
         | MODEL,
-        {"layout": ("Choose one", 0)},
+        {"layouts": ("Layouts", 0), "layout": ("Choose one", 0)},
     ),
 }
 

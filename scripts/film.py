@@ -12,12 +12,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from . import environment
+from .editor import ROOT, Editor
 from .page import Page, open_page
 from .tiny_graphs import suit_tiny
-from .workflow_texts import WORKFLOWS
+from .workflow_texts import WORKFLOWS, graph_file
 
 NAME = "layouts_by_hand"
-GRAPH = environment.ROOT / "workflows" / f"{NAME}.json"
+GRAPH = graph_file(NAME)
 FOLDER = environment.ROOT / "docs" / "images"
 PLACES = {"Prompt": (0, 0), "Click one, drag over it": (420, 0), "Save Image": (880, 0)}
 AWAY = -4000  # pixels, for the other nodes
@@ -26,10 +27,9 @@ WIDTH = 900  # of the animation
 SMALL_STEPS = 6
 TAKEN, LOCKED = 2, "0-15:0-7"  # what the gestures take and lock
 OLD, NEW = "blue star", "green square"  # in the prompts for the tiny model
-ROWS = COLUMNS = 16
+COUNT, GRID = 8, {"rows": 16, "columns": 16}
 TIMEOUT_MS = 600_000
 POINTER = ((0, 0), (0, 17), (4, 13), (7, 20), (10, 19), (7, 12), (12, 12))
-CANVAS = ".glm-image-editor canvas"
 Point = tuple[float, float]
 
 
@@ -38,8 +38,9 @@ def main(address: str, model: str) -> None:
     with open_page(address) as page:
         film = Film(page)
         open_graph(page, model)
-        choose_and_lock(film)
-        film.still(FOLDER / f"{NAME}.jpg")
+        editor = Editor(page, "Click one, drag over it", "Layouts", GRID)
+        choose_and_lock(film, editor)
+        editor.still(FOLDER / f"{NAME}.jpg", above=160)
         change_the_prompt(film)
         film.save(FOLDER / f"{NAME}.webp")
 
@@ -74,18 +75,6 @@ class Film:
     def click(self) -> None:
         self.browser_page.mouse.click(*self.at)
         self.shoot(900)
-
-    def still(self, file: Path) -> None:
-        """A picture of the editor's node alone."""
-        box = self.browser_page.locator(CANVAS).bounding_box()
-        clip = {
-            "x": box["x"] - 20,
-            "y": box["y"] - 190,
-            "width": box["width"] + 40,
-            "height": box["height"] + 245,
-        }
-        image = Image.open(io.BytesIO(self.browser_page.screenshot(clip=clip)))
-        image.convert("RGB").save(file, quality=85)
 
     def save(self, file: Path) -> None:
         first, *others = self.frames
@@ -126,9 +115,9 @@ def open_graph(page: Page, model: str) -> None:
     )
 
 
-def choose_and_lock(film: Film) -> None:
+def choose_and_lock(film: Film, editor: Editor) -> None:
     page = film.browser_page
-    run = page.locator(".glm-image-editor button").first
+    run = page.locator(f"{ROOT} button").first
     box = run.bounding_box()
     film.shoot(900)
     film.move((box["x"] + 12, box["y"] + 10), 3)
@@ -136,7 +125,7 @@ def choose_and_lock(film: Film) -> None:
     page.get_by_text("layout 0 of 8").wait_for(timeout=TIMEOUT_MS)
     film.page.wait_until_idle()
     film.shoot(1500)
-    places = _places(page)
+    places = editor.places(COUNT)
     tile, large = places["boxes"][TAKEN], places["large"]
     film.move((tile["x"] + tile["width"] / 2, tile["y"] + tile["height"] / 2), 3)
     film.click()
@@ -170,18 +159,4 @@ def _write(page: Page, text: str) -> None:
             prompt.widgets[0].value = text
         }""",
         text,
-    )
-
-
-def _places(page) -> dict:
-    """Where the editor draws, on the screen, by the page's own module."""
-    return page.evaluate(
-        """async ([selector, rows, columns]) => {
-            const {placesOf} = await import('/extensions/ComfyUI-GLM-Image/editor_view.js')
-            const box = document.querySelector(selector).getBoundingClientRect()
-            const {boxes, large} = placesOf({rows, columns, count: 8}, box.width, box.height)
-            const moved = one => ({...one, x: one.x + box.left, y: one.y + box.top})
-            return {boxes: boxes.map(moved), large: moved(large)}
-        }""",
-        [CANVAS, ROWS, COLUMNS],
     )

@@ -60,6 +60,7 @@ ROOM = {  # pixels under what a node shows below its widgets, while it runs or a
     **dict.fromkeys(GRIDS, 440),
     **dict.fromkeys(PREVIEWS + TABLES, 260),
 }
+REDRAWING_ROOM = 760  # of Sample Tokens with tokens: what it wrote, and the editor of its region
 WIDTH, GRID_WIDTH = 270, 400
 STRIP = 260  # between columns; a curve of 2500 pixels up or down stays within it
 GAP, PADDING, TITLE = 90, 20, 70  # nodes are taller where the page draws them as elements
@@ -141,7 +142,7 @@ def _place(nodes: list[dict], depths: dict[int, int], top: float) -> tuple[Colum
             if before is not None and stage != before:
                 y += TITLE - GAP + 2 * PADDING
             node["pos"], node["size"] = [left, y], [width, _size(node)[1]]
-            bottom = y + node["size"][1] + ROOM.get(node["type"], 0)
+            bottom = y + node["size"][1] + _room(node)
             if stage == before:
                 runs[-1]["bottom"] = bottom
             else:
@@ -155,6 +156,13 @@ def _place(nodes: list[dict], depths: dict[int, int], top: float) -> tuple[Colum
         {column: ends[1] for column, ends in edges.items()},
     )
     return columns, _frames(runs, columns)
+
+
+def _room(node: dict) -> float:
+    redraws = node["type"] == "GLMImageSampleTokens" and any(
+        slot["name"] == "tokens" and slot.get("link") is not None for slot in node["inputs"]
+    )
+    return REDRAWING_ROOM if redraws else ROOM.get(node["type"], 0)
 
 
 def _rank(node: dict) -> int:

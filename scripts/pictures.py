@@ -4,7 +4,7 @@ Each workflow runs on a real server with the model `tiny/`, prompts that this mo
 512x512 and 20 steps; all else is as stored. Its picture becomes the thumbnail of its graph, a
 square, with what led to it along the upper edge. `ARGS="NAME ..."` makes only those. The name
 `graph` makes the README's picture of the page with a finished graph, `layouts_by_hand_film` its
-animation.
+animation, and `editors` the docs' pictures of editors.
 """
 
 import io
@@ -15,7 +15,7 @@ import sys
 
 from PIL import Image, ImageOps
 
-from . import demo, environment, film
+from . import demo, editor_pictures, environment, film
 from .client import Client, Prompt
 from .page import open_page
 from .tiny_graphs import draw_picture
@@ -25,13 +25,14 @@ SIDE = 640  # pixels of a thumbnail, as the template browser shows it
 INSET, FRAME, GAP = 190, 4, 10  # pixels: an inset's side, its frame, around it
 GRAPH = environment.ROOT / "docs" / "images" / "graph.jpg"
 FILM = f"{film.NAME}_film"
+EDITORS = "editors"
 GRAPH_SIDE = 1800  # pixels, the longer one
 GRAPH_SCALE = 1.5
 GRAPH_TIMEOUT_S = 120
 
 
 def main(names: list[str]) -> None:
-    known = [*WORKFLOWS, GRAPH.stem, FILM]
+    known = [*WORKFLOWS, GRAPH.stem, FILM, EDITORS]
     names = names or known
     if unknown := set(names) - set(known):
         raise SystemExit(
@@ -47,6 +48,9 @@ def main(names: list[str]) -> None:
                 continue
             if name == FILM:
                 film.main(address, model)
+                continue
+            if name == EDITORS:
+                editor_pictures.main(address, model)
                 continue
             prompt = workflow_prompt(name, model, drawn.name)
             sources = [Image.open(drawn)] if _loads_image(prompt) else []
@@ -85,7 +89,10 @@ def workflow_prompt(name: str, model: str, image: str) -> Prompt:
 def run_images(client: Client, prompt: Prompt) -> list[Image.Image]:
     """The images of a run: of each preview all on one sheet, then the saved one."""
     run = client.run(prompt)
-    shown = {"GLMImageLockLayout": "glm_images", "PreviewImage": "images", "SaveImage": "images"}
+    shown = {
+        "GLMImageLockLayout": "glm_images",
+        **dict.fromkeys(("GLMImageShowTokens", "PreviewImage", "SaveImage"), "images"),
+    }
     return [
         sheet([Image.open(io.BytesIO(client.view(image))) for image in run.outputs[key][name]])
         for kind, name in shown.items()

@@ -1,68 +1,70 @@
-// The editor of cells on a node: takes one grid of a batch, and marks cells of it.
-// It reads and writes a node's inputs through `inputs` and keeps nothing of them itself.
-import { countOf, formatCells, inverted, parseCells, withLine, withRectangle } from "./cells.js"
+// The editor of cells on a node: a canvas with panes, their gestures and keys, buttons and undo.
+// It keeps nothing of the node's inputs: it reads them before it draws, and writes them alone.
+import { countOf, formatCells, inverted, parseCells } from "./cells.js"
 import { buildParts, press } from "./editor_parts.js"
-import { cellAt, drawEditor, isIn, placesOf, renderSheet, tileAt } from "./editor_view.js"
+import { placesOf } from "./editor_places.js"
 import { contextOf } from "./grids.js"
 
-const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }
 const MOST_UNDO = 100
 
+/**
+ * A pane is a part of the canvas: `isAt(state, x, y)`; `press(state, x, y, shift)`, which returns a
+ * function from where the pointer goes to changes of inputs; `key(state, event)`, which returns
+ * what the key does, if anything, and that may return changes; `draw(context, state)`.
+ */
 export class CellEditor {
   /**
-   * `inputs`: {read, pick, write, keep, run}; `keep(grid)` says that the cells are meant for this
-   * grid, `run` runs what leads to the node.
-   * `read(grid)` returns {taken, cells, shown, given, lock, stale, fixed}: the index taken, or -1
-   * for all; the text of the cells; the marks that count while it is empty, and those to begin
-   * with; the name of what sets them; whether the cells are of other grids; whether the inputs are
-   * linked, and only shown.
+   * `kind` is what differs from node to node (`editor_widget.js`), `inputs` are the node's
+   * (`node_inputs.js`), and `run` runs what leads to the node.
    */
-  constructor(inputs, texts) {
-    this.inputs = inputs
-    this.texts = texts
+  constructor(kind, inputs, texts, run) {
+    Object.assign(this, { kind, inputs, texts })
+    this.panes = kind.panes(texts)
     this.grid = null
     this.pictures = []
+    this.places = null // since the last drawing
     this.tool = "rectangle"
     this.value = 1 // what the tool sets
     this.undoable = []
-    this.gesture = null // {value, from, last, marks} while a pointer is down
-    this.cursor = null // of the keys
-    this.anchor = null
-    this.hovered = null
+    this.drag = null // {pointer, at, changes} while a pointer is down
+    this.stale = false // whether the cells drawn last were chosen on another grid
     this.parts = buildParts(texts, {
-      run: () => this.inputs.run(),
+      run,
       rectangle: () => this.choose("rectangle", this.value),
       brush: () => this.choose("brush", this.value),
       mark: () => this.choose(this.tool, 1),
       unmark: () => this.choose(this.tool, 0),
-      invert: () => this.change((marks) => inverted(marks), 0),
-      clear: () => this.write(""),
+      invert: () => this.write(this.others()),
+      clear: () => this.write({ cells: "" }),
       undo: () => this.undo(),
-      keep: () => (this.inputs.keep(this.grid), this.redraw()),
-      drop: () => this.write(""),
+      keep: () => this.keep(),
+      drop: () => this.write({ cells: "" }),
     })
+    this.parts.buttons.run.style.display = kind.runs ? "" : "none"
     this.element = this.parts.root
     this.listen()
     this.choose("rectangle", 1)
   }
 
-  /** Shows a grid of `decodeGrid`, and pictures in place of its tiles as they are loaded. */
+  /** Shows a grid of `decodeEditable`, and pictures in place of its tiles as they are loaded. */
   show(grid, urls = []) {
     const same = this.grid?.hashes.join() === grid.hashes.join()
-    if (!same) Object.assign(this, { cursor: null, anchor: null, gesture: null })
+    if (!same) {
+      this.drag = null
+      this.leaveKeys()
+    }
     this.grid = grid
-    this.sheet = null
     this.pictures = same ? this.pictures.slice(0, urls.length) : []
     urls.forEach((url, i) => {
       const picture = new Image()
       picture.onload = () => {
         if (this.grid !== grid) return
         this.pictures[i] = picture
-        this.sheet = null
         this.redraw()
       }
       picture.src = url
     })
+    this.inputs.adopt(this.state().meant)
     this.redraw()
   }
 
@@ -75,59 +77,78 @@ export class CellEditor {
     press(buttons.unmark, value === 0)
   }
 
-  /** The marks as they count now; `value` says for which change they are the start. */
-  marks(now, value = 0) {
-    const { rows, columns } = this.grid
-    if (now.cells.trim()) return parseCells(now.cells, rows, columns)
-    return value ? now.given : now.shown
+  /**
+   * All that is drawn and changed: what `kind.read` says of the node's inputs, with the changes of
+   * the drag under way, and the marks that they make. `start(value)` are the marks with which a
+   * change begins that sets cells to a value.
+   */
+  state() {
+    const { grid, kind } = this
+    const values = { ...this.inputs.values(), ...this.drag?.changes }
+    const now = kind.read(values, grid)
+    const fixed = values.cells === undefined // another node names them
+    const cells = values.cells ?? grid.markedText
+    const read = cells.trim() ? parseCells(cells, grid.rows, grid.columns) : now.shown
+    const none = new Uint8Array(grid.rows * grid.columns)
+    const marks = read ?? none
+    return {
+      ...now,
+      grid,
+      texts: this.texts,
+      pictures: this.pictures,
+      places: this.places,
+      tool: this.tool,
+      value: this.value,
+      fixed,
+      cells,
+      marks,
+      fits: !cells.trim() || Boolean(read),
+      kept: countOf(marks) ? kind.kept(marks) : null,
+      stale: !fixed && !this.drag && this.inputs.isStale(now.meant),
+      start: (set) => (cells.trim() || !set ? marks : (now.start ?? none)),
+      pick: kind.pick,
+    }
   }
 
-  change(changed, value) {
-    const now = this.inputs.read(this.grid)
-    const marks = now.fixed ? null : (this.marks(now, value) ?? new Uint8Array(this.size))
-    if (marks) this.write(formatCells(changed(marks), this.grid.rows, this.grid.columns))
+  /** Marked and unmarked cells exchanged, of cells that are named. */
+  others() {
+    const { cells, marks, grid } = this.state()
+    return cells.trim() ? { cells: formatCells(inverted(marks), grid.rows, grid.columns) } : {}
   }
 
-  get size() {
-    return this.grid.rows * this.grid.columns
-  }
-
-  write(cells) {
-    const now = this.inputs.read(this.grid)
-    if (now.fixed || now.cells === cells) return this.redraw()
-    this.remember(now)
-    this.inputs.write(cells)
-    this.redraw()
-  }
-
-  pick(index) {
-    const now = this.inputs.read(this.grid)
-    if (now.taken === index || index < 0 || index >= this.grid.count) return
-    this.remember(now)
-    this.inputs.pick(index)
-    this.redraw()
-  }
-
-  remember({ taken, cells }) {
-    this.undoable.push({ taken, cells })
+  write(changes) {
+    const before = this.inputs.written()
+    if ("cells" in changes) this.stale = false
+    if (this.inputs.write(changes)) this.undoable.push(before)
     if (this.undoable.length > MOST_UNDO) this.undoable.shift()
+    this.redraw()
   }
 
   undo() {
-    const before = this.undoable.pop()
-    if (!before) return
-    this.inputs.pick(before.taken)
-    this.inputs.write(before.cells)
+    this.stale = false
+    this.inputs.write(this.undoable.pop() ?? {})
+    this.redraw()
+  }
+
+  /** After an input was changed by whomever: cells that fitted go with what is taken now. */
+  changed() {
+    if (!this.grid) return
+    if (!this.stale) this.inputs.keep(this.state().meant)
+    this.redraw()
+  }
+
+  keep() {
+    this.inputs.keep(this.state().meant)
     this.redraw()
   }
 
   listen() {
     const { canvas, root } = this.parts
-    canvas.addEventListener("pointerdown", (event) => this.press(event))
-    canvas.addEventListener("pointermove", (event) => this.move(event))
-    canvas.addEventListener("pointerup", () => this.release())
+    canvas.addEventListener("pointerdown", (event) => this.pointerDown(event))
+    canvas.addEventListener("pointermove", (event) => this.pointerMove(event))
+    canvas.addEventListener("pointerup", (event) => this.pointerUp(event))
     canvas.addEventListener("pointercancel", () => this.cancel())
-    canvas.addEventListener("pointerleave", () => this.hover(null))
+    canvas.addEventListener("pointerleave", () => this.hover())
     canvas.addEventListener("pointerenter", () => this.redraw())
     canvas.addEventListener("keydown", (event) => this.key(event))
     canvas.addEventListener("blur", () => this.leaveKeys())
@@ -148,106 +169,87 @@ export class CellEditor {
     ]
   }
 
-  press(event) {
-    if (event.button !== 0 || !this.grid || !this.places) return
-    this.parts.canvas.focus({ preventScroll: true })
+  pointerDown(event) {
+    if (!event.isPrimary) return this.cancel() // a second finger: the first meant no gesture
+    if (event.button !== 0 || !this.places) return
+    const { canvas } = this.parts
+    canvas.focus({ preventScroll: true })
     this.leaveKeys()
+    const state = this.state()
     const [x, y] = this.point(event)
-    const tile = tileAt(this.places, x, y)
-    if (tile >= 0) return this.pick(tile)
-    const now = this.inputs.read(this.grid)
-    if (now.fixed || !isIn(this.places.large, x, y)) return
-    this.parts.canvas.setPointerCapture(event.pointerId)
-    const value = event.shiftKey ? 0 : this.value
-    const marks = this.marks(now, value) ?? new Uint8Array(this.size)
-    const cell = cellAt(this.places, this.grid, x, y)
-    this.gesture = { value, from: cell, last: cell, before: marks, marks }
-    this.drag(cell)
+    const at = this.panes
+      .find((pane) => pane.isAt(state, x, y))
+      ?.press(state, x, y, event.shiftKey)
+    if (!at) return
+    canvas.setPointerCapture(event.pointerId)
+    this.drag = { pointer: event.pointerId, at, changes: {} }
+    this.dragTo(x, y)
   }
 
-  move(event) {
-    if (!this.grid || !this.places) return
+  pointerMove(event) {
+    if (!this.places) return
     const [x, y] = this.point(event)
-    const inside = isIn(this.places.large, x, y)
-    const cell = cellAt(this.places, this.grid, x, y)
-    if (this.gesture) this.drag(cell)
-    else this.hover(inside ? cell : null)
+    if (this.drag?.pointer === event.pointerId) this.dragTo(x, y)
+    else if (!this.drag) this.hover(x, y)
   }
 
-  drag(cell) {
-    const { value, from, last, before, marks } = this.gesture
-    const { columns } = this.grid
-    this.gesture.marks =
-      this.tool === "brush"
-        ? withLine(marks, columns, last, cell, value)
-        : withRectangle(before, columns, from, cell, value)
-    this.gesture.last = cell
-    this.hover(cell)
-  }
-
-  hover(cell) {
-    if (String(cell) === String(this.hovered)) return
-    this.hovered = cell
+  dragTo(x, y) {
+    this.drag.changes = this.inputs.free(this.drag.at(x, y))
+    this.hover(x, y)
     this.redraw()
   }
 
-  release() {
-    if (!this.gesture) return
-    const { marks } = this.gesture
-    this.gesture = null
-    this.write(formatCells(marks, this.grid.rows, this.grid.columns))
+  /** Tells panes where the pointer is; without a place, that it is nowhere. */
+  hover(x = -1, y = -1) {
+    if (!this.places) return
+    const state = this.state()
+    const before = String(this.hovered())
+    for (const pane of this.panes) pane.hover?.(state, x, y)
+    const pane = this.panes.find((one) => one.isAt(state, x, y))
+    if (!this.drag) this.parts.canvas.style.cursor = pane?.pointer ?? ""
+    if (String(this.hovered()) !== before) this.redraw()
+  }
+
+  hovered() {
+    return this.panes.map((pane) => pane.hovered).find(Boolean)
+  }
+
+  pointerUp(event) {
+    if (this.drag?.pointer !== event.pointerId) return
+    const { changes } = this.drag
+    this.drag = null
+    this.write(changes)
   }
 
   cancel() {
-    this.gesture = null
+    this.drag = null
     this.redraw()
   }
 
   key(event) {
-    const act = this.grid && !event.ctrlKey && !event.metaKey && this.actOf(event)
+    if (!this.places || event.ctrlKey || event.metaKey) return
+    const state = this.state()
+    const act =
+      this.ownKey(event) ?? this.panes.map((pane) => pane.key(state, event)).find(Boolean)
     if (!act) return
     event.preventDefault()
-    act()
+    const changes = act()
+    if (changes) this.write(this.inputs.free(changes))
     this.redraw()
   }
 
-  actOf(event) {
-    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key
-    if (STEPS[key]) return () => this.step(STEPS[key], event.shiftKey)
-    const { taken } = this.inputs.read(this.grid)
+  ownKey({ key }) {
     return {
-      " ": () => this.fill(event.shiftKey ? 0 : this.value),
-      Enter: () => this.fill(event.shiftKey ? 0 : this.value),
-      Delete: () => this.fill(0),
-      Backspace: () => this.write(""),
+      Backspace: () => ({ cells: "" }),
       Escape: () => this.cancel(),
-      PageUp: () => this.pick(taken - 1),
-      PageDown: () => this.pick(taken + 1),
-      i: () => this.change((marks) => inverted(marks), 0),
+      i: () => this.others(),
+      I: () => this.others(),
     }[key]
   }
 
-  step([down, right], extend) {
-    const [row, column] = this.cursor ?? [0, 0]
-    const { rows, columns } = this.grid
-    const next = [
-      Math.max(0, Math.min(rows - 1, row + (this.cursor ? down : 0))),
-      Math.max(0, Math.min(columns - 1, column + (this.cursor ? right : 0))),
-    ]
-    this.anchor = extend ? (this.anchor ?? this.cursor ?? next) : null
-    this.cursor = next
-    this.hovered = next
-  }
-
   leaveKeys() {
-    this.cursor = this.anchor = null
+    for (const pane of this.panes) pane.leave?.()
     this.redraw()
-  }
-
-  fill(value) {
-    if (!this.cursor) return
-    const [from, to] = [this.anchor ?? this.cursor, this.cursor]
-    this.change((marks) => withRectangle(marks, this.grid.columns, from, to, value), value)
   }
 
   redraw() {
@@ -266,57 +268,35 @@ export class CellEditor {
       readout.textContent = this.texts.empty
       return
     }
-    const now = this.inputs.read(this.grid)
-    const marks = this.gesture?.marks ?? this.marks(now) ?? new Uint8Array(this.size)
-    notice.style.display = now.stale ? "flex" : "none"
-    for (const made of Object.values(others)) made.disabled = now.fixed
-    buttons.invert.disabled ||= !now.cells.trim()
-    buttons.undo.disabled = !this.undoable.length
-    readout.textContent = this.said(now, marks)
-    this.paint(canvas, now, marks)
-  }
-
-  paint(canvas, now, marks) {
     const [width, height] = [canvas.clientWidth, canvas.clientHeight]
-    if (!width || !height) return
+    this.places = width && height ? placesOf(this.grid, width, height) : null
+    const state = this.state()
+    this.stale = state.stale
+    notice.style.display = state.stale ? "flex" : "none"
+    for (const made of Object.values(others)) made.disabled = state.fixed
+    buttons.invert.disabled ||= !state.cells.trim()
+    buttons.undo.disabled = !this.undoable.length
+    readout.textContent = this.said(state)
+    if (!this.places) return
     const context = contextOf(canvas, width, height)
-    const ratio = canvas.width / width
-    if (!this.sheet || this.sheetFor !== `${width} ${height} ${ratio}`) {
-      this.places = placesOf(this.grid, width, height)
-      this.sheetFor = `${width} ${height} ${ratio}`
-      this.sheet = this.grid.count > 1 ? null : undefined
-      if (this.sheet === null)
-        this.sheet = renderSheet(this.grid, this.pictures, this.places, ratio, width)
-    }
-    drawEditor(context, this.grid, this.pictures, this.places, this.sheet, {
-      taken: now.taken,
-      marks: this.anchor ? this.chosen(marks) : marks,
-      bright: countOf(marks) ? marks : null,
-      cursor: this.cursor,
-      stale: now.stale,
-      accent: getComputedStyle(canvas).getPropertyValue("--p-primary-color") || "#3b82f6",
-    })
+    const accent = getComputedStyle(canvas).getPropertyValue("--p-primary-color") || "#3b82f6"
+    for (const pane of this.panes) pane.draw(context, { ...state, accent })
   }
 
-  /** The rectangle that keys choose, outlined before it is filled. */
-  chosen(marks) {
-    return withRectangle(marks, this.grid.columns, this.anchor, this.cursor, 1)
-  }
-
-  said(now, marks) {
-    const { texts, grid } = this
+  said(state) {
+    const { texts, cells, marks, grid, by } = state
     const { rows, columns, count, total } = grid
-    const { taken, cells } = now
-    if (taken >= total) return texts.outside(taken, total)
-    if (cells.trim() && !parseCells(cells, rows, columns)) return texts.wrong(cells, rows, columns)
+    if (state.taken >= total) return texts.outside(state.taken, total)
+    if (!state.fits) return texts.wrong(cells, rows, columns)
     const parts = [
-      taken < 0 ? texts.all(total) : texts.taken(taken, total),
+      ...this.kind.about(state),
       texts.size(rows, columns),
-      texts.count(countOf(marks), this.size),
+      texts.count(countOf(marks), marks.length),
     ]
-    if (!cells.trim() && !this.gesture && now.lock) parts.push(texts.by(now.lock))
+    if (!cells.trim() && by) parts.push(texts.by(by))
     if (count < total) parts.push(texts.more(count, total))
-    if (this.hovered) parts.push(texts.cell(...this.hovered))
+    const hovered = this.hovered()
+    if (hovered) parts.push(texts.cell(...hovered))
     return parts.join(" · ")
   }
 }

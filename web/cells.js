@@ -72,6 +72,15 @@ export function withLine(marks, columns, [row, column], [endRow, endColumn], val
   return changed
 }
 
+/** Marks of one grid on another, the first of them at a row and column; what lies outside is lost. */
+export function pasted(marks, from, to, row, column) {
+  const landed = new Uint8Array(to.rows * to.columns)
+  for (let y = Math.max(0, row); y < Math.min(to.rows, row + from.rows); y++)
+    for (let x = Math.max(0, column); x < Math.min(to.columns, column + from.columns); x++)
+      landed[y * to.columns + x] = marks[(y - row) * from.columns + x - column]
+  return landed
+}
+
 export const inverted = (marks) => marks.map((mark) => 1 - mark)
 
 export const countOf = (marks) => marks.reduce((sum, mark) => sum + mark, 0)

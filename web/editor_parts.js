@@ -57,8 +57,15 @@ export function buildParts(texts, act) {
   const bar = element("div", { display: "flex", gap: "4px", flexWrap: "wrap" })
   bar.setAttribute("role", "toolbar")
   bar.append(...Object.values(buttons))
-  const canvas = element("canvas", { width: "100%", height: "100%", touchAction: "none" })
-  Object.assign(canvas.style, { position: "absolute", inset: "0", outline: "none", userSelect: "none" })
+  const canvas = element("canvas", {
+    position: "absolute",
+    inset: "0",
+    width: "100%",
+    height: "100%",
+    outline: "none",
+    userSelect: "none",
+    touchAction: "none",
+  })
   canvas.tabIndex = 0
   canvas.setAttribute("aria-label", texts.label)
   const frame = element("div", { position: "relative", flex: "1 1 0", minHeight: "0" })

@@ -1,100 +1,90 @@
-// Puts an editor of cells on a node, and reads and writes the node's ordinary inputs for it.
+// Puts an editor of cells on nodes of a type, and shows it the grids of their runs.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { CellEditor } from "./cell_editor.js"
+import { wantedHeight } from "./editor_places.js"
 import { editorTexts } from "./editor_texts.js"
-import { wantedHeight } from "./editor_view.js"
-import { decodeGrid } from "./grids.js"
+import { onGrids } from "./node_grids.js"
+import { NodeInputs, isLinked } from "./node_inputs.js"
+import { addElement } from "./node_widget.js"
 
 const NAME = "glm_editor"
-const EMPTY = 72 // pixels of height: without grids, with them, and of the bar and the readout
-const LEAST = 220
+const EMPTY = 72 // pixels of height: without a grid, of the bar and the readout, of the pictures
 const BARS = 76
+const LEAST = 300
 const WIDTH = 380 // of a node that shows grids, at least
-
-const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
-
-/** Whether an input's value comes through a link. */
-export function isLinked(node, name) {
-  const slot = node.inputs?.find((input) => input.name === name)
-  return slot?.link != null
-}
-
-export const valueOf = (node, name) => widgetOf(node, name)?.value
-
-export function setValue(node, name, value) {
-  const widget = widgetOf(node, name)
-  if (!widget || widget.value === value) return
-  change(() => {
-    widget.value = value
-    widget.callback?.(value, app.canvas, node)
-  })
-  node.setDirtyCanvas(true, true)
-}
-
-/** Does what the page's undo shall know as one change. */
-export function change(act) {
-  app.canvas.emitBeforeChange?.()
-  act()
-  app.canvas.emitAfterChange?.()
-}
-
-/** Calls `changed()` after the value of one of these widgets was changed. */
-function watch(node, names, changed) {
-  for (const widget of names.map((name) => widgetOf(node, name)).filter(Boolean)) {
-    const before = widget.callback
-    widget.callback = function () {
-      before?.apply(this, arguments)
-      changed()
-    }
-  }
-}
+const MARGINS = 30 // of the canvas in the node
 
 /** Runs what an output node needs, and nothing else of the graph. */
-export function runOnly(node) {
+function runOnly(node) {
   app.canvas.deselectAll()
   app.canvas.selectNode(node)
   app.extensionManager.command.execute("Comfy.QueueSelectedOutputNodes")
 }
 
 /**
- * Adds the editor as the node's last widget.
- * `inputs` is that of `CellEditor`; `watched` are the names of inputs that it reads.
+ * Gives all nodes of a type an editor. A kind is what differs from node to node:
+ *   type            the node's class
+ *   runs            whether it can be run alone
+ *   inputs          the names of the inputs that hands write, among them `cells`
+ *   watched         the names of those that are read besides
+ *   needs           an input without whose link there is no editor, if there is one
+ *   gridOf(output)  the grid of a run whose cells are marked, or nothing
+ *   panes(texts)    what stands on the canvas
+ *   pick(index)     what changes if an index of the batch is taken
+ *   kept(marks)     the cells that are bright, if some are marked
+ *   about(state)    what the readout begins with
+ *   read(values, grid)  {taken, shown, start, by, meant} and what its panes need besides: the index
+ *                   taken, -1 for all; while `cells` is empty, the marks that count, those with
+ *                   which marking begins, and the name of what sets them; a hash of the grids for
+ *                   which cells are chosen
  */
-export function addEditor(node, inputs, watched) {
-  const editor = new CellEditor(inputs, editorTexts())
-  const widget = node.addDOMWidget(NAME, NAME, editor.element, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getValue: () => "",
-    setValue: () => {},
-    getMinHeight: () => (editor.grid ? LEAST : EMPTY),
+export function registerEditor(kind) {
+  const editors = new WeakMap() // {editor, fit} by node
+  onGrids([kind.type], (node, output) => {
+    const grid = kind.gridOf(output)
+    if (grid) showGrid(node, editors.get(node), grid, output.glm_images)
   })
-  widget.serialize = false // nor in the workflow
-  editor.element.style.minHeight = `${EMPTY}px` // pages that draw nodes as elements read this
-  watch(node, watched, () => {
-    if (editor.grid) inputs.typed(editor.grid)
-    editor.redraw()
+  app.registerExtension({
+    name: `GLMImage.Editor.${kind.type}`,
+    nodeCreated(node) {
+      if (node.comfyClass === kind.type) editors.set(node, addEditor(node, kind))
+    },
   })
-  const [width, height] = node.computeSize()
-  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])])
-  editor.redraw()
-  return editor
 }
 
-/** Shows the grids of an output, and makes room for them on a node that has none. */
-export function showGrids(node, editor, output) {
-  const grid = decodeGrid(output.glm_grids[0])
-  const urls = (output.glm_images ?? []).map((file) =>
-    api.apiURL(`/view?${new URLSearchParams(file)}`)
-  )
-  const bare = node.computeSize()[1] - (editor.grid ? LEAST : EMPTY)
-  const width = Math.max(WIDTH, node.size[0])
-  const roomy = node.size[1] - bare >= LEAST
-  editor.element.style.minHeight = `${LEAST}px`
-  editor.show(grid, urls)
-  if (!roomy) node.setSize([width, bare + wantedHeight(grid, width - 30) + BARS])
-  node.setDirtyCanvas(true, true)
+/** The height of the pictures at the node's width. */
+const wanted = (node, grid) => wantedHeight(grid, node.size[0] - MARGINS)
+
+function addEditor(node, kind) {
+  const inputs = new NodeInputs(node, kind.inputs, kind.watched)
+  const editor = new CellEditor(kind, inputs, editorTexts(kind.type), () => runOnly(node))
+  let needed = !kind.needs
+  const height = () => {
+    if (!needed) return 0
+    return editor.grid ? BARS + Math.min(LEAST, wanted(node, editor.grid)) : EMPTY
+  }
+  const fit = addElement(node, NAME, editor.element, height)
+  const before = node.onConnectionsChange
+  node.onConnectionsChange = function () {
+    before?.apply(this, arguments)
+    const now = !kind.needs || isLinked(node, kind.needs)
+    if (now !== needed) fit(() => (needed = now))
+    editor.redraw()
+  }
+  inputs.watch(() => editor.changed())
+  fit(() => editor.redraw())
+  return { editor, fit }
+}
+
+/** Shows a grid; a node that has no room for it gets all that it wants. */
+function showGrid(node, { editor, fit }, grid, images = []) {
+  const urls = images.map((file) => api.apiURL(`/view?${new URLSearchParams(file)}`))
+  const [width, height] = [Math.max(WIDTH, node.size[0]), node.size[1]]
+  node.setSize([width, height])
+  fit(() => editor.show(grid, urls))
+  if (node.size[1] > height)
+    node.setSize([width, node.size[1] + Math.max(0, wanted(node, grid) - LEAST)])
   setTimeout(() => takePlace(node, editor.element), 300) // after the page has shown the node
 }
 

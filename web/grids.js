@@ -3,12 +3,12 @@
 import { parseCells } from "./cells.js"
 
 const GAP = 4 // pixels between tiles
-const DIM = 0.68 // how much darker cells are that will be redrawn
+const DIM = 0.68 // how much darker cells are that will not stay
+const FINE = 8 // pixels of a cell from which its edges are drawn
 
 /**
  * A grid as it came from the server, ready to be drawn:
- * `tiles` are canvases of one pixel a cell, `locked` and `given` marks of `cells.js`, and
- * `lockedText` the first of them as text.
+ * `tiles` are canvases of one pixel a cell, and `locked` are marks of `cells.js`.
  */
 export function decodeGrid(grid) {
   const { rows, columns, count } = grid
@@ -17,9 +17,15 @@ export function decodeGrid(grid) {
   const tiles = Array.from({ length: count }, (_, i) =>
     tile(colours.subarray(i * size, (i + 1) * size), rows, columns)
   )
-  const locked = parseCells(grid.locked, rows, columns)
+  return { ...grid, tiles, locked: parseCells(grid.locked, rows, columns) }
+}
+
+/** A grid of which hands mark cells: `marked` and `given` as marks, and the first as text. */
+export function decodeEditable(grid) {
+  const { rows, columns } = grid
+  const marked = parseCells(grid.marked, rows, columns)
   const given = parseCells(grid.given, rows, columns)
-  return { ...grid, tiles, locked, given, lockedText: grid.locked }
+  return { ...decodeGrid(grid), marked, given, markedText: grid.marked }
 }
 
 function tile(colours, rows, columns) {
@@ -62,13 +68,43 @@ export function drawTile(context, image, box) {
   context.drawImage(image, box.x, box.y, box.width, box.height)
 }
 
+/** Black as a tile, with an opacity for marked cells and another for the rest. */
+function shade(marks, rows, columns, marked, others) {
+  const pixels = new Uint8ClampedArray(4 * rows * columns)
+  marks.forEach((mark, i) => (pixels[4 * i + 3] = 255 * (mark ? marked : others)))
+  return canvasOf(new ImageData(pixels, columns, rows))
+}
+
 /** Darkens the cells of a box that are not marked. */
 export function dimOthers(context, marks, rows, columns, box) {
-  const pixels = new Uint8ClampedArray(4 * rows * columns)
-  marks.forEach((mark, i) => (pixels[4 * i + 3] = mark ? 0 : 255 * DIM))
-  context.imageSmoothingEnabled = false
-  const shade = canvasOf(new ImageData(pixels, columns, rows))
-  context.drawImage(shade, box.x, box.y, box.width, box.height)
+  drawTile(context, shade(marks, rows, columns, 0, DIM), box)
+}
+
+/** The marked cells of a tile, stretched over a box. */
+export function drawMarked(context, tile, marks, rows, columns, box) {
+  const cut = shade(marks, rows, columns, 1, 0)
+  const own = cut.getContext("2d")
+  own.globalCompositeOperation = "source-in"
+  own.drawImage(tile, 0, 0)
+  drawTile(context, cut, box)
+}
+
+/** Fine lines between the cells of a box, where these are not too small. */
+export function drawEdges(context, rows, columns, box) {
+  const side = box.width / columns
+  if (side < FINE) return
+  context.beginPath()
+  for (let row = 1; row < rows; row++) {
+    context.moveTo(box.x, box.y + row * side)
+    context.lineTo(box.x + box.width, box.y + row * side)
+  }
+  for (let column = 1; column < columns; column++) {
+    context.moveTo(box.x + column * side, box.y)
+    context.lineTo(box.x + column * side, box.y + box.height)
+  }
+  context.strokeStyle = "#8884"
+  context.lineWidth = 0.5
+  context.stroke()
 }
 
 /** The borders of the marked region as a path in units of cells. */
@@ -115,16 +151,16 @@ export function drawFrame(context, box, colour, width = 3) {
   context.strokeRect(box.x + inset, box.y + inset, box.width - width, box.height - width)
 }
 
-/** A number in the corner of a box, on a dark ground. */
-export function drawNumber(context, number, box) {
+/** A number or a word in the corner of a box, on a dark ground. */
+export function drawLabel(context, label, box) {
   const size = Math.max(9, Math.min(14, box.height / 6))
   context.font = `${size}px sans-serif`
   context.textBaseline = "top"
-  const width = context.measureText(number).width + 6
+  const width = context.measureText(label).width + 6
   context.fillStyle = "#000a"
   context.fillRect(box.x, box.y, width, size + 4)
   context.fillStyle = "#fff"
-  context.fillText(number, box.x + 3, box.y + 2)
+  context.fillText(label, box.x + 3, box.y + 2)
 }
 
 /** A whole batch with its numbers and locks, on a sheet `width` wide; returns its height. */
@@ -135,7 +171,7 @@ export function drawSheet(context, grid, width, most) {
   sheet.boxes.forEach((box, i) => {
     drawTile(context, grid.tiles[i], box)
     drawBorder(context, border, columns, box, { width: 1 })
-    if (count > 1) drawNumber(context, i, box)
+    if (count > 1) drawLabel(context, i, box)
   })
   return sheet.height
 }

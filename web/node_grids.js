@@ -2,6 +2,7 @@
 // shown again, and after the page was reloaded, from the server's history.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import { nodeOf, nodesOf, rootGraph } from "./page_nodes.js"
 
 const KEY = "glm_grids"
 const RUNS = 16 // of the history that are looked through
@@ -25,24 +26,6 @@ function tell(node, output) {
   for (const listener of listeners.get(node.comfyClass)) listener(node, output)
 }
 
-/** A node by the id of an output: `12`, `4:12` within node 4's subgraph, or `uuid:12` in one. */
-function nodeOf(id) {
-  let graph = app.rootGraph ?? app.graph
-  const path = String(id).split(":")
-  const last = path.pop()
-  for (const part of path)
-    graph = graph?.subgraphs?.get(part) ?? graph?.getNodeById(Number(part))?.subgraph
-  return graph?.getNodeById(Number(last))
-}
-
-/** The nodes of a graph and of the subgraphs in it. */
-export function* nodesOf(graph) {
-  for (const node of graph.nodes) {
-    yield node
-    if (node.subgraph) yield* nodesOf(node.subgraph)
-  }
-}
-
 /** The outputs of the last run of the open workflow, or none. */
 async function lastOutputs(graph) {
   const response = await api.fetchApi(`/history?max_items=${RUNS}`)
@@ -53,11 +36,11 @@ async function lastOutputs(graph) {
 }
 
 async function restore() {
-  const graph = app.rootGraph ?? app.graph
+  const graph = rootGraph()
   const waits = ({ comfyClass }) => listeners.has(comfyClass) || restorers.has(comfyClass)
   if (!graph.id || ![...nodesOf(graph)].some(waits)) return
   const outputs = await lastOutputs(graph)
-  if (graph !== (app.rootGraph ?? app.graph)) return
+  if (graph !== rootGraph()) return
   for (const [id, output] of Object.entries(outputs)) {
     const node = nodeOf(id)
     if (node && !shown.has(node)) tell(node, output)

@@ -3,11 +3,15 @@
 // an output on a few of its nodes only, and takes away a running node's text when the prompt ends.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import { addElement } from "./node_widget.js"
+import { nodeOf } from "./page_nodes.js"
 
 const NAME = "glm_message"
 const LINE = 18 // pixels
 const LETTER = 6.5 // pixels, on average
 const MOST_LINES = 12 // more are scrolled
+
+const messages = new WeakMap() // {element, fit} by node
 
 function height(node, text) {
   const letters = Math.max(10, (node.size[0] - 40) / LETTER)
@@ -28,15 +32,8 @@ function add(node) {
     color: "var(--input-text)",
     userSelect: "text",
   })
-  const widget = node.addDOMWidget(NAME, NAME, element, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getValue: () => element.textContent,
-    setValue: (text) => (element.textContent = text),
-    getMinHeight: () => height(node, element.textContent),
-  })
-  widget.serialize = false // nor in the workflow
-  return widget
+  const fit = addElement(node, NAME, element, () => height(node, element.textContent))
+  return { element, fit }
 }
 
 function show(node, lines) {
@@ -46,34 +43,20 @@ function show(node, lines) {
     if (shown) node.removeWidget(shown)
     return
   }
-  const widget = shown ?? add(node)
-  widget.element.textContent = text
-  const [width, rows] = node.computeSize()
-  node.setSize([Math.max(width, node.size[0]), Math.max(rows, node.size[1])])
-  node.setDirtyCanvas(true, true)
-}
-
-/** The node of an id as a prompt or an output has it: of this graph, or of subgraphs, by ":". */
-function find(id) {
-  let graph = app.rootGraph ?? app.graph
-  let node
-  for (const part of String(id).split(":")) {
-    const subgraph = graph?.subgraphs?.get(part)
-    if (!subgraph) node = graph?.getNodeById(part)
-    graph = subgraph ?? node?.subgraph
-  }
-  return node
+  if (!shown) messages.set(node, add(node))
+  const { element, fit } = messages.get(node)
+  fit(() => (element.textContent = text))
 }
 
 app.registerExtension({
   name: "GLMImage.NodeMessages",
   setup() {
     api.addEventListener("glm_image.notice", ({ detail }) => {
-      const node = find(detail.node)
+      const node = nodeOf(detail.node)
       if (node) show(node, detail.text.split("\n"))
     })
     api.addEventListener("executing", ({ detail }) => {
-      const node = detail && find(detail)
+      const node = detail && nodeOf(detail)
       if (node) show(node, [])
     })
   },
@@ -88,7 +71,7 @@ app.registerExtension({
   // Outputs that come back with a workflow's tab, or from the queue's history.
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
-      const node = find(id)
+      const node = nodeOf(id)
       if (output?.text && node?.comfyClass?.startsWith("GLMImage")) show(node, output.text)
     }
   },

@@ -2,7 +2,9 @@
 // switches this off. Where a live preview still shows the same grid, that one stays instead.
 import { app } from "../../scripts/app.js"
 import { contextOf, decodeGrid, drawSheet, sheetOf } from "./grids.js"
-import { nodesOf, onGrids, onRestored } from "./node_grids.js"
+import { onGrids, onRestored } from "./node_grids.js"
+import { addElement } from "./node_widget.js"
+import { keyOf, nodesOf, rootGraph } from "./page_nodes.js"
 
 const NAME = "glm_grids"
 const SETTING = "GLMImage.ShowGrids"
@@ -56,47 +58,21 @@ function draw(canvas, grids) {
   }
 }
 
-/**
- * Adds the widget, without height as long as it shows nothing: some pages draw no widget of a node
- * that comes later. Returns a function that shows grids, or none.
- */
+/** Adds the widget; returns a function that shows grids, or none. */
 function addGrids(node) {
   let grids = []
   const element = document.createElement("div")
   element.className = "glm-image-grids"
   Object.assign(element.style, { position: "relative", width: "100%", overflow: "hidden" })
-  element.style.display = "none"
   const canvas = document.createElement("canvas")
   Object.assign(canvas.style, { position: "absolute", inset: "0", width: "100%", height: "100%" })
   element.append(canvas)
   new ResizeObserver(() => draw(canvas, grids)).observe(element)
-  const height = () => (grids.length ? heightOf(node, grids) : 0)
-  const widget = node.addDOMWidget(NAME, NAME, element, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getValue: () => "",
-    setValue: () => {},
-    getMinHeight: height,
-    getMaxHeight: () => (grids.length ? undefined : 0),
-  })
-  widget.serialize = false // nor in the workflow
+  const fit = addElement(node, NAME, element, () => (grids.length ? heightOf(node, grids) : 0))
   return (shown) => {
-    const before = height()
-    grids = shown
-    element.style.display = grids.length ? "" : "none"
-    element.style.minHeight = `${height()}px` // pages that draw nodes as elements read this
-    const [width, least] = node.computeSize()
-    const now = node.size[1] - (shown.length ? 0 : before)
-    node.setSize([Math.max(width, node.size[0]), Math.max(least, now)])
+    fit(() => (grids = shown))
     draw(canvas, grids)
-    node.setDirtyCanvas(true, true)
   }
-}
-
-/** Under which the page keeps a node's outputs and its live previews. */
-function keyOf(node) {
-  const inSubgraph = node.graph !== (app.rootGraph ?? app.graph)
-  return inSubgraph ? `${node.graph.id}:${node.id}` : String(node.id)
 }
 
 /** Whether the page still shows the last picture that came while the node ran. */
@@ -136,7 +112,7 @@ app.registerExtension({
       defaultValue: true,
       onChange: (wanted) => {
         if (!any) return // the page may have no graph yet
-        for (const node of nodesOf(app.rootGraph ?? app.graph))
+        for (const node of nodesOf(rootGraph()))
           if (shownOn.has(node)) update(node, wanted)
       },
     },

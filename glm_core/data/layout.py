@@ -1,8 +1,9 @@
-"""Editing layouts: masks as grid cells, locking, pasting, and which sizes a layout fits."""
+"""Editing grids: masks as grid cells, locking, pasting, and which sizes a layout fits."""
 
 import math
 from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 import torch
 from einops import repeat
@@ -16,6 +17,8 @@ from .tokens import Forced, Layout, SemanticTokens
 HALVES = ("left", "right", "top", "bottom")
 LOCKS = ("whole", "masked", "outside mask", "none", *HALVES)
 MAX_SUGGESTIONS = 3  # of sizes that a layout fits, in an error sentence
+NAMES = {Layout: "layouts", SemanticTokens: "tokens"}
+Grids = TypeVar("Grids", Layout, SemanticTokens)
 
 
 def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
@@ -116,39 +119,48 @@ def half(side: str, grid: Grid) -> Tensor:
 
 
 def compose(
-    base: Layout, source: Layout, row: int = 0, column: int = 0, mask: Tensor | None = None
-) -> Layout:
+    base: Grids, source: Grids, row: int = 0, column: int = 0, mask: Tensor | None = None
+) -> Grids:
     """`base` with cells of `source` pasted into it; cells that fall outside are cut off.
 
-    A cell is locked if it was locked in `base`, or if the cell pasted there was in `source`.
+    A cell of a layout is locked if it was locked in `base`, or if the cell pasted there was in
+    `source`. Tokens have no note of how they were made: no prompt was that of the whole.
 
     Args:
-        base, source: of one codebook, and of equal batches unless one batch is single.
+        base, source: two layouts or two tokens of one codebook, and of equal batches unless one
+            batch is single.
         row, column: where the first cell of `source` goes in `base`; may be negative.
         mask: the part of `source` to paste, see `mask_to_grid`; None pastes all of it.
 
     Raises:
-        GLMImageError: the codebooks or batches differ, or no cell lands in `base`.
+        GLMImageError: the kinds, codebooks or batches differ, or no cell lands in `base`.
     """
+    name, other_name = NAMES[type(base)], NAMES[type(source)]
+    if name != other_name:
+        raise InputError(
+            f"The base is {name} and the source {other_name}: connect two layouts, or the tokens "
+            "of two pictures."
+        )
     if base.codebook != source.codebook:
         raise TokensError(
             f"The base has a codebook of {base.codebook} and the source one of {source.codebook}: "
-            "compose layouts of one AR model."
+            f"compose {name} of one AR model."
         )
-    batch = common_batch("base layouts", len(base.preview), "source layouts", len(source.preview))
-    grid, pasted = tuple(base.locked.shape), tuple(source.locked.shape)
+    batch = common_batch(f"base {name}", len(base.ids), f"source {name}", len(source.ids))
+    grid, pasted = tuple(base.ids.shape[1:]), tuple(source.ids.shape[1:])
     chosen = torch.ones(pasted, dtype=torch.bool) if mask is None else mask_to_grid(mask, pasted)
     rows, source_rows = _overlap("row", row, grid[0], pasted[0])
     columns, source_columns = _overlap("column", column, grid[1], pasted[1])
     chosen = chosen[source_rows, source_columns]
 
-    preview = base.preview.repeat(batch // len(base.preview), 1, 1)
-    region = preview[:, rows, columns]
-    new = source.preview[:, source_rows, source_columns]
-    preview[:, rows, columns] = torch.where(chosen, new, region)
+    ids = base.ids.repeat(batch // len(base.ids), 1, 1)
+    new = source.ids[:, source_rows, source_columns]
+    ids[:, rows, columns] = torch.where(chosen, new, ids[:, rows, columns])
+    if isinstance(base, SemanticTokens):
+        return replace(base, tokens=ids, info={})
     locked = base.locked.clone()
     locked[rows, columns] |= chosen & source.locked[source_rows, source_columns]
-    return replace(base, preview=preview, locked=locked)
+    return replace(base, preview=ids, locked=locked)
 
 
 def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, slice]:
@@ -162,8 +174,10 @@ def _overlap(name: str, offset: int, length: int, pasted: int) -> tuple[slice, s
     return slice(start, stop), slice(start - offset, stop - offset)
 
 
-def to_tokens(layout: Layout) -> SemanticTokens:
-    """The previews as the tokens of small images, with 32 px per cell."""
+def to_tokens(layout: Layout | SemanticTokens) -> SemanticTokens:
+    """The previews as the tokens of small images, with 32 px per cell; tokens as they are."""
+    if isinstance(layout, SemanticTokens):
+        return layout
     height, width = (side * PIXELS_PER_TOKEN for side in layout.locked.shape)
     return SemanticTokens(layout.preview, layout.codebook, height, width, palette=layout.palette)
 
@@ -176,9 +190,13 @@ def locked_cells(layout: Layout, samples: int) -> Forced:
     return Forced(_for_samples(layout.preview, samples), layout.locked)
 
 
-def cells_outside(mask: Tensor, tokens: SemanticTokens, samples: int) -> Forced:
-    """The cells outside a mask (see `mask_to_grid`), for samples as in `locked_cells`."""
-    inside = mask_to_grid(mask, tuple(tokens.tokens.shape[1:]))
+def cells_outside(mask: Tensor | None, tokens: SemanticTokens, samples: int) -> Forced:
+    """The cells outside a mask (see `mask_to_grid`), for samples as in `locked_cells`.
+
+    Without a mask these are all cells.
+    """
+    grid = tuple(tokens.tokens.shape[1:])
+    inside = torch.zeros(grid, dtype=torch.bool) if mask is None else mask_to_grid(mask, grid)
     return Forced(_for_samples(tokens.tokens, samples), ~inside)
 
 

@@ -36,6 +36,11 @@ class SemanticTokens:
         grid = token_grid(self.height, self.width)
         _check("tokens", self.tokens, grid, self.codebook, self.height, self.width)
 
+    @property
+    def ids(self) -> Tensor:
+        """The grids, by the name that layouts have for theirs too."""
+        return self.tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -62,6 +67,11 @@ class Layout:
                 f"The locks of a layout are {self.locked.dtype} {list(self.locked.shape)}, but its "
                 f"preview needs torch.bool {list(grid)}."
             )
+
+    @property
+    def ids(self) -> Tensor:
+        """The grids, by the name that tokens have for theirs too."""
+        return self.preview
 
 
 @dataclass(frozen=True, eq=False)

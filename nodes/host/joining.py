@@ -111,10 +111,8 @@ def _noise_mask(latent: Latent, i: int) -> Tensor:
 
 
 def _length(batch: Any) -> int:
-    if isinstance(batch, SemanticTokens):
-        return len(batch.tokens)
-    if isinstance(batch, Layout):
-        return len(batch.preview)
+    if isinstance(batch, (SemanticTokens, Layout)):
+        return len(batch.ids)
     return len(batch["samples"] if isinstance(batch, dict) else batch)
 
 

@@ -44,11 +44,20 @@ def requests_of(
 
     Sample i has the seed + i modulo 2^64, and layout, set and image i modulo their number.
 
+    Args:
+        mask: the region of `tokens` to draw anew; without one nothing of them is.
+
     Raises:
         GLMImageError: the size has no grid, or the layout, the references or the tokens are of
-            another model, another size or another batch.
+            another model, another size or another batch; or there is a mask and no tokens.
     """
-    _require_region(tokens, mask, codebook, height, width)
+    if tokens is not None:
+        require_tokens_fit(tokens, codebook, height, width)
+    elif mask is not None:
+        raise InputError(
+            "mask is connected and tokens are not: connect the tokens to redraw a part of, or "
+            "disconnect the mask."
+        )
     if layout is not None:
         require_layout_fits(layout, codebook, height, width)
     if references is not None:
@@ -110,15 +119,3 @@ def layout_of(
 
 def _of_sample(forced: Forced | None, i: int) -> Forced | None:
     return forced and Forced(forced.values[i : i + 1], forced.mask)
-
-
-def _require_region(
-    tokens: SemanticTokens | None, mask: Tensor | None, codebook: int, height: int, width: int
-) -> None:
-    if (tokens is None) != (mask is None):
-        raise InputError(
-            "tokens and mask belong together: connect both to draw part of an image anew, or "
-            "write cells in place of the mask; else connect neither."
-        )
-    if tokens is not None:
-        require_tokens_fit(tokens, codebook, height, width)

@@ -1,4 +1,4 @@
-"""Lock Layout's editor in the page: four gestures make a picture whose locked half has stayed."""
+"""The editors in the page: hands choose and lock layouts, paste them, and redraw a region."""
 
 import base64
 import io
@@ -10,83 +10,19 @@ import pytest
 import torch
 from glm_image.glm_core.data.cells import format_cells
 from glm_image.scripts.client import Client
+from glm_image.scripts.editor import MODULES, ROOT, Editor
+from glm_image.scripts.page import open_page
 from glm_image.scripts.workflow_texts import graph_file
 from PIL import Image
 
 WORKFLOW = graph_file("layouts_by_hand")
-EDITOR = ".glm-image-editor"
-MODULES = "/extensions/ComfyUI-GLM-Image"
 TIMEOUT_MS = 180_000
 ROWS, COLUMNS = 13, 18  # of the preview of 256x192 pixels
 FRAME_MS = 16
 
 
-class Editor:
-    """The editor of the only Lock Layout in a page."""
-
-    def __init__(self, page) -> None:
-        self.page = page
-        self.browser_page = page.browser_page
-        self.canvas = self.browser_page.locator(f"{EDITOR} canvas")
-
-    def center(self) -> None:
-        """Shows the node at its own size."""
-        self.browser_page.evaluate(
-            """() => {
-                const node = app.graph.nodes.find(node => node.type === 'GLMImageLockLayout')
-                app.canvas.ds.scale = 1
-                app.canvas.ds.offset = [600 - node.pos[0], 200 - node.pos[1]]
-                app.canvas.setDirty(true, true)
-            }"""
-        )
-        time.sleep(0.5)
-
-    def value(self, name: str):
-        return self.browser_page.evaluate(
-            """name => app.graph.nodes.find(node => node.type === 'GLMImageLockLayout')
-                .widgets.find(widget => widget.name === name).value""",
-            name,
-        )
-
-    def wait_for(self, text: str) -> None:
-        self.browser_page.locator(EDITOR).get_by_text(text).wait_for(timeout=TIMEOUT_MS)
-
-    def places(self, count: int) -> dict:
-        """Where tiles and the large picture are on the screen, by the page's own module."""
-        return self.browser_page.evaluate(
-            """async ([module, editor, grid]) => {
-                const {placesOf} = await import(module)
-                const canvas = document.querySelector(`${editor} canvas`)
-                const {left, top, width, height} = canvas.getBoundingClientRect()
-                const {boxes, large} = placesOf(grid, width, height)
-                const moved = box => ({...box, x: box.x + left, y: box.y + top})
-                return {boxes: boxes.map(moved), large: moved(large)}
-            }""",
-            [
-                f"{MODULES}/editor_view.js",
-                EDITOR,
-                {"rows": ROWS, "columns": COLUMNS, "count": count},
-            ],
-        )
-
-    def click_tile(self, index: int, count: int) -> None:
-        box = self.places(count)["boxes"][index]
-        self.browser_page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-
-    def drag(self, start: tuple[int, int], end: tuple[int, int], count: int) -> None:
-        """From one (row, column) to another."""
-        large, mouse = self.places(count)["large"], self.browser_page.mouse
-        (x, y), (to_x, to_y) = (
-            (
-                large["x"] + (column + 0.5) * large["width"] / COLUMNS,
-                large["y"] + (row + 0.5) * large["height"] / ROWS,
-            )
-            for row, column in (start, end)
-        )
-        mouse.move(x, y)
-        mouse.down()
-        mouse.move(to_x, to_y, steps=5)
-        mouse.up()
+def wait_for(page, text: str) -> None:
+    page.browser_page.locator(ROOT).get_by_text(text).wait_for(timeout=TIMEOUT_MS)
 
 
 @pytest.fixture
@@ -100,7 +36,7 @@ def editor(page) -> Editor:
     for sampler in ("GLMImageSampleLayout", "GLMImageSampleTokens"):
         set_value(page, sampler, "temperature", 5.0)
         set_value(page, sampler, "top_p", 1.0)
-    shown = Editor(page)
+    shown = Editor(page, "Click one, drag over it", "Layouts", {"rows": ROWS, "columns": COLUMNS})
     shown.center()
     return shown
 
@@ -139,7 +75,7 @@ def picture(client: Client, outputs: dict[str, dict]) -> np.ndarray:
 def test_run_click_drag_and_another_prompt(editor, page, address):
     client = Client(address)
     page.browser_page.get_by_role("button", name="Run only what leads to this node").click()
-    editor.wait_for("layout 0 of 3")
+    wait_for(page, "layout 0 of 3")
     page.wait_until_idle()
     assert "SaveImage" not in last_outputs(client)
     editor.center()
@@ -148,8 +84,8 @@ def test_run_click_drag_and_another_prompt(editor, page, address):
     page.browser_page.on("request", lambda sent: requests.append(sent.url))
     editor.click_tile(2, 3)
     editor.drag((0, 0), (ROWS - 1, COLUMNS // 2 - 1), 3)
-    editor.wait_for("117 of 234 cells locked")
-    assert (editor.value("batch_index"), editor.value("cells")) == (2, "0-12:0-8")
+    wait_for(page, "117 of 234 cells locked")
+    assert editor.values("batch_index", "cells") == (2, "0-12:0-8")
     assert requests == []
 
     set_prompt(
@@ -177,19 +113,107 @@ def test_run_click_drag_and_another_prompt(editor, page, address):
     # Other layouts: the cells are marked, until they are kept or dropped.
     set_value(page, "GLMImageSampleLayout", "seed", 99)
     page.browser_page.get_by_role("button", name="Run only what leads to this node").click()
-    editor.wait_for("These cells were chosen for other layouts.")
+    wait_for(page, "These cells were chosen for other layouts.")
     page.wait_until_idle()
     page.browser_page.reload()
     page.browser_page.wait_for_function("window.app?.graph && window.app.vueAppReady")
-    editor.wait_for("layout 2 of 3")
-    editor.wait_for("These cells were chosen for other layouts.")
+    wait_for(page, "layout 2 of 3")
+    wait_for(page, "These cells were chosen for other layouts.")
     page.browser_page.get_by_role("button", name="Drop them").click()
-    editor.wait_for("by lock: whole")
-    assert editor.value("cells") == ""
+    wait_for(page, "by lock: whole")
+    assert editor.values("cells") == ("",)
     assert page.errors == []
 
 
-def test_cells_in_the_page_are_those_of_the_server(page):
+SIZE = {"width": 96, "height": 64}  # a preview of 13 x 19 cells, and 2 x 3 of 32 pixels
+PREVIEW = {"rows": 13, "columns": 19}
+LOW = (600, -400)  # where a long node shows its lower end
+
+
+def pasting_and_redrawing() -> dict:
+    """A layout pasted into another, and tokens with that layout of which a region is redrawn."""
+
+    def node(kind, title, **inputs):
+        return {"class_type": f"GLMImage{kind}", "inputs": inputs, "_meta": {"title": title}}
+
+    options = {"temperature": 5.0, "top_p": 1.0, "top_k": 0, "batch_size": 1, **SIZE}
+    sampled = {"ar": ["1", 0], "prompt": "a red circle", "cells": "", **options}
+    layout = {"ar": ["1", 0], "prompt": "a blue star", **options}
+    return {
+        "1": node("LoadAR", "AR", model_name="GLM-Image", weight_dtype="default"),
+        "2": node("SampleLayout", "Base", seed=1, **layout),
+        "3": node("SampleLayout", "Source", seed=2, **layout),
+        "4": node(
+            "ComposeLayouts", "Paste", base=["2", 0], source=["3", 0], row=0, column=0, cells=""
+        ),
+        "5": node("SampleTokens", "First", layout=["4", 0], seed=3, **sampled),
+        "6": node("SampleTokens", "Redraw", tokens=["5", 0], seed=4, **sampled),
+        "7": node("ShowTokens", "Show", tokens=["6", 0], cell_size=8),
+    }
+
+
+def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, address):
+    page.open_api(pasting_and_redrawing(), "hands")
+    page.browser_page.evaluate(
+        """() => app.graph.nodes.forEach(node => {
+            node.pos = [1000 * node.id, 0]
+            for (const one of node.widgets)
+                if (one.name === 'control_after_generate') one.value = 'fixed'
+        })"""
+    )
+    pasting = Editor(page, "Paste", "Source", PREVIEW | {"base": PREVIEW})
+    redrawing = Editor(page, "Redraw", "Tokens", {"rows": 2, "columns": 3})
+    page.run()
+    page.wait_until_idle()
+
+    pasting.center()
+    pasting.drag((2, 3), (5, 6))
+    pasting.drag((4, 4), (6, 14), 1, "base")
+    assert pasting.values("row", "column", "cells") == (2, 10, "2-5:3-6")
+    page.browser_page.keyboard.press("Alt+ArrowUp")
+    for key in ("ArrowDown", "ArrowRight", "Shift+ArrowRight", "Space"):
+        page.browser_page.keyboard.press(key)
+    assert pasting.values("row", "column", "cells") == (1, 10, "0:1-2; 2-5:3-6")
+
+    # A second finger means the page; the first alone means cells.
+    redrawing.center(LOW)
+    fingers = page.browser_page.context.new_cdp_session(page.browser_page)
+
+    def touch(kind, *cells):
+        points = [{**redrawing.point(cell), "id": i} for i, cell in enumerate(cells)]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", (0, 0))
+    touch("touchMove", (0, 1))
+    touch("touchStart", (0, 1), (1, 2))
+    touch("touchEnd")
+    assert redrawing.values("cells") == ("",)
+    redrawing.center(LOW)
+    touch("touchStart", (0, 1))
+    touch("touchMove", (1, 1))
+    touch("touchEnd")
+    assert redrawing.values("cells") == ("0-1:1",)
+    wait_for(page, "2 of 6 cells drawn anew")
+
+    page.run()
+    page.wait_until_idle()
+    (run,) = json.loads(Client(address).get("/history?max_items=1")).values()
+    given, written = (run["outputs"]["6"][key][0] for key in ("glm_given", "glm_grids"))
+    assert given["marked"] == "0-1:1"
+    before, after = colours(given)[0], colours(written)[0]
+    np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert (after[:, 1] != before[:, 1]).any()
+    assert page.errors == []
+
+
+@pytest.fixture(scope="module")
+def modules(address):
+    """A page for tests of its modules alone. They come last: only one page is open at a time."""
+    with open_page(address) as page:
+        yield page
+
+
+def test_cells_in_the_page_are_those_of_the_server(modules):
     """The same canonical text; what hands do to cells; and what is refused."""
     generator = torch.Generator().manual_seed(0)
     grids = [torch.rand(5, 7, generator=generator) < share / 10 for share in range(11)]
@@ -209,7 +233,7 @@ def test_cells_in_the_page_are_those_of_the_server(page):
         }
     }"""
     argument = [f"{MODULES}/cells.js", [grid.flatten().int().tolist() for grid in grids]]
-    found = page.browser_page.evaluate(script, argument)
+    found = modules.browser_page.evaluate(script, argument)
     assert found["texts"] == found["again"] == [format_cells(grid) for grid in grids]
     assert found["hole"] == "0:0-2; 1-2:0; 1-2:2; 3-4:0-2"
     assert found["others"] == "0-4:3-6"
@@ -217,25 +241,35 @@ def test_cells_in_the_page_are_those_of_the_server(page):
     assert found["refused"] == [None] * 5
 
 
-def test_sixty_layouts_are_drawn_within_a_frame(page):
+def test_sixty_layouts_are_drawn_within_a_frame(modules):
     script = """async module => {
         const {CellEditor} = await import(`${module}/cell_editor.js`)
-        const {decodeGrid} = await import(`${module}/grids.js`)
+        const {CellsPane} = await import(`${module}/cells_pane.js`)
+        const {SheetPane} = await import(`${module}/sheet_pane.js`)
+        const {decodeEditable} = await import(`${module}/grids.js`)
         const {editorTexts} = await import(`${module}/editor_texts.js`)
         const colours = new Uint8Array(60 * 256 * 3).map(() => 255 * Math.random())
-        const grid = decodeGrid({
-            kind: 'layout', rows: 16, columns: 16, count: 60, total: 60, locked: '', given: '',
+        const grid = decodeEditable({
+            kind: 'layout', rows: 16, columns: 16, count: 60, total: 60,
+            locked: '', marked: '', given: '',
             colours: btoa(String.fromCharCode(...colours)),
             hashes: Array.from({length: 60}, (_, i) => `${i}`),
         })
-        const now = {taken: 7, cells: '', given: grid.given, shown: grid.locked, fixed: false}
-        const editor = new CellEditor({read: () => now}, editorTexts())
+        const values = {cells: ''}
+        const kind = {
+            panes: () => [new SheetPane(), new CellsPane()],
+            read: () => ({taken: 7, shown: grid.marked}),
+            kept: marks => marks,
+            about: () => [],
+        }
+        const inputs = {values: () => values, isStale: () => false, adopt: () => {}}
+        const editor = new CellEditor(kind, inputs, editorTexts('GLMImageLockLayout'))
         editor.element.style.cssText += 'position:fixed;left:0;top:0;width:400px;height:700px'
         document.body.append(editor.element)
         editor.show(grid)
         const times = []
         for (let i = 0; i < 100; i++) {
-            now.cells = `0-15:0-${i % 15}` // another selection in every frame, as in a drag
+            values.cells = `0-15:0-${i % 15}` // another selection in every frame, as in a drag
             const start = performance.now()
             editor.draw()
             editor.parts.canvas.getContext('2d').getImageData(0, 0, 1, 1) // waits for the drawing
@@ -244,6 +278,6 @@ def test_sixty_layouts_are_drawn_within_a_frame(page):
         editor.element.remove()
         return times.sort((a, b) => a - b)
     }"""
-    times = page.browser_page.evaluate(script, MODULES)
+    times = modules.browser_page.evaluate(script, MODULES)
     print(f"60 layouts of 16x16: {times[len(times) // 2]:.1f} ms a frame (best {times[0]:.1f})")
     assert times[0] < FRAME_MS  # the best, as the machine may be busy with other work

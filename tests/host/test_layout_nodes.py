@@ -175,6 +175,24 @@ def test_cells_of_the_source_are_pasted(run, sample):
         run("ComposeLayouts", base, source, 0, 0, None, "16:0")
 
 
+def test_tokens_are_composed_on_a_layouts_link(nodes, run, sample):
+    """Layout To Tokens gives them the type of tokens again; the node shows both."""
+    base, source = (sample("Tokens", seed=seed, batch=batch)[0] for seed, batch in ((1, 2), (2, 1)))
+    made = nodes["GLMImageComposeLayouts"].execute(base, source, 1, -1, None, "0:1-2")
+    (tokens,) = run("LayoutToTokens", made.result[0])
+    wanted = base.tokens.clone()
+    wanted[:, 1, :2] = source.tokens[:, 0, 1:]
+    assert same(tokens.tokens, wanted)
+    assert (tokens.width, tokens.height, tokens.info) == (96, 64, {})
+    pasted, onto = made.ui["glm_grids"]
+    assert (pasted["kind"], pasted["marked"], pasted["given"]) == ("tokens", "0:1-2", "*")
+    assert (pasted["row"], pasted["column"], pasted["total"], onto["total"]) == (1, -1, 1, 2)
+    (layout,) = sample("Layout")
+    for given in ((base, layout), (layout, base)):
+        with pytest.raises(GLMImageError, match="connect two layouts, or the tokens of two pict"):
+            run("ComposeLayouts", *given, 0, 0)
+
+
 def test_cells_that_name_no_cell_of_tokens(sample):
     tokens, _ = sample("Tokens")
     with pytest.raises(GLMImageError, match="names column 3, but the grid has the columns 0 to 2"):
@@ -191,11 +209,23 @@ def test_a_loaded_file_says_its_size_and_prompt(nodes, run, sample):
         assert loaded[2:] == (96, 64, prompt)
 
 
-def test_tokens_and_mask_belong_together(sample):
+def test_tokens_without_a_region_stay_and_a_region_needs_tokens(nodes, sample, ar):
     tokens, _ = sample("Tokens")
-    for given in ({"tokens": tokens}, {"mask": torch.ones(1, 8, 8)}):
-        with pytest.raises(GLMImageError, match="tokens and mask belong together"):
-            sample("Tokens", **given)
+    with pytest.raises(GLMImageError, match="mask is connected and tokens are not"):
+        sample("Tokens", mask=torch.ones(1, 8, 8))
+    settings = (PROMPT, 96, 64, 6, 0.9, 0.75, 0, 1)
+    kept = run_sampler(nodes["GLMImageSampleTokens"], ar, *settings, tokens=tokens)
+    assert same(kept.result[0][0].tokens, tokens.tokens)
+    assert "drag over the picture on the node" in kept.ui["text"][-1]
+    # The node shows what it was given, whatever it wrote of it.
+    redrawn = run_sampler(
+        nodes["GLMImageSampleTokens"], ar, *settings, tokens=tokens, cells="0:0-1"
+    )
+    (before,), (after,) = kept.ui["glm_given"], redrawn.ui["glm_given"]
+    assert (before["marked"], after["marked"]) == ("", "0:0-1")
+    assert before["hashes"] == after["hashes"] == kept.ui["glm_grids"][0]["hashes"]
+    assert before["colours"] == after["colours"] == kept.ui["glm_grids"][0]["colours"]
+    assert len(redrawn.ui["text"]) == len(kept.ui["text"]) - 1
 
 
 def test_a_layout_that_does_not_fit(sample, wide_ar):

@@ -204,6 +204,19 @@ def test_locking_after_composing_keeps_the_union_of_locks(saved):
     assert torch.equal(made.preview[:, :, 10:], other.preview[:, :, : columns - 10])
 
 
+def test_tokens_of_two_pictures_are_composed(saved, refused_at):
+    """They go on as tokens from Layout To Tokens alone."""
+    graph = Graph()
+    base, source = (graph.sample("Tokens", fresh_seed()) for _ in range(2))
+    composed = graph.node("ComposeLayouts", base=base, source=source, row=0, column=1, cells="0:0")
+    tokens = graph.node("LayoutToTokens", layout=composed)
+    (made, _), (old, _), (new, _) = saved(graph, *map(graph.save, (tokens, base, source)))
+    wanted = old.tokens.clone()
+    wanted[:, 0, 1] = new.tokens[:, 0, 0]
+    assert torch.equal(made.tokens, wanted)
+    refused_at(graph, graph.lock(composed)[0], "SemanticTokens and not a layout")
+
+
 @pytest.mark.parametrize(("how", "left", "share"), [
     ("masked", 0, 0), ("masked", None, 1), ("outside mask", 0, 1), ("outside mask", None, 0),
     ("whole", 0, 1), ("none", None, 0),
@@ -362,7 +375,7 @@ def _other_codebook(graph):
 
 
 def _mask_alone(graph):
-    return graph.sample("Tokens", 1, mask=graph.mask()), "tokens and mask belong together"
+    return graph.sample("Tokens", 1, mask=graph.mask()), "mask is connected and tokens are not"
 
 
 def _cells_outside_the_grid(graph):
