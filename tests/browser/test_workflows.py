@@ -4,14 +4,15 @@
 """
 
 import json
+import os
 from urllib.parse import quote
 
 import pytest
 from glm_image.scripts import blueprints
 from glm_image.scripts.blueprints import BLUEPRINTS, inside, with_one_loader, without_ends
 from glm_image.scripts.client import Client
-from glm_image.scripts.host import PACK
-from glm_image.scripts.tiny_graphs import suit_tiny, write_graphs
+from glm_image.scripts.host import PACK, make_base
+from glm_image.scripts.tiny_graphs import suit_tiny, write_graphs, write_templates
 from glm_image.scripts.workflow_texts import FOLDER, file_title, graph_file
 from glm_image.scripts.workflow_texts import WORKFLOWS as TEXTS
 from glm_image.scripts.workflows import graph_id
@@ -172,6 +173,20 @@ def test_the_tiny_models_graphs_are_written_and_a_changed_one_stays(tmp_path):
     write_graphs(tmp_path, tiny=False)
     assert first.read_text() == "mine"
     assert json.loads(second.read_text()) == graph(list(TEXTS)[1])
+
+
+def test_a_server_of_the_tiny_model_has_its_graphs_as_templates(tmp_path):
+    templates = write_templates(tmp_path / "templates")
+    for _ in range(2):
+        make_base(tmp_path / "base", templates)
+    pack = tmp_path / "base" / "custom_nodes" / PACK
+    assert (pack / "__init__.py").samefile(FOLDER.parent / "__init__.py")
+    listed = {file.name for file in (pack / "workflows").iterdir()}
+    graphs = write_graphs(tmp_path, tiny=True)
+    assert {name for name in listed if name.endswith(".json")} == set(os.listdir(graphs))
+    assert len(listed) == 2 * len(os.listdir(graphs))
+    make_base(tmp_path / "base")
+    assert pack.samefile(FOLDER.parent)
 
 
 @pytest.mark.parametrize("name", NAMES)
