@@ -77,7 +77,7 @@ OVERLAPS = """() => {
 # Elements come after their graph, and each reports its place when it gets its size. While the view
 # moves, ComfyUI 0.3.75's page takes wrong places for them, so the view has to wait as well.
 SETTLE = """async () => {
-    const FRAMES = 10, LIMIT_MS = 60000
+    const FRAMES = 5, LIMIT_MS = 60000
     const state = () => {
         const elements = [...document.querySelectorAll('[data-node-id]')]
         if (LiteGraph.vueNodesMode && elements.length < app.graph.nodes.length) return null
