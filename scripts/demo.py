@@ -42,12 +42,20 @@ def main() -> None:
 
 
 def demo_server(
-    comfyui: environment.Host, model: str, *flags: str, port: int | None = None
+    comfyui: environment.Host,
+    model: str,
+    *flags: str,
+    port: int | None = None,
+    templates: Path | None = None,
 ) -> AbstractContextManager[str]:
-    """A server with the demo's models; it saves pictures to `output/`."""
+    """A server with the demo's models; it saves pictures to `output/`.
+
+    `templates` are graphs for its template browser, in place of the pack's.
+    """
     flags = ("--output-directory", str(OUTPUT), *flags)
     threads = 1 if model == TINY.name else None
-    return host.serve(comfyui, host.make_base(BASE), *flags, port=port, threads=threads)
+    base = host.make_base(BASE, templates)
+    return host.serve(comfyui, base, *flags, port=port, threads=threads)
 
 
 def prepare_model(model: str | None) -> str:

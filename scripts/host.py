@@ -19,13 +19,27 @@ PACK = "ComfyUI-GLM-Image"
 START_TIMEOUT_S = 300
 
 
-def make_base(folder: Path) -> Path:
-    """A base folder for ComfyUI with this checkout as its only custom node pack."""
+def make_base(folder: Path, templates: Path | None = None) -> Path:
+    """A base folder for ComfyUI with this checkout as its only custom node pack.
+
+    Args:
+        templates: a folder of graphs that the page's template browser lists in place of those in
+            `workflows/`. The pack is then a folder of links, one to each part of the checkout.
+    """
     for name in ("custom_nodes", "input", "models/glm_image", "models/loras"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    link = folder / "custom_nodes" / PACK
-    link.unlink(missing_ok=True)
-    link.symlink_to(ROOT)
+    pack = folder / "custom_nodes" / PACK
+    if pack.is_dir() and not pack.is_symlink():
+        for link in pack.iterdir():
+            link.unlink()
+        pack.rmdir()
+    pack.unlink(missing_ok=True)
+    if templates is None:
+        pack.symlink_to(ROOT)
+        return folder
+    pack.mkdir()
+    for part in (part for part in ROOT.iterdir() if not part.name.startswith(".")):
+        (pack / part.name).symlink_to(templates if part.name == "workflows" else part)
     return folder
 
 

@@ -74,6 +74,28 @@ OVERLAPS = """() => {
     }
     return found
 }"""
+# Elements come after their graph, and each reports its place when it gets its size. While the view
+# moves, ComfyUI 0.3.75's page takes wrong places for them, so the view has to wait as well.
+SETTLE = """async () => {
+    const FRAMES = 5, LIMIT_MS = 60000
+    const state = () => {
+        const elements = [...document.querySelectorAll('[data-node-id]')]
+        if (LiteGraph.vueNodesMode && elements.length < app.graph.nodes.length) return null
+        const {scale, offset} = app.canvas.ds
+        const drawn = app.graph.nodes.map(node => [...node.boundingRect])
+        const boxes = elements.map(element => element.getBoundingClientRect())
+        return JSON.stringify([scale, ...offset, drawn, boxes])
+    }
+    const start = performance.now()
+    let before = null
+    for (let same = 0; same < FRAMES;) {
+        if (performance.now() - start > LIMIT_MS) throw new Error('The nodes do not come to rest.')
+        await new Promise(requestAnimationFrame)
+        const now = state()
+        same = now !== null && now === before ? same + 1 : 0
+        before = now
+    }
+}"""
 EMPTY_GRAPH = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "version": 0.4}
 EMPTY_SPOT = (960, 700)  # of the canvas, in the viewport
 VIEWPORT = {"width": 1920, "height": 1080}
@@ -86,11 +108,21 @@ class Page:
 
     def __init__(self, page: BrowserPage, address: str) -> None:
         self.browser_page = page
+        self.address = address
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(START_TIMEOUT_MS)
         page.goto(f"http://{address}/")
         page.wait_for_function("window.app?.graph && window.app.vueAppReady")
+
+    @contextmanager
+    def another(self) -> Iterator["Page"]:
+        """The server's page once more in this browser, as on a first visit."""
+        page = self.browser_page.context.browser.new_page(viewport=VIEWPORT)
+        try:
+            yield Page(page, self.address)
+        finally:
+            page.close()
 
     def open_api(self, prompt: Prompt, name: str) -> None:
         """Opens a prompt in API form; the page makes a graph of it."""
@@ -99,13 +131,17 @@ class Page:
     def open_file(self, text: str, name: str) -> None:
         """Opens a workflow file as if it were dropped on the page, and fits it into view."""
         self._evaluate(
-            """async ([text, name]) => {
-                await app.handleFile(new File([text], name, {type: 'application/json'}))
-                await app.extensionManager.command.execute('Comfy.Canvas.FitView')
-                await new Promise(done => setTimeout(done, 1000))
-            }""",
+            """([text, name]) =>
+                app.handleFile(new File([text], name, {type: 'application/json'}))""",
             [text, name],
         )
+        self.fit_view()
+
+    def fit_view(self) -> None:
+        """Fits the graph into view, once its nodes stay where they are."""
+        self._evaluate(SETTLE)
+        self._evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self._evaluate(SETTLE)
 
     def node_types(self) -> list[str]:
         return self._evaluate("() => app.graph.nodes.map(node => node.type)")
@@ -190,12 +226,10 @@ class Page:
     def draw_nodes_as_elements(self, on: bool) -> None:
         """Sets whether nodes are elements of the page, or drawn on its canvas."""
         self._evaluate(
-            """async on => {
-                await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)
-                await new Promise(done => setTimeout(done, 1000))
-            }""",
+            "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)",
             on,
         )
+        self._evaluate(SETTLE)
 
     def overlaps(self) -> list[str]:
         """Which nodes overlap, and behind which ones a link passes, as the page draws them now."""

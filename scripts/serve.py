@@ -10,7 +10,7 @@ import time
 
 from . import environment, host
 from .demo import BASE, TINY, demo_server, prepare_model
-from .tiny_graphs import write_graphs
+from .tiny_graphs import write_graphs, write_templates
 from .workflow_texts import file_title
 
 WORKFLOW_MODEL = "GLM-Image"
@@ -23,16 +23,18 @@ def main(flags: list[str]) -> None:
     alias = models / WORKFLOW_MODEL
     if model != WORKFLOW_MODEL and (alias.is_symlink() or not alias.exists()):
         host.add_model(BASE, models / model, WORKFLOW_MODEL)
-    graphs = write_graphs(BASE, tiny=model == TINY.name)
+    is_tiny = model == TINY.name
+    graphs = write_graphs(BASE, is_tiny)
+    templates = write_templates(BASE / "templates") if is_tiny else None
     port = int(os.environ.get("PORT", "8188"))
     flags = ["--preview-method", "auto", *flags]
-    server = demo_server(environment.host(), model, *flags, port=port)
+    server = demo_server(environment.host(), model, *flags, port=port, templates=templates)
     with server as address:
         print(f"ComfyUI with the pack is at http://{address} (Ctrl-C stops it).")
         print(f"Its model is {model}; the workflows find it as {WORKFLOW_MODEL}.")
         print(
-            f"Graphs for it are in the page's sidebar, Workflows (key W); begin with "
-            f"'{file_title('text_to_image')}'. They lie in {graphs}.",
+            f"Graphs for it are in the page's Templates and in its sidebar, Workflows (key W); "
+            f"begin with '{file_title('text_to_image')}'. They lie in {graphs}.",
             flush=True,
         )
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,12 +1,14 @@
-"""The editor's graphs in a server's workflows sidebar, as `make serve` offers them.
+"""The editor's graphs in a server's workflows sidebar and templates, as `make serve` offers them.
 
 For the model `tiny/` they get prompts, a size and a picture that it understands. A graph that its
-user has changed is never written again: a list of checksums, beside the graphs' folder, says what
-this module wrote, and only files that still have theirs are replaced.
+user has changed in the sidebar is never written again: a list of checksums, beside the graphs'
+folder, says what this module wrote, and only files that still have theirs are replaced.
 """
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,16 +34,33 @@ def write_graphs(base: Path, tiny: bool) -> Path:
         draw_picture(base / "input" / PICTURE)
     record = folder.parent / WRITTEN
     written = json.loads(record.read_text()) if record.is_file() else {}
-    for name in (name for name in WORKFLOWS if WORKFLOWS[name].suits_tiny or not tiny):
-        graph = json.loads(graph_file(name).read_text())
-        if tiny:
-            suit_tiny(graph, name)
-        file, text = folder / graph_file(name).name, json.dumps(graph)
+    for source, text in _graphs(tiny):
+        file = folder / source.name
         if not file.exists() or _checksum(file.read_text()) == written.get(file.name):
             file.write_text(text)
             written[file.name] = _checksum(text)
     record.write_text(json.dumps(written, indent=2))
     return folder
+
+
+def write_templates(folder: Path) -> Path:
+    """A folder for the template browser: the graphs for `tiny/` and their pictures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for source, text in _graphs(tiny=True):
+        (folder / source.name).write_text(text)
+        picture = source.with_suffix(".jpg")
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    return folder
+
+
+def _graphs(tiny: bool) -> Iterator[tuple[Path, str]]:
+    """The pack's graphs: each file, and the text that is offered of it."""
+    for name in (name for name in WORKFLOWS if WORKFLOWS[name].suits_tiny or not tiny):
+        graph = json.loads(graph_file(name).read_text())
+        if tiny:
+            suit_tiny(graph, name)
+        yield graph_file(name), json.dumps(graph)
 
 
 def suit_tiny(graph: dict, name: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import environment, graph_layout, host
 from .blueprints import BLUEPRINTS, write_blueprint
-from .editor_graph import GAP, NOTE_HEIGHT, NOTE_WIDTH, groups, name_packs, note
+from .editor_graph import GAP, NOTE_HEIGHT, NOTE_WIDTH, groups, name_packs, note, view
 from .page import Page, open_page
 from .workflow_texts import FOLDER, MODEL_NOTE, WORKFLOWS, graph_file
 
@@ -82,6 +82,7 @@ def arrange(graph: dict, name: str) -> dict:
         "nodes": [*sorted(graph["nodes"], key=lambda node: node["id"]), *notes],
         "groups": groups(frames),
         "extra": {
+            "ds": view(frames),
             "reroutes": reroutes,
             "linkExtensions": graph_layout.extensions(reroutes),
         },

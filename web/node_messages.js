@@ -10,13 +10,29 @@ const NAME = "glm_message"
 const LINE = 18 // pixels
 const LETTER = 6.5 // pixels, on average
 const MOST_LINES = 12 // more are scrolled
+const BORDER = 10 + 4 // pixels: the page's margin around an element, and the padding in it
+
+/** How many lines of so many letters a paragraph takes, broken between words. */
+function lineCount(paragraph, letters) {
+  let count = 1
+  let used = 0
+  for (const word of paragraph.split(" ")) {
+    if (used && used + 1 + word.length > letters) {
+      count += 1
+      used = 0
+    }
+    used += word.length + (used ? 1 : 0)
+    for (; used > letters; used -= letters) count += 1
+  }
+  return count
+}
 
 const messages = new WeakMap() // {element, fit} by node
 
 function height(node, text) {
   const letters = Math.max(10, (node.size[0] - 40) / LETTER)
-  const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)))
-  return Math.min(MOST_LINES, lines.reduce((sum, count) => sum + count, 0)) * LINE + 12
+  const counts = text.split("\n").map((paragraph) => lineCount(paragraph, letters))
+  return Math.min(MOST_LINES, counts.reduce((sum, count) => sum + count, 0)) * LINE + 2 * BORDER
 }
 
 function add(node) {

@@ -17,7 +17,14 @@ def address(tmp_path_factory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def page(address: str) -> Iterator[Page]:
+@pytest.fixture(scope="session")
+def shared_page(address: str) -> Iterator[Page]:
+    """For tests that leave no message in it: loading a page takes longer than most of them."""
     with open_page(address) as page:
+        yield page
+
+
+@pytest.fixture
+def page(shared_page: Page) -> Iterator[Page]:
+    with shared_page.another() as page:
         yield page

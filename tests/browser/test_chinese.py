@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from glm_image.scripts.client import Client, Prompt
-from glm_image.scripts.page import Page, open_page
+from glm_image.scripts.page import Page
 from glm_image.scripts.workflow_texts import graph_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,11 +19,11 @@ EMPTY_SPOT = (960, 950)  # of the canvas
 
 
 @pytest.fixture
-def chinese_page(address: str) -> Iterator[Page]:
+def chinese_page(address: str, shared_page: Page) -> Iterator[Page]:
     client = Client(address)
     client.post("/settings/Comfy.Locale", "zh")
     try:
-        with open_page(address) as page:
+        with shared_page.another() as page:
             yield page
     finally:
         client.post("/settings/Comfy.Locale", "en")
