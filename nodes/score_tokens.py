@@ -123,6 +123,7 @@ def _table(scores: Scores) -> str:
 
 
 def _key(score: float) -> float:
+    """To sort by: a sample without a score comes last."""
     return score if score == score else -torch.inf
 
 
