@@ -27,10 +27,10 @@ class ScoreTokens(Node):
             node_id="GLMImageScoreTokens",
             display_name="GLM-Image Score Tokens",
             category=f"{CATEGORY}/best of",
-            description="How much more likely the AR model finds tokens under their prompt than "
-            "under another one or none: a prompt match that needs no other model. Bigger is "
-            "better. It compares candidates of one prompt; scores of two prompts say nothing "
-            "about each other.",
+            description="How likely the AR model finds tokens under their prompt, or how much "
+            "more likely than under another one or none: a judge that needs no other model. "
+            "Bigger is better. It compares candidates of one prompt; scores of two prompts say "
+            "nothing about each other.",
             inputs=[
                 AR.Input("ar", tooltip="The AR model that wrote the tokens."),
                 io.String.Input(
