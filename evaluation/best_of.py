@@ -12,15 +12,16 @@ from scripts.client import Client, Prompt
 
 from .cases import SETS, Case, Results, Settings, node, painted
 
-SCORES, READ = "scores", "read"  # ids of nodes that show scores
-BY_TOKENS, BY_OCR = "tokens", "OCR"
+BY_MATCH, BY_LIKELIHOOD, BY_LAYOUT = "prompt match", "likelihood", "layout's likelihood"
+BY_TOKENS = (BY_MATCH, BY_LIKELIHOOD, BY_LAYOUT)
+BY_OCR = "OCR"
 JUDGES = {
     "colours and places of shapes match": BY_TOKENS,
     "kinds of shapes match as well": BY_TOKENS,
-    "Latin word read": BY_OCR,
-    "two Chinese characters read": BY_OCR,
+    "Latin word read": (BY_OCR,),
+    "two Chinese characters read": (BY_OCR,),
 }
-"""The score that chooses, by measure."""
+"""The judges that choose, by what is measured. A judge is a node of the graph with its name."""
 READS = {"shapes": False, "latin": True, "chinese": True}
 """The kinds of cases, and whether their pictures are read as well."""
 
@@ -31,7 +32,7 @@ class Candidates:
 
     held: what each shows of what was asked.
     scores: by judge, one for each candidate.
-    seconds: of the server, by judge, and "picture": one candidate's share of all other nodes.
+    seconds: of the server, by judge, and under "picture" one candidate's share of all other nodes.
     """
 
     held: list[Results]
@@ -55,14 +56,24 @@ def _scored(graph: Prompt, candidates: int, reads: bool) -> Prompt:
     ids = {one["class_type"]: key for key, one in graph.items()}
     sampler = ids["GLMImageSampleTokens"]
     ar, prompt = (graph[sampler]["inputs"][name] for name in ("ar", "prompt"))
-    judge = {"ar": ar, "prompt": prompt, "tokens": [sampler, 0], "layout": [sampler, 1]}
-    graph[BY_TOKENS] = _node("GLMImageScoreTokens", **judge, against="")
-    graph[SCORES] = _node("PreviewAny", source=[BY_TOKENS, 0])
+    layout = {"ar": ar, "prompt": prompt, "layout": [sampler, 1], "against": ""}
+    both = layout | {"tokens": [sampler, 0]}
+    judges = {
+        BY_MATCH: _node("GLMImageScoreTokens", **both, measure="prompt match"),
+        BY_LIKELIHOOD: _node("GLMImageScoreTokens", **both, measure="likelihood"),
+        BY_LAYOUT: _node("GLMImageScoreTokens", **layout, measure="likelihood"),
+    }
     if reads:
         pictures = [ids["VAEDecode"], 0]
-        graph[BY_OCR] = _node("GLMImageReadText", images=pictures, prompt=prompt)
-        graph[READ] = _node("PreviewAny", source=[BY_OCR, 0])
-    return graph
+        judges[BY_OCR] = _node("GLMImageReadText", images=pictures, prompt=prompt)
+    for judge in judges:
+        graph[_shown(judge)] = _node("PreviewAny", source=[judge, 0])
+    return graph | judges
+
+
+def _shown(judge: str) -> str:
+    """The id of the node that shows a judge's scores."""
+    return f"scores of {judge}"
 
 
 def _node(class_type: str, **inputs: object) -> dict:
@@ -73,13 +84,12 @@ def paint_candidates(client: Client, case: Case) -> Candidates:
     (graph,) = case.graphs
     run = client.run(graph)
     held = [case.check([picture]) for picture in painted(client, run, graph)]
-    shown = {BY_TOKENS: SCORES, BY_OCR: READ}
     scores = {
-        judge: [float(score) for score in run.outputs[key]["text"]]
-        for judge, key in shown.items()
-        if key in run.outputs
+        judge: [float(score) for score in run.outputs[_shown(judge)]["text"]]
+        for judge in (*BY_TOKENS, BY_OCR)
+        if judge in graph
     }
-    seconds = {judge: run.seconds.get(judge, 0.0) for judge in scores}
+    seconds = {judge: run.seconds[judge] for judge in scores}
     others = sum(run.seconds.values()) - sum(seconds.values())
     return Candidates(held, scores, seconds | {"picture": others / len(held)})
 
@@ -105,23 +115,32 @@ def right_above_wrong(cases: Iterable[tuple[list[float], list[bool]]]) -> float 
 
 
 def table(found: list[Candidates]) -> str:
+    """A row for each judge of each measure, and the seconds that the judges took.
+
+    The mean of all candidates is a steadier estimate of a single run than the first alone.
+    """
     lines = [
-        "| measure | cases | single | best by | its share | oracle | right above wrong |",
-        "|---|---|---|---|---|---|---|",
+        "| measure | cases | single | mean of all | oracle | best by | its share "
+        "| right above wrong |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for measure, judge in JUDGES.items():
+    for measure, judges in JUDGES.items():
         own = [one for one in found if measure in one.held[0]]
         if not own:
             continue
         held = [[result[measure] for result in one.held] for one in own]
-        scores = [one.scores[judge] for one in own]
-        single = _share(right[0] for right in held)
-        best = _share(right[chosen(score)] for score, right in zip(scores, held, strict=True))
-        above = right_above_wrong(zip(scores, held, strict=True))
-        lines.append(
-            f"| {measure} | {len(own)} | {single:.0%} | {judge} | {best:.0%} | "
-            f"{_share(map(any, held)):.0%} | {'-' if above is None else f'{above:.2f}'} |"
+        shares = (
+            _share(right[0] for right in held),
+            _share(right for rights in held for right in rights),
+            _share(map(any, held)),
         )
+        for judge in judges:
+            scores = [one.scores[judge] for one in own]
+            best = _share(right[chosen(score)] for score, right in zip(scores, held, strict=True))
+            above = right_above_wrong(zip(scores, held, strict=True))
+            cells = (measure, len(own), *(f"{share:.0%}" for share in shares))
+            cells += (judge, f"{best:.0%}", "-" if above is None else f"{above:.2f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", *_costs(found)])
 
 
@@ -131,7 +150,7 @@ def _share(held: Iterable[bool]) -> float:
 
 
 def _costs(found: list[Candidates]) -> Iterator[str]:
-    for what in ("picture", BY_TOKENS, BY_OCR):
+    for what in ("picture", *BY_TOKENS, BY_OCR):
         seconds = [one.seconds[what] for one in found if what in one.seconds]
         if seconds:
             mean = sum(seconds) / len(seconds)

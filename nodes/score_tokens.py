@@ -9,13 +9,14 @@ from ..glm_core.data.token_image import draw_sheet
 from ..glm_core.data.tokens import UNKNOWN, SemanticTokens
 from ..glm_core.data.tokens import Layout as LayoutData
 from .host.ar_interface import AnyAR
-from .host.scoring import Scores, score_tokens
+from .host.scoring import LIKELIHOOD, MEASURES, Scores, score_tokens
+from .inputs import check_choices, require_choices
 from .messages import message
 from .node import Node
 from .types import AR, CATEGORY, Layout, References, Tokens
 
 CELL = 16  # pixels
-STRONGEST = 2.0  # nats that have the deepest colour
+STRONGEST = 2.0  # nats that have the deepest colour, of a prompt match
 LEVELS = 101  # of colours, the middle one for 0
 
 
@@ -26,10 +27,10 @@ class ScoreTokens(Node):
             node_id="GLMImageScoreTokens",
             display_name="GLM-Image Score Tokens",
             category=f"{CATEGORY}/best of",
-            description="How much more likely the AR model finds tokens under their prompt than "
-            "under another one or none: a prompt match that needs no other model. Bigger is "
-            "better. It compares candidates of one prompt; scores of two prompts say nothing "
-            "about each other.",
+            description="How likely the AR model finds tokens under their prompt, or how much "
+            "more likely than under another one or none: a judge that needs no other model. "
+            "Bigger is better. It compares candidates of one prompt; scores of two prompts say "
+            "nothing about each other.",
             inputs=[
                 AR.Input("ar", tooltip="The AR model that wrote the tokens."),
                 io.String.Input(
@@ -59,6 +60,16 @@ class ScoreTokens(Node):
                     tooltip="The prompt to compare with, such as the same one without the "
                     "detail that matters to you. Empty: no prompt.",
                 ),
+                io.Combo.Input(
+                    "measure",
+                    options=list(MEASURES),
+                    default=MEASURES[0],
+                    optional=True,
+                    tooltip="prompt match: how much more likely the tokens are under the prompt "
+                    "than under against. likelihood: how likely they are under the prompt alone, "
+                    "which finds where the model went astray and takes half the time; against "
+                    "must be empty.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -71,10 +82,14 @@ class ScoreTokens(Node):
                 io.Image.Output(
                     display_name="heat map",
                     tooltip="Red cells speak for the prompt, blue ones against it; dark ones were "
-                    "locked.",
+                    "locked. With the measure likelihood, the bluer the less likely.",
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, measure: str | None = None) -> bool | str:
+        return check_choices(("measure", measure, MEASURES))
 
     @classmethod
     def execute(
@@ -85,8 +100,10 @@ class ScoreTokens(Node):
         tokens: SemanticTokens | None = None,
         layout: LayoutData | None = None,
         references: ReferenceData | None = None,
+        measure: str = MEASURES[0],
     ) -> io.NodeOutput:
-        scores = score_tokens(ar, prompt, against, tokens, layout, references)
+        require_choices(("measure", measure, MEASURES))
+        scores = score_tokens(ar, prompt, against, tokens, layout, references, measure)
         table = _table(scores)
         said = message(table.splitlines())
         return io.NodeOutput(scores.means, table, _heat_map(scores)[None], ui=said)
@@ -106,16 +123,24 @@ def _table(scores: Scores) -> str:
 
 
 def _key(score: float) -> float:
+    """To sort by: a sample without a score comes last."""
     return score if score == score else -torch.inf
 
 
 def _heat_map(scores: Scores) -> Tensor:
     """A sheet of the grids that were written last: float32 [height, width, 3]."""
     kind = list(scores.grids)[-1]
-    share = (scores.ratios[kind] / STRONGEST).clamp(-1, 1)
+    cells, drawn = scores.cells[kind], scores.grids[kind].drawn
+    share = (cells / _strongest(cells[:, drawn], scores.measure)).clamp(-1, 1)
     levels = ((share + 1) / 2 * (LEVELS - 1)).round().long()
-    levels = levels.masked_fill(~scores.grids[kind].drawn, UNKNOWN)
-    return draw_sheet(levels, _colours(), CELL)
+    return draw_sheet(levels.masked_fill(~drawn, UNKNOWN), _colours(), CELL)
+
+
+def _strongest(cells: Tensor, measure: str) -> float:
+    """Nats that have the deepest colour. Of a likelihood, whose scale varies: the least likely."""
+    if measure != LIKELIHOOD or not cells.numel():
+        return STRONGEST
+    return max(-cells.min().item(), torch.finfo(cells.dtype).eps)
 
 
 def _colours() -> Tensor:

@@ -277,9 +277,9 @@ painted anew.
         "Best of eight layouts",
         """\
 # GLM-Image: the best of eight layouts
-**Sample Layout** writes eight previews. **Score Tokens** says how much each speaks for the \
-prompt, and **Keep Best** hands on the best, which the large picture keeps. In the heat maps red \
-cells speak for the prompt and blue ones against it.
+**Sample Layout** writes eight previews. **Score Tokens** says how likely each is under the \
+prompt, and **Keep Best** hands on the likeliest, which the large picture keeps. In the heat maps \
+the deepest blue is the least likely cell.
 """,
         {"Prompt": "a red square and a blue star, yellow background"},
     ),

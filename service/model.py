@@ -20,7 +20,7 @@ from glm_core.ar.protocol import VERSION, ScoreRequest
 from glm_core.ar.replay import EagerRunner, ReplayRunner, Runner
 from glm_core.ar.requests import SampleRequest, run_key, write_together
 from glm_core.ar.row_linear import cpu_is_fast_in_bf16
-from glm_core.ar.score import ScoringRun, log_ratios
+from glm_core.ar.score import ScoringRun, cell_scores
 from glm_core.ar.writer import MOST_READ
 from glm_core.data.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
 from glm_core.errors import LowMemoryError
@@ -155,11 +155,11 @@ class ServedModel:
         return torch.cat(tokens).to("cpu", torch.int32)
 
     def score(self, request: ScoreRequest, watch: Watch) -> dict[str, Tensor]:
-        """The log ratio of each cell, float32 [B, rows, columns], for each grid of the request."""
+        """The score of each cell, float32 [B, rows, columns], for each grid of the request."""
         prompt, against = self._scored_prompts(request)
         grids, read = request.grids, 0
         cells = sum(grid.numel() for grid in grids.values())
-        total = len(prompt) + len(against) + 2 * cells
+        total = sum(len(one) + cells for one in (prompt, against) if one is not None)
 
         def progress(count: int) -> None:
             nonlocal read
@@ -167,7 +167,7 @@ class ServedModel:
             watch.progress(read, total)
 
         run = ScoringRun(self.device, self.dtype, progress, watch.check_interrupt)
-        found = log_ratios(self._network, prompt, against, list(grids.values()), run)
+        found = cell_scores(self._network, prompt, against, list(grids.values()), run)
         return dict(zip(grids, found, strict=True))
 
     def require_scorable(self, request: ScoreRequest) -> None:
@@ -184,9 +184,10 @@ class ServedModel:
             )
         self._require_few_cells(*request.size)
         self._require_short(request.prompt)
-        self._require_short(request.against)
+        self._require_short(request.against or "")
         cells = sum(one[0].numel() for one in request.grids.values())
-        self._require_positions(cells + max(map(len, self._scored_prompts(request))))
+        read = [prompt for prompt in self._scored_prompts(request) if prompt is not None]
+        self._require_positions(cells + max(map(len, read)))
 
     def require_image(self, height: int, width: int) -> None:
         """
@@ -197,9 +198,12 @@ class ServedModel:
         token_grid(height, width)
         self._require_few_cells(height, width)
 
-    def _scored_prompts(self, request: ScoreRequest) -> tuple[Prompt, Prompt]:
+    def _scored_prompts(self, request: ScoreRequest) -> tuple[Prompt, Prompt | None]:
         what, read = (token_grid(*request.size), request.references), self.tokenizer.read
-        return read(request.prompt, *what), read(request.against, *what, may_be_empty=True)
+        prompt = read(request.prompt, *what)
+        if request.against is None:
+            return prompt, None
+        return prompt, read(request.against, *what, may_be_empty=True)
 
     # ---- bounds ----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ..data.layout import require_codebook, require_layout_fits, require_tokens_
 from ..data.tokens import Forced, Layout, SemanticTokens
 from ..errors import BatchError, FileError, InputError, quoted, shown
 from ..foreign import wall
-from ..schema import REQUIRED, TEXT, Kind, many, number, optional, whole
+from ..schema import FLAG, REQUIRED, TEXT, Kind, many, number, optional, whole
 from .requests import KINDS, SampleRequest, Written
 from .step import SamplingOptions
 
@@ -51,7 +51,8 @@ SAMPLE = {
 }
 SCORE = {
     "prompt": TEXT,
-    "against": optional(TEXT, ""),
+    "against": optional(TEXT),
+    "compare": optional(FLAG, True),
     "tokens": Kind(_FILE.wanted, TEXT.fits),
     "kind": _KIND,
     "references": _FILES,
@@ -176,13 +177,14 @@ class ScoreRequest:
     """Grids to score under a prompt and under another one.
 
     Args:
+        against: None compares with no other prompt.
         tokens: of B images; None where layouts alone are scored.
         layout: their previews; None with references.
         references: semantic tokens of each reference image, int [h, w], the same for all B.
     """
 
     prompt: str
-    against: str
+    against: str | None
     tokens: SemanticTokens | None
     layout: Layout | None
     references: tuple[Tensor, ...] = ()
@@ -210,6 +212,7 @@ def score_to_json(request: ScoreRequest, codebook: int) -> dict[str, Any]:
     return {
         "prompt": request.prompt,
         "against": request.against,
+        "compare": request.against is not None,
         "kind": "layout" if alone else "tokens",
         "tokens": _layout_to_text(request.layout)
         if alone
@@ -227,7 +230,7 @@ def score_from_json(data: Any, codebook: int) -> ScoreRequest:
     tokens, layout = _from_text(values["tokens"], "The token file of tokens")
     require_codebook("tokens", tokens.codebook, codebook)
     references = _references_from_text(values["references"], codebook)
-    prompts = values["prompt"], values["against"]
+    prompts = values["prompt"], _against(values["against"], values["compare"])
     if references:
         if values["kind"] == "layout":
             raise InputError("An image made from references has no layout: score its tokens.")
@@ -238,6 +241,16 @@ def score_from_json(data: Any, codebook: int) -> ScoreRequest:
             "with a preview, or the references they were made from."
         )
     return ScoreRequest(*prompts, None if values["kind"] == "layout" else tokens, layout)
+
+
+def _against(against: str | None, compare: bool) -> str | None:
+    if compare:
+        return against or ""
+    if against:
+        raise InputError(
+            f"The request's against is {quoted(against)}, but compare is false: leave one out."
+        )
+    return None
 
 
 def tensors_to_text(tensors: Mapping[str, Tensor]) -> str:

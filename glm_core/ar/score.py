@@ -33,12 +33,17 @@ class ScoringRun:
     check_interrupt: Callable[[], None] = lambda: None
 
 
-def log_ratios(
-    model: ARModel, prompt: Prompt, against: Prompt, grids: Sequence[Tensor], run: ScoringRun
+def cell_scores(
+    model: ARModel,
+    prompt: Prompt,
+    against: Prompt | None,
+    grids: Sequence[Tensor],
+    run: ScoringRun,
 ) -> list[Tensor]:
     """log p(cell | prompt, cells before it) - log p(cell | against, cells before it).
 
     Args:
+        against: None leaves the second term out, and the time that it takes.
         grids: int [B, rows, columns] in the order in which they were written: the preview and the
             large grid, or one of them.
 
@@ -46,6 +51,8 @@ def log_ratios(
         float32 [B, rows, columns] for each grid, on the CPU, in nats.
     """
     with_prompt = log_likelihoods(model, prompt, grids, run)
+    if against is None:
+        return with_prompt
     with_other = log_likelihoods(model, against, grids, run)
     return [one - other for one, other in zip(with_prompt, with_other, strict=True)]
 
@@ -55,7 +62,7 @@ def log_likelihoods(
 ) -> list[Tensor]:
     """log p(cell | prompt, cells before it), without temperature, top-k and top-p.
 
-    Args and returns as `log_ratios`.
+    Args and returns as `cell_scores`.
     """
     shapes = [(grid.shape[1], grid.shape[2]) for grid in grids]
     cells = torch.cat([rearrange(grid, "b h w -> b (h w)") for grid in grids], dim=1)

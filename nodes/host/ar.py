@@ -136,10 +136,10 @@ class HostAR(AnyAR):
             progress.next_part()
         return [written[i] for i in range(len(requests))]
 
-    def log_ratios(
+    def cell_scores(
         self,
         prompt: str,
-        against: str,
+        against: str | None,
         size: Size,
         sets: Sequence[Sequence[Tensor] | None],
         grids: dict[str, Tensor],

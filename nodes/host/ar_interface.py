@@ -58,18 +58,18 @@ class AnyAR(ABC):
         """
 
     @abstractmethod
-    def log_ratios(
+    def cell_scores(
         self,
         prompt: str,
-        against: str,
+        against: str | None,
         size: Size,
         sets: Sequence[Sequence[Tensor] | None],
         grids: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """How much more likely the cells of grids are under a prompt than under another one.
+        """How likely the cells of grids are under a prompt, or how much more than under another.
 
         Args:
-            against: may be empty.
+            against: may be empty; None compares with no other prompt.
             sets: the tokens of each reference, or None without references; sample i has set i
                 modulo their number.
             grids: int32 [B, rows, columns] by kind, in the order of writing.

@@ -90,10 +90,10 @@ class RemoteAR(AnyAR):
         finally:
             SAMPLES.release(holder)
 
-    def log_ratios(
+    def cell_scores(
         self,
         prompt: str,
-        against: str,
+        against: str | None,
         size: Size,
         sets: Sequence[Sequence[Tensor] | None],
         grids: dict[str, Tensor],
@@ -112,7 +112,7 @@ class RemoteAR(AnyAR):
     def _score_request(
         self,
         prompt: str,
-        against: str,
+        against: str | None,
         size: Size,
         references: Sequence[Tensor] | None,
         grids: dict[str, Tensor],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...glm_core.ar.prompt import Prompt, PromptTokenizer
-from ...glm_core.ar.score import BLOCK_IDS, ScoringRun, log_ratios
+from ...glm_core.ar.score import BLOCK_IDS, ScoringRun, cell_scores
 from ...glm_core.data.grids import Size, token_grid
 from ...glm_core.split import on_device
 from .out_of_memory import explain_out_of_memory, require_room
@@ -21,19 +21,25 @@ SMALLER_BATCH = "score fewer images at once, or use weight_dtype fp8_e4m3fn, int
 def prompt_pairs(
     tokenizer: PromptTokenizer,
     prompt: str,
-    against: str,
+    against: str | None,
     size: Size,
     sets: Sequence[Sequence[Tensor] | None],
-) -> list[tuple[Prompt, Prompt]]:
-    """Both prompts as ids, for each set of references; see `AnyAR.log_ratios`."""
+) -> list[tuple[Prompt, Prompt | None]]:
+    """Both prompts as ids, for each set of references; see `AnyAR.cell_scores`."""
     grid, read = token_grid(*size), tokenizer.read
-    return [(read(prompt, grid, one), read(against, grid, one, may_be_empty=True)) for one in sets]
+    return [
+        (
+            read(prompt, grid, one),
+            None if against is None else read(against, grid, one, may_be_empty=True),
+        )
+        for one in sets
+    ]
 
 
 def score_run(
-    ar: Any, prompts: Sequence[tuple[Prompt, Prompt]], grids: dict[str, Tensor]
+    ar: Any, prompts: Sequence[tuple[Prompt, Prompt | None]], grids: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`log_ratios` of grids [B, rows, columns]; sample i has pair i modulo their number.
+    """`cell_scores` of grids [B, rows, columns]; sample i has pair i modulo their number.
 
     Args:
         ar: a HostAR.
@@ -41,7 +47,8 @@ def score_run(
     samples = len(next(iter(grids.values())))
     batch = -(-samples // len(prompts))
     cells = sum(grid.shape[1] * grid.shape[2] for grid in grids.values())
-    longest = max(len(prompt) for pair in prompts for prompt in pair)
+    read = [prompt for pair in prompts for prompt in pair if prompt is not None]
+    longest = max(map(len, read))
     block = max(longest, batch, BLOCK_IDS)
     logits = 3 * block * ar.config.visual_size * torch.float32.itemsize
     needs = {
@@ -57,16 +64,17 @@ def score_run(
         comfy.model_management.load_models_gpu(
             with_segments(ar.patcher), memory_required=max(needs.values())
         )
-        total = sum(len(p) + len(q) for p, q in prompts) + 2 * samples * cells
+        passes = len(read) // len(prompts)
+        total = sum(map(len, read)) + passes * samples * cells
         run = ScoringRun(device, ar.dtype, _counting(total), check_interrupt)
         scored = {kind: torch.empty(grid.shape) for kind, grid in grids.items()}
         for i, (prompt, against) in enumerate(prompts):
             own = slice(i, None, len(prompts))
-            found = log_ratios(
+            found = cell_scores(
                 ar.patcher.model, prompt, against, [grid[own] for grid in grids.values()], run
             )
-            for into, ratios in zip(scored.values(), found, strict=True):
-                into[own] = ratios
+            for into, scores in zip(scored.values(), found, strict=True):
+                into[own] = scores
         return scored
 
 

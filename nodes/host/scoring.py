@@ -1,4 +1,4 @@
-"""How much tokens speak for their prompt, by the AR model that wrote them."""
+"""How well tokens match their prompt, by the AR model that wrote them."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,13 @@ from ...glm_core.data.layout import (
 )
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from ...glm_core.errors import InputError
+from ...glm_core.errors import InputError, quoted
 from .ar_interface import AnyAR
 
 PREVIEW, LARGE = "preview", "tokens"
+PROMPT_MATCH, LIKELIHOOD = "prompt match", "likelihood"
+MEASURES = (PROMPT_MATCH, LIKELIHOOD)
+"""The likelihood under the prompt, beside that under another one, or as it is."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,20 @@ class Scores:
     """The scores of a batch.
 
     means: nats a drawn cell, NaN where no cell was drawn, for each sample.
-    ratios: float32 [B, rows, columns] of nats for each kind of grid, in the order of writing.
+    cells: float32 [B, rows, columns] of nats for each kind of grid, in the order of writing.
     grids: what was scored.
+    measure: one of MEASURES.
     """
 
     means: list[float]
-    ratios: dict[str, Tensor]
+    cells: dict[str, Tensor]
     grids: dict[str, Grids]
+    measure: str
 
     def mean(self, kind: str, sample: int) -> float:
         """Of the drawn cells of one grid."""
-        ratios = self.ratios[kind][sample, None]
-        return mean_of_cells([ratios], [self.grids[kind].drawn]).item()
+        cells = self.cells[kind][sample, None]
+        return mean_of_cells([cells], [self.grids[kind].drawn]).item()
 
 
 def score_tokens(
@@ -58,21 +63,36 @@ def score_tokens(
     tokens: SemanticTokens | None,
     layout: Layout | None,
     references: References | None,
+    measure: str,
 ) -> Scores:
     """
     Args:
         against: the prompt to compare with; empty is the scaffold without text.
+        measure: one of MEASURES.
 
     Raises:
-        GLMImageError: the prompt is empty; what was connected does not belong together, or is of
-            another model.
+        GLMImageError: the prompt is empty; the measure compares with no other prompt, and there is
+            one; what was connected does not belong together, or is of another model.
     """
+    other = _compared(against, measure)
     grids, size = _grids(ar, tokens, layout, references)
     sets = [None] if references is None else [[one.tokens for one in s] for s in references.sets]
     cells = {kind: one.cells for kind, one in grids.items()}
-    ratios = ar.log_ratios(prompt, against, size, sets, cells)
-    means = mean_of_cells(list(ratios.values()), [one.drawn for one in grids.values()])
-    return Scores(means.tolist(), ratios, grids)
+    scored = ar.cell_scores(prompt, other, size, sets, cells)
+    means = mean_of_cells(list(scored.values()), [one.drawn for one in grids.values()])
+    return Scores(means.tolist(), scored, grids, measure)
+
+
+def _compared(against: str, measure: str) -> str | None:
+    """The prompt to compare with, None for a measure without one."""
+    if measure == PROMPT_MATCH:
+        return against
+    if against.strip():
+        raise InputError(
+            f'against is {quoted(against)}, but the measure "{measure}" compares with no other '
+            f'prompt; empty against, or choose the measure "{PROMPT_MATCH}".'
+        )
+    return None
 
 
 def _grids(

@@ -11,7 +11,6 @@ import torch
 from glm_image.glm_core.data.cells import format_cells
 from glm_image.scripts.client import Client
 from glm_image.scripts.editor import MODULES, ROOT, Editor
-from glm_image.scripts.page import open_page
 from glm_image.scripts.workflow_texts import graph_file
 from PIL import Image
 
@@ -206,14 +205,7 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
     assert page.errors == []
 
 
-@pytest.fixture(scope="module")
-def modules(address):
-    """A page for tests of its modules alone. They come last: only one page is open at a time."""
-    with open_page(address) as page:
-        yield page
-
-
-def test_cells_in_the_page_are_those_of_the_server(modules):
+def test_cells_in_the_page_are_those_of_the_server(shared_page):
     """The same canonical text; what hands do to cells; and what is refused."""
     generator = torch.Generator().manual_seed(0)
     grids = [torch.rand(5, 7, generator=generator) < share / 10 for share in range(11)]
@@ -233,7 +225,7 @@ def test_cells_in_the_page_are_those_of_the_server(modules):
         }
     }"""
     argument = [f"{MODULES}/cells.js", [grid.flatten().int().tolist() for grid in grids]]
-    found = modules.browser_page.evaluate(script, argument)
+    found = shared_page.browser_page.evaluate(script, argument)
     assert found["texts"] == found["again"] == [format_cells(grid) for grid in grids]
     assert found["hole"] == "0:0-2; 1-2:0; 1-2:2; 3-4:0-2"
     assert found["others"] == "0-4:3-6"
@@ -241,7 +233,7 @@ def test_cells_in_the_page_are_those_of_the_server(modules):
     assert found["refused"] == [None] * 5
 
 
-def test_sixty_layouts_are_drawn_within_a_frame(modules):
+def test_sixty_layouts_are_drawn_within_a_frame(shared_page):
     script = """async module => {
         const {CellEditor} = await import(`${module}/cell_editor.js`)
         const {CellsPane} = await import(`${module}/cells_pane.js`)
@@ -278,6 +270,6 @@ def test_sixty_layouts_are_drawn_within_a_frame(modules):
         editor.element.remove()
         return times.sort((a, b) => a - b)
     }"""
-    times = modules.browser_page.evaluate(script, MODULES)
+    times = shared_page.browser_page.evaluate(script, MODULES)
     print(f"60 layouts of 16x16: {times[len(times) // 2]:.1f} ms a frame (best {times[0]:.1f})")
     assert times[0] < FRAME_MS  # the best, as the machine may be busy with other work

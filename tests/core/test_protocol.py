@@ -149,22 +149,30 @@ def test_results_of_another_request_are_refused() -> None:
 
 @pytest.mark.parametrize("with_tokens", [True, False])
 @pytest.mark.parametrize("references", [(), REFERENCES])
-def test_a_request_for_scores_is_read_as_it_was_written(with_tokens, references) -> None:
+@pytest.mark.parametrize("against", ["b", "", None])
+def test_a_request_for_scores_is_read_as_it_was_written(with_tokens, references, against) -> None:
     size = (CODEBOOK, HEIGHT, WIDTH)
     locked = torch.zeros(19, 13, dtype=torch.bool)
     layout = None if references else Layout(ids(2, 19, 13), locked, *size)
     tokens = SemanticTokens(ids(2, 3, 2), *size) if with_tokens or references else None
-    request = ScoreRequest("a", "b", tokens, layout, references)
+    request = ScoreRequest("a", against, tokens, layout, references)
     read = protocol.score_from_json(protocol.score_to_json(request, CODEBOOK), CODEBOOK)
     assert read.grids.keys() == request.grids.keys()
     assert all(torch.equal(read.grids[name], grid) for name, grid in request.grids.items())
-    assert equal((read.prompt, read.against, read.references), ("a", "b", references))
+    assert equal((read.prompt, read.against, read.references), ("a", against, references))
 
 
 def test_tokens_without_their_preview_are_not_scored() -> None:
     body = {"prompt": "a", "tokens": token_file()}
     with pytest.raises(InputError, match="preview"):
         protocol.score_from_json(body, CODEBOOK)
+
+
+def test_scores_are_compared_unless_the_request_says_otherwise() -> None:
+    body = {"prompt": "a", "tokens": token_file(), "references": [token_file()]}
+    assert protocol.score_from_json(body, CODEBOOK).against == ""
+    with pytest.raises(InputError, match="against is 'b', but compare is false"):
+        protocol.score_from_json(body | {"against": "b", "compare": False}, CODEBOOK)
 
 
 def test_images_and_their_tokens_are_read_as_they_were_written() -> None:

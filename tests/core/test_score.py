@@ -7,7 +7,7 @@ from glm_image.glm_core.ar import score
 from glm_image.glm_core.ar.cache import span_of
 from glm_image.glm_core.ar.model import rope_table
 from glm_image.glm_core.ar.prompt import positions_with_grids
-from glm_image.glm_core.ar.score import ScoringRun, log_likelihoods, log_ratios, mean_of_cells
+from glm_image.glm_core.ar.score import ScoringRun, cell_scores, log_likelihoods, mean_of_cells
 from glm_image.glm_core.ar.step import (
     SamplingOptions,
     StepBuffers,
@@ -87,13 +87,20 @@ def test_likelihoods_are_the_references(both, drawn) -> None:
 
 def test_a_batch_is_single_ones_in_blocks_of_any_size(both, drawn, monkeypatch) -> None:
     prompt, against = both.prompt(PROMPT, GRID), both.prompt("a dog", GRID)
-    whole = log_ratios(both.model, prompt, against, drawn, RUN)
+    whole = cell_scores(both.model, prompt, against, drawn, RUN)
     assert all(ratios.abs().max() > 1e-3 for ratios in whole)
     monkeypatch.setattr(score, "BLOCK_IDS", 21)
     for i in range(3):
-        single = log_ratios(both.model, prompt, against, [grid[i, None] for grid in drawn], RUN)
+        single = cell_scores(both.model, prompt, against, [grid[i, None] for grid in drawn], RUN)
         for ratios, one in zip(whole, single, strict=True):
             torch.testing.assert_close(ratios[i, None], one, atol=1e-4, rtol=1e-4)
+
+
+def test_without_another_prompt_the_scores_are_the_likelihoods(both, drawn) -> None:
+    prompt = both.prompt(PROMPT, GRID)
+    alone = cell_scores(both.model, prompt, None, drawn, RUN)
+    for found, wanted in zip(alone, log_likelihoods(both.model, prompt, drawn, RUN), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_an_interrupt_is_asked_for_before_every_pass(both, drawn, monkeypatch) -> None:

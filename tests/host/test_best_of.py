@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from importlib.resources import files
 
 import numpy as np
@@ -46,13 +47,17 @@ def score(run, ar):
     )
 
 
-def test_a_batch_has_the_scores_of_its_images(score, sample) -> None:
+each_measure = pytest.mark.parametrize("measure", ["prompt match", "likelihood"])
+
+
+@each_measure
+def test_a_batch_has_the_scores_of_its_images(score, sample, measure) -> None:
     tokens, layout = sample()
-    scores, table, picture = score(tokens=tokens, layout=layout)
+    scores, table, picture = score(tokens=tokens, layout=layout, measure=measure)
     assert len(set(scores)) == 3
     for i in range(3):
         one = sample(1, seed=5 + i)
-        (single,), _, _ = score(tokens=one[0], layout=one[1])
+        (single,), _, _ = score(tokens=one[0], layout=one[1], measure=measure)
         assert single == pytest.approx(scores[i], abs=1e-5)
     rows = [line.split() for line in table.splitlines()[1:]]
     assert [int(row[0]) for row in rows] == sorted(range(3), key=lambda i: -scores[i])
@@ -68,7 +73,21 @@ def test_a_layout_alone_and_against_itself(score, sample) -> None:
     assert score(against=PROMPT, layout=layout)[0] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
-def test_locked_and_forced_cells_do_not_count(run, score, sample) -> None:
+def test_likelihoods_are_what_a_prompt_match_compares(score, sample) -> None:
+    connected = dict(zip(("tokens", "layout"), sample(), strict=True))
+    ours, others = (score(one, measure="likelihood", **connected)[0] for one in (PROMPT, "a dog"))
+    match = [our - other for our, other in zip(ours, others, strict=True)]
+    assert score(against="a dog", **connected)[0] == pytest.approx(match, abs=1e-5)
+    assert max(ours) < 0
+    with pytest.raises(GLMImageError, match="'a dog', but the measure \"likelihood\" compares"):
+        score(against="a dog", measure="likelihood", **connected)
+    with pytest.raises(GLMImageError, match="choose one of prompt match, likelihood"):
+        score(measure="beauty", **connected)
+
+
+@each_measure
+def test_locked_and_forced_cells_do_not_count(run, score, sample, measure) -> None:
+    score = partial(score, measure=measure)
     tokens, layout = sample(1)
     locked = run("LockLayout", layout, "whole", 0)[0]
     assert math.isnan(score(layout=locked)[0][0])

@@ -56,7 +56,7 @@ CONTRACT = {
         "GLM_DEVICE_PLAN STRING",
     ),
     "GLMImageScoreTokens": (
-        "ar prompt [tokens] [layout] [references] against",
+        "ar prompt [tokens] [layout] [references] against [measure]",
         "FLOAT STRING IMAGE",
     ),
     "GLMImageReadText": ("images [prompt] [texts]", "FLOAT STRING IMAGE"),
@@ -106,7 +106,7 @@ DEFAULTS = {
         "decoder_split": "",
         "reserve_gb": 1.0,
     },
-    "GLMImageScoreTokens": {"against": ""},
+    "GLMImageScoreTokens": {"against": "", "measure": "prompt match"},
     "GLMImageKeepBest": {"weight": 1.0, "weight_2": 1.0, "weight_3": 1.0, "count": 1},
     "GLMImageJoinTokens": {"indices": ""},
     "GLMImageCellsToMask": {"cells": "", "width": 0, "height": 0},

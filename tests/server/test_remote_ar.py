@@ -48,13 +48,15 @@ def test_pictures_are_those_of_a_model_here(service, picture, name):
     assert np.array_equal(picture(remote(prompt)), here)
 
 
-def test_scores_are_those_of_a_model_here(service, picture):
+@pytest.mark.parametrize("measure", ["prompt match", "likelihood"])
+def test_scores_are_those_of_a_model_here(service, picture, measure):
     """As a heat map of the cells."""
     prompt = fresh()
     sampler = the(prompt, SAMPLER)
     scorer = add(prompt, "GLMImageScoreTokens", tokens=[sampler, 0], layout=[sampler, 1])
     ar = prompt[sampler]["inputs"]["ar"]
     prompt[scorer]["inputs"] |= {"ar": ar, "prompt": "a cat", "against": ""}
+    prompt[scorer]["inputs"]["measure"] = measure
     relink(prompt, (the(prompt, "VAEDecode"), 0), (scorer, 2))
     here = picture(deepcopy(prompt))
     assert np.array_equal(picture(remote(prompt)), here)

@@ -123,8 +123,11 @@ def test_the_table_compares_single_chosen_and_oracle() -> None:
     measure = "colours and places of shapes match"
 
     def found(held, scores):
+        other = [-score for score in scores]
         return best_of.Candidates(
-            [{measure: one} for one in held], {"tokens": scores}, {"tokens": 1.0, "picture": 4.0}
+            [{measure: one} for one in held],
+            {"prompt match": other, "likelihood": scores, "layout's likelihood": other},
+            {"likelihood": 1.0, "picture": 4.0},
         )
 
     rows = best_of.table(
@@ -132,8 +135,10 @@ def test_the_table_compares_single_chosen_and_oracle() -> None:
             found([False, True], [1.0, 2.0]),
             found([True, True], [2.0, 1.0]),
             found([False, False], [2.0, 1.0]),
-            found([False, True], [2.0, 1.0]),
+            found([False, True], [1.0, 2.0]),
         ]
     )
-    assert f"| {measure} | 4 | 25% | tokens | 50% | 75% | 0.50 |" in rows
-    assert "tokens: 1.00 s to score a batch" in rows
+    given = f"| {measure} | 4 | 25% | 50% | 75%"
+    assert f"{given} | likelihood | 75% | 1.00 |" in rows
+    assert f"{given} | prompt match | 25% | 0.00 |" in rows
+    assert "likelihood: 1.00 s to score a batch" in rows
