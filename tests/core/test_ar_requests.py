@@ -250,22 +250,26 @@ def test_shown_are_the_requests_alone():
 
 def test_each_is_told_when_its_last_cell_is_drawn():
     """Before the run ends, and those that are gone never."""
-    told = []
+    told, passes = [], []
 
     def note(index, one):
-        told.append((index, len(progress), one))
+        told.append((index, len(passes), one))
 
-    progress = []
     requests = [
         replace(MIXED[0], large=kept(1, 2)),
         replace(MIXED[0], preview=all_but((3, 3)), large=kept(3, 5)),
         MIXED[1],
         replace(MIXED[1], preview=all_but(), large=kept(3, 5)),
     ]
-    how = {"finished": note, "show": progress.append, "gone": lambda: [2] * (len(progress) > 3)}
-    done = written(requests, 5, **how)
+    done = written(
+        requests,
+        5,
+        finished=note,
+        check_interrupt=lambda: passes.append(1),
+        gone=lambda: [2] * (len(passes) > 8),
+    )
     assert [index for index, *_ in told] == [3, 1, 0]
-    assert [count for _, count, _ in told[:2]] < [len(progress)] * 2
+    assert all(count < len(passes) for _, count, _ in told[:2])
     for index, _, one in told:
         assert same(one, done[index])
         assert same(one, written([requests[index]], 1)[0])
