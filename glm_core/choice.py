@@ -82,7 +82,7 @@ class Choice:
         self.plain = plain
         self.found = found
         self.path = path
-        self.known: dict[str, Names] = {}
+        self.known: dict[str, Names | None] = {}  # None: remembered, and fails in this process
         self._proven: set[str] = set()
         self._what = what
         self._seconds = seconds
@@ -118,9 +118,12 @@ class Choice:
         names = self._recalled(key)
         if names is None or key in self._proven:
             return names
-        if self._unless_full(lambda: self._hold(names, trial)):
+        holds = self._unless_full(lambda: self._hold(names, trial))
+        if holds:
             self._proven.add(key)
             return names
+        if holds is False:
+            self.known[key] = None
         return None
 
     def _hold(self, names: Names, trial: Trial) -> bool:
@@ -138,7 +141,7 @@ class Choice:
 
     def _recalled(self, key: str) -> Names | None:
         if key not in self.known:
-            self.known |= self._read()
+            self.known = self._read() | self.known
         return self.known.get(key)
 
     def _try(self, trial: Trial, key: str, check_interrupt: Callable[[], None]) -> Names:

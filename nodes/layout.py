@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..glm_core.data.cells import cells_or_mask, parse_cells
+from ..glm_core.data.cells import cells_or_mask
 from ..glm_core.data.layout import LOCKS, compose, to_tokens
 from ..glm_core.data.layout import lock as lock_cells
 from ..glm_core.data.tokens import Layout as LayoutData
@@ -190,9 +190,9 @@ class ComposeLayouts(Node):
         cells: str = "",
     ) -> io.NodeOutput:
         shape = tuple(source.ids.shape[1:])
-        composed = compose(base, source, row, column, cells_or_mask(cells, mask, shape))
-        given = masked_cells(mask, shape, otherwise=True)
-        taken = parse_cells(cells, shape) if cells.strip() else given
+        chosen = cells_or_mask(cells, mask, shape)
+        composed = compose(base, source, row, column, chosen)
+        taken, given = (masked_cells(one, shape, otherwise=True) for one in (chosen, mask))
         room = MAX_CELLS // 2
         entry = editable(source, taken, given, room) | {"row": row, "column": column}
         return io.NodeOutput(composed, ui={KEY: [entry, grid(base, room)]})

@@ -1,8 +1,7 @@
 """The operations of a block: norms, projections, rotation, attention of a step, the MLP's gate.
 
 The functions here are the plain ones, of torch's own operations. `Operations` holds one for each
-purpose; a step may run with faster ones in their place, see `kernels`,
-`compiled.py` and `choice.py`.
+purpose; a step may run with faster ones in their place, see `kernels`, `compiled.py`, `choice.py`.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,8 @@ def is_in_place(layer: nn.Module, device: torch.device) -> bool:
     A host may fetch, cast or patch them in the layer's call, pack them, or replace or surround the
     call. Such a layer has to be called.
     """
-    called_plainly = not ("forward" in vars(layer) or layer._forward_hooks)
+    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    called_plainly = not ("forward" in vars(layer) or hooks)
     functions = (getattr(layer, name, None) for name in ("weight_function", "bias_function"))
     return (
         called_plainly
