@@ -53,13 +53,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of all graphs; `model` is the name of a folder among the server's models."""
+    """Settings of all graphs; `model` is the name of a folder among the server's models.
+
+    `workflow` is the stored one that paints scenes and texts; other cases have their own.
+    """
 
     model: str
     width: int = 512
     height: int = 512
     steps: int = 20
     lookahead: int = 1
+    workflow: str = "text_to_image"
 
     def graph(self, workflow: str, prompt: str, seed: int, name: str) -> Prompt:
         """A stored workflow with these values in every input of their names that is not a link."""
@@ -86,7 +90,7 @@ def shape_cases(settings: Settings, count: int) -> Iterator[Case]:
         rng = _held_out(0, i)
         scene = _draw(rng, settings, None, lambda scene: scene.items)
         prompt, name = prompt_of(rng, scene), f"shapes_{i:02}"
-        graph = settings.graph("text_to_image", prompt, i, name)
+        graph = settings.graph(settings.workflow, prompt, i, name)
         yield Case(name, prompt, (graph,), partial(check, scene))
 
 
@@ -224,7 +228,7 @@ def _text_cases(
         if scene.texts[0].script == "latin":
             scene = _with_word(scene, str(rng.choice(HELD_OUT_WORDS)))
         prompt, name = prompt_of(rng, scene), f"{scene.texts[0].script}_{i:02}"
-        graph = settings.graph("text_to_image", prompt, i, name)
+        graph = settings.graph(settings.workflow, prompt, i, name)
         yield Case(name, prompt, (graph,), partial(check, scene))
 
 

@@ -24,6 +24,8 @@ from .cases import SETS, Case, Results, Settings, paint
 T = TypeVar("T")
 
 MODEL = environment.ROOT / "tiny"
+WORKFLOWS = ("text_to_image", "best_of_eight_layouts")
+"""Stored ones that can paint scenes and texts, the usual one first."""
 
 GOALS = {
     "colours and places of shapes match": 0.9,
@@ -73,11 +75,15 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1, help="side by side, a core each")
     parser.add_argument("--best-of", type=int, default=0, metavar="COUNT",
                         help="keep the best of so many candidates by their scores")  # fmt: skip
+    parser.add_argument("--workflow", choices=WORKFLOWS, default=WORKFLOWS[0],
+                        help=f"that paints scenes and texts: {', '.join(WORKFLOWS)}")  # fmt: skip
     given = parser.parse_args()
+    if given.best_of and given.workflow != WORKFLOWS[0]:
+        parser.error(f"--best-of makes its candidates with {WORKFLOWS[0]}; leave --workflow out.")
     if not MODEL.is_dir():
         raise SystemExit(f"There is no trained model in {MODEL}: run make train-tiny.")
-    settings = Settings(MODEL.name, *given.size, given.steps)
-    used = {"size": given.size, "steps": given.steps, "count": given.count}
+    settings = Settings(MODEL.name, *given.size, given.steps, workflow=given.workflow)
+    used = {name: getattr(given, name) for name in ("size", "steps", "count", "workflow")}
     if given.best_of:
         _measure_best_of(settings, given, used | {"best_of": given.best_of})
     else:

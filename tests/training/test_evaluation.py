@@ -83,16 +83,30 @@ def test_an_override_passes_if_only_the_word_changed() -> None:
         assert not case.check([render(scene), render(scene)])["... the new word read"]
 
 
+def value(graph, class_type, name):
+    """Of an input of the one node of a type, followed to the primitive that it is linked to."""
+    found = evaluation.node(graph, class_type)[name]
+    return graph[found[0]]["inputs"]["value"] if isinstance(found, list) else found
+
+
 def test_graphs_have_the_settings_size() -> None:
     for cases in (evaluation.shape_cases, evaluation.layout_cases):
         for case in cases(TALL, 1):
             for graph in case.graphs:
-                inputs = evaluation.node(graph, "GLMImageSampleTokens")
-                sides = [
-                    graph[side[0]]["inputs"]["value"] if isinstance(side, list) else side
-                    for side in (inputs["width"], inputs["height"])
-                ]
+                sides = [value(graph, "GLMImageSampleTokens", side) for side in ("width", "height")]
                 assert sides == [512, 768]
+
+
+@pytest.mark.parametrize("cases", SETS, ids=lambda cases: cases.__name__)
+def test_another_workflow_paints_the_same_prompts_and_seeds(cases) -> None:
+    other = replace(TALL, workflow="best_of_eight_layouts")
+    for usual, chosen in zip(cases(TALL, 2), cases(other, 2), strict=True):
+        (first,), (second,) = usual.graphs, chosen.graphs
+        for name in ("prompt", "seed", "width", "height"):
+            wanted = value(first, "GLMImageSampleTokens", name)
+            assert value(second, "GLMImageSampleLayout", name) == wanted
+        assert value(second, "GLMImageSampleLayout", "batch_size") == 8
+        assert value(second, "GLMImageDecode", "steps") == TALL.steps
 
 
 @pytest.mark.parametrize(
