@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from glm_core.errors import GLMImageError
-from glm_core.files.model_folder import find_component
-from glm_core.files.opening import open_component
 
 from .fleet import KEY, Settings, started
+from .model import open_ar
 
 
 def main() -> None:
@@ -92,7 +91,7 @@ def _device(text: str) -> tuple[bool, str]:
 def _require_model(model: Path) -> None:
     """A broken checkpoint is a sentence here, before any replica tries to load it."""
     try:
-        open_component(find_component(model, "ar") if model.is_dir() else model, "ar")
+        open_ar(model)
     except GLMImageError as error:
         raise SystemExit(str(error)) from None
 

@@ -25,7 +25,7 @@ from glm_core.ar.writer import MOST_READ
 from glm_core.data.grids import PIXELS_PER_TOKEN, preview_grid, token_grid
 from glm_core.errors import LowMemoryError
 from glm_core.files.component import Component
-from glm_core.files.loading import load_network
+from glm_core.files.loading import load_network, require_plain
 from glm_core.files.model_folder import find_component
 from glm_core.files.opening import open_component
 from glm_core.files.palette import token_colours
@@ -55,8 +55,7 @@ class ServedModel:
                 for so many rows.
         """
         path = Path(path)
-        found = find_component(path, "ar") if path.is_dir() else path
-        self.component = open_component(found, "ar")
+        self.component = open_ar(path)
         self.name = path.resolve().name
         self.device, self.rows = device, rows
         self.dtype = _dtype(self.component, device, few_rows=True)
@@ -284,6 +283,18 @@ def identity(component: Component) -> str:
 def _cells(height: int, width: int, preview: bool) -> int:
     grid = token_grid(height, width)
     return math.prod(grid) + (math.prod(preview_grid(grid)) if preview else 0)
+
+
+def open_ar(path: Path) -> Component:
+    """The AR component of a model's folder, quantised files aside, or of a single file.
+
+    Raises:
+        GLMImageError: it is missing, broken or quantised.
+    """
+    found = find_component(path, "ar", weight_dtype="bf16") if path.is_dir() else path
+    component = open_component(found, "ar")
+    require_plain(component)
+    return component
 
 
 def _dtype(component: Component, device: torch.device, few_rows: bool) -> torch.dtype:

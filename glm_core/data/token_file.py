@@ -1,7 +1,8 @@
 """Token files: semantic tokens and their layout as one safetensors file.
 
 Tensors `tokens` int32 [B, h, w], optionally `preview` int32 [B, ph, pw] and `locked` uint8
-[ph, pw]; metadata `format`, `version`, `width`, `height`, `codebook` and `info` (JSON).
+[ph, pw]; metadata `format`, `version`, `width`, `height`, `codebook` and `info` (JSON). A layout of
+another size than the tokens has `layout_width` and `layout_height` too.
 """
 
 import json
@@ -33,6 +34,8 @@ METADATA = {
     "width": _NUMBER,
     "height": _NUMBER,
     "info": optional(Kind("but must be JSON", bool), "{}"),
+    "layout_width": optional(_NUMBER),
+    "layout_height": optional(_NUMBER),
 }
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
 MAX_FILE_BYTES = 64 * 2**20  # a 2048x2048 image takes 17 KiB
@@ -62,10 +65,14 @@ def to_bytes(tokens: SemanticTokens, layout: Layout | None = None) -> bytes:
         GLMImageError: the layout does not belong to the tokens.
     """
     tensors = {"tokens": tokens.tokens}
+    layout_size = {}
     if layout is not None:
         _require_match(tokens, layout)
         tensors |= {"preview": layout.preview, "locked": layout.locked.to(torch.uint8)}
-    metadata = {
+        if (layout.height, layout.width) != (tokens.height, tokens.width):
+            sides = {"layout_height": layout.height, "layout_width": layout.width}
+            layout_size = {name: str(side) for name, side in sides.items()}
+    metadata = layout_size | {
         "format": FORMAT,
         "version": str(VERSION),
         "width": str(tokens.width),
@@ -95,19 +102,19 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _require_match(tokens: SemanticTokens, layout: Layout) -> None:
-    """Refuse a layout of another codebook, or with a preview of another shape.
+    """Refuse a layout of another codebook, or with a preview that is not the tokens'.
 
-    A file holds only the tokens' size. The layout's size may differ, if its preview has the same
-    shape: a layout saved alone has its preview as the tokens of a small image.
+    It may be the preview of an image of their size, or the tokens themselves, which is how a layout
+    is saved alone.
     """
     if tokens.codebook != layout.codebook:
         raise TokensError(
             f"The tokens' codebook is {tokens.codebook} and the layout's {layout.codebook}: save a "
             "layout with tokens of its own model."
         )
-    wanted = preview_grid(token_grid(tokens.height, tokens.width))
-    found = tuple(layout.locked.shape)
-    if wanted != found:
+    grid = token_grid(tokens.height, tokens.width)
+    wanted, found = preview_grid(grid), tuple(layout.locked.shape)
+    if found not in (wanted, grid):
         raise SizeError(
             f"The layout is a grid of {found[0]}x{found[1]} and images of {tokens.width}x"
             f"{tokens.height} pixels have one of {wanted[0]}x{wanted[1]}: save a layout with the "
@@ -138,11 +145,14 @@ def from_bytes(data: bytes, name: str) -> tuple[SemanticTokens, Layout | None]:
         )
     values = read(metadata, METADATA, name, "save the tokens again")
     size_and_codebook = {key: int(values[key]) for key in ("codebook", "height", "width")}
+    layout_size = {
+        side: int(values[f"layout_{side}"] or values[side]) for side in ("height", "width")
+    }
     info = parse_json(values["info"], f"The info of {name}")
     try:
         with wall("the tensors are not those of a token file", "save the tokens again"):
             tokens = SemanticTokens(tensors["tokens"], info=info, **size_and_codebook)
-            return tokens, _layout(tensors, size_and_codebook)
+            return tokens, _layout(tensors, size_and_codebook | layout_size)
     except GLMImageError as error:
         raise FileError(f"{name}: {error.sentence}") from error
 

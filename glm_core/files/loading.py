@@ -28,12 +28,17 @@ def load_network(
     Raises:
         GLMImageError: the component is quantised, or does not fit its config.
     """
+    require_plain(component)
+    empty = network(config.from_dict(component.config), device="meta")
+    component.check({key: value.shape for key, value in empty.state_dict().items()}, ignored)
+    empty.load_state_dict(component.state_dict(ignored), assign=True)
+    return empty.to(device, dtype).eval().requires_grad_(False)
+
+
+def require_plain(component: Component) -> None:
+    """Refuse a component that is stored in a quantised format."""
     if component.quantisation is not None:
         raise WeightsError(
             f"{component.path} holds the {component.title} in {component.quantisation}, which "
             "plain layers cannot hold; load the snapshot it was made from."
         )
-    empty = network(config.from_dict(component.config), device="meta")
-    component.check({key: value.shape for key, value in empty.state_dict().items()}, ignored)
-    empty.load_state_dict(component.state_dict(ignored), assign=True)
-    return empty.to(device, dtype).eval().requires_grad_(False)

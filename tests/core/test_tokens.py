@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from glm_image.glm_core.data import token_file
+from glm_image.glm_core.data.grids import preview_grid, token_grid
 from glm_image.glm_core.data.token_file import load_tokens, save_tokens
 from glm_image.glm_core.data.tokens import Layout, SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
@@ -64,6 +65,21 @@ def test_a_file_has_the_tensors_and_metadata_of_the_contract(saved):
     assert metadata["format"] == "glm_image_tokens"
     assert metadata["version"] == "1"
     assert (metadata["width"], metadata["height"], metadata["codebook"]) == ("64", "96", "50")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1280, 704), (960, 512)])
+def test_a_layout_saved_alone_keeps_its_size(tmp_path, width, height):
+    """Its tokens are its preview, an image of its own whose preview may have another shape."""
+    rows, columns = preview_grid(token_grid(height, width))
+    preview = torch.arange(rows * columns, dtype=torch.int32).view(1, rows, columns)
+    layout = Layout(preview, preview[0] % 3 == 0, 500, height, width)
+    tokens = SemanticTokens(preview, 500, 32 * rows, 32 * columns)
+    save_tokens(tmp_path / "d.safetensors", tokens, layout)
+    found, loaded = load_tokens(tmp_path / "d.safetensors")
+    assert (found.height, found.width) == (32 * rows, 32 * columns)
+    assert (loaded.height, loaded.width) == (height, width)
+    assert torch.equal(loaded.preview, preview)
+    assert torch.equal(loaded.locked, layout.locked)
 
 
 def test_tokens_without_a_layout(tmp_path):
@@ -163,6 +179,8 @@ def test_tensors_that_do_not_fit(saved, case):
         ({"info": "[" * 100_000}, "info of .* nested too deeply"),
         ({"info": '{"a": ' + "[" * 100 + "]" * 100 + "}"}, "nested more than 64 deep"),
         ({"width": "65"}, "65x96 .*multiples of 32"),
+        ({"layout_width": "wide"}, "layout_width is 'wide', but must be"),
+        ({"layout_width": "960", "layout_height": "96"}, "960x96 pixels need"),
         ({"codebook": "-5"}, "codebook is '-5', but must be"),
         ({"codebook": "0"}, "have 0 ids"),
         ({"codebook": "65537"}, "have 65537 ids, but one has 1 to 65536"),

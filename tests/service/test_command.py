@@ -6,8 +6,11 @@ import sys
 import pytest
 from short_samples import TINY
 
+from glm_core.files.conversion import convert
+from glm_core.files.opening import open_component
 from service import __main__ as command
 from service.fleet import KEY, Settings
+from service.model import open_ar
 
 
 def run(monkeypatch, *arguments: str) -> None:
@@ -27,6 +30,16 @@ def test_what_cannot_start_is_a_sentence(monkeypatch, arguments, words) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit, match=words):
         run(monkeypatch, *arguments)
+
+
+def test_a_quantised_file_is_left_out_if_there_is_a_snapshot(monkeypatch, tmp_path) -> None:
+    file = convert(open_component(TINY, "ar"), "int8", tmp_path, lambda *_: None)
+    with pytest.raises(SystemExit, match="holds the AR model in int8"):
+        run(monkeypatch, str(tmp_path), "--device", "cpu")
+    for part in ("vision_language_encoder", "processor"):
+        (tmp_path / part).symlink_to(TINY / part)
+    assert open_component(file, "ar").quantisation == "int8"
+    assert open_ar(tmp_path).quantisation is None
 
 
 @pytest.mark.parametrize(
