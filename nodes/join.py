@@ -108,7 +108,9 @@ class CellsToMask(Node):
         tokens: SemanticTokens | None = None,
     ) -> io.NodeOutput:
         if layout is not None and tokens is not None:
-            raise InputError("Cells To Mask needs one grid; connect a layout or tokens.")
+            raise InputError(
+                "Cells To Mask takes one grid and got two; connect a layout or tokens, not both."
+            )
         shown = layout or tokens
         if shown is None and not (width and height):
             raise SizeError(
@@ -131,10 +133,11 @@ class PromptLines(Node):
             node_id="GLMImagePromptLines",
             display_name="GLM-Image Prompt Lines",
             category=CATEGORY,
-            description="Makes a list of prompts of a text. Nodes after it run once for each.",
+            description="Makes a list of prompts of a text. Most nodes after it run once for each; "
+            "Sample Tokens takes the whole list and writes `rows` of it together.",
             inputs=[
                 io.String.Input(
-                    "text", multiline=True, tooltip="The prompts; empty ones are left out"
+                    "text", multiline=True, tooltip="The prompts; empty ones are left out."
                 ),
                 io.Combo.Input(
                     "split",

@@ -68,8 +68,11 @@ class KeepBest(Node):
         connected = {"tokens": tokens, "layout": layout, "images": images, "latent": latent}
         candidates = {name: values for name, values in connected.items() if values}
         _require_equal_counts(lists, candidates)
-        if count[0] > len(scores):
-            raise BatchError(f"count is {count[0]} and there are {len(scores)} scores; use less.")
+        most = len(scores)
+        if count[0] > most:
+            raise BatchError(
+                f"count is {count[0]} and there are {most} scores; use at most {most}."
+            )
         weights = dict(zip(given, (weight[0], weight_2[0], weight_3[0]), strict=True))
         order = best_first(list(lists.values()), [weights[name] for name in lists])
         kept = [

@@ -239,8 +239,8 @@ each side (multiples of 32). The **Prompt** describes the whole of it.
 
 **Encode Tokens** reads the grown picture. Its tokens and its layout stay, and new ones are \
 written around them. The layout's cells at the seam see the grey that fills the canvas, so \
-**Unlock the seam** lets them be drawn anew. The picture's own pixels come back at the end, with a \
-soft seam.
+**Unlock the seam of the layout** lets them be drawn anew. The picture's own pixels come back at \
+the end, with a soft seam.
 """,
         {
             "Prompt": "a blue circle on the left, an orange diamond in the centre, a red star on "

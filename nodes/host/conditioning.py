@@ -172,7 +172,7 @@ def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> N
         advice = (
             "use the LATENT of GLM-Image Apply Tokens; a picture that was scaled up, and a tile "
             "of one, needs tokens of its own from GLM-Image Encode Tokens, as in the workflow "
-            "upscale_in_tiles, and a padded one as in redo_region"
+            "'Upscale in tiles', and a padded one as in 'Extend a picture'"
         )
     else:
         advice = (

@@ -115,7 +115,7 @@ def _check_scale(shown: Sequence[float], tile: Sequence[int], size: Size) -> Non
         f"The latent is a tile of {width} x {height} pixels, and shows {shown_width} x "
         f"{shown_height} of the {size[1]} x {size[0]} that the semantic tokens are of; give the "
         "scaled picture to GLM-Image Encode Tokens at its own size and choose tiles that divide "
-        "it, or start from the workflow upscale_in_tiles."
+        "it, or start from the workflow 'Upscale in tiles'."
     )
 
 

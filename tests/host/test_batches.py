@@ -301,7 +301,7 @@ def test_other_batches_are_not_split(nodes, run, count, sentence) -> None:
     ("rows", "columns", "sentence"),
     [
         (41, 62, r"96 x 64 pixels .* 496 x 328 pixels; scale or pad the picture to 512 x 352, "),
-        (16, 24, r"96 x 64 pixels .* 192 x 128 pixels; .* in the workflow upscale_in_tiles"),
+        (16, 24, r"96 x 64 pixels .* 192 x 128 pixels; .* in the workflow 'Upscale in tiles'"),
     ],
 )
 def test_latents_of_another_size_are_refused(nodes, run, sample, rows, columns, sentence) -> None:

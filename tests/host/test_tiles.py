@@ -130,7 +130,7 @@ def test_a_tile_that_the_upscaler_has_scaled_a_little(run, scaled, whole) -> Non
 def test_tokens_of_the_first_picture_are_refused_for_a_tile(run, scaled, sample, region) -> None:
     sentence = (
         r"^The latent is a tile of 96 x 96 pixels, and shows 48 x 48 of the 96 x 96 that .*; .* "
-        r"Encode Tokens .* upscale_in_tiles\."
+        r"Encode Tokens .* 'Upscale in tiles'\."
     )
     with pytest.raises(GLMImageError, match=sentence):
         upscaled(run, sample, scaled, run.positive, run.negative, region)
