@@ -76,15 +76,15 @@ class ApplyTokens(Node):
             negative = cond.empty_text(positive)
         else:
             cond.require_glyphs("negative", negative)
-        batch = len(tokens.tokens)
-        chosen = _choose(batch, batch_index)
         if reference_cache is not None:
-            reference_cache = reference_cache.for_samples(batch, chosen)
-        tokens = replace(tokens, tokens=tokens.tokens[chosen])
+            reference_cache.require_fits(tokens)
+        chosen = _choose(len(tokens.tokens), batch_index)
+        numbers = tuple(map(tokens.number, chosen))
+        tokens = replace(tokens, tokens=tokens.tokens[chosen], numbers=numbers)
         return io.NodeOutput(
             cond.with_tokens(positive, tokens, reference_cache),
             cond.without_prior(negative, tokens),
-            _empty_latent(tokens, chosen),
+            _empty_latent(tokens),
         )
 
 
@@ -95,10 +95,11 @@ def _choose(batch: int, index: int) -> list[int]:
     return list(range(batch)) if index < 0 else [index]
 
 
-def _empty_latent(tokens: SemanticTokens, batch_index: list[int]) -> dict:
-    rows, cols = (side * cond.LATENTS_PER_TOKEN for side in tokens.tokens.shape[1:])
+def _empty_latent(tokens: SemanticTokens) -> dict:
+    batch, *grid = tokens.tokens.shape
+    rows, cols = (side * cond.LATENTS_PER_TOKEN for side in grid)
     device = comfy.model_management.intermediate_device()
-    needed = memory.latents(len(batch_index), LATENT_CHANNELS, (rows, cols))
+    needed = memory.latents(batch, LATENT_CHANNELS, (rows, cols))
     require_room("The latent", {device: needed}, "apply the tokens one by one, with batch_index")
-    samples = torch.zeros((len(batch_index), LATENT_CHANNELS, rows, cols), device=device)
-    return {"samples": samples, "batch_index": batch_index}
+    samples = torch.zeros((batch, LATENT_CHANNELS, rows, cols), device=device)
+    return {"samples": samples, "batch_index": [tokens.number(i) for i in range(batch)]}

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..glm_core.data.ranking import best_first, ranks
 from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
-from ..glm_core.errors import BatchError
+from ..glm_core.errors import BatchError, InputError
 from .host.joining import JOINERS, count_of
 from .messages import message
 from .node import Node
@@ -67,13 +67,15 @@ class KeepBest(Node):
         lists = {name: values for name, values in given.items() if values}
         connected = {"tokens": tokens, "layout": layout, "images": images, "latent": latent}
         candidates = {name: values for name, values in connected.items() if values}
+        _require_numbers(lists)
         _require_equal_counts(lists, candidates)
         most = len(scores)
         if count[0] > most:
             raise BatchError(
                 f"count is {count[0]} and there are {most} scores; use at most {most}."
             )
-        weights = dict(zip(given, (weight[0], weight_2[0], weight_3[0]), strict=True))
+        numbers = {"weight": weight, "weight_2": weight_2, "weight_3": weight_3}
+        weights = dict(zip(given, map(_weight, numbers, numbers.values()), strict=True))
         order = best_first(list(lists.values()), [weights[name] for name in lists])
         kept = [
             join(candidates[name], order[: count[0]])
@@ -97,6 +99,22 @@ def _score_inputs(name: str, weight: str, kind: str) -> list[io.Input]:
             weight, default=1.0, min=0.0, max=1000.0, step=0.05, tooltip=f"How much {name} count."
         ),
     ]
+
+
+def _weight(name: str, values: list[float]) -> float:
+    if not values:
+        raise InputError(f"{name} is an empty list; connect a number, or nothing.")
+    return values[0]
+
+
+def _require_numbers(lists: dict[str, list[float | None]]) -> None:
+    """An optional input may be None, and so may one of its scores."""
+    for name, values in lists.items():
+        if None in values:
+            place = values.index(None)
+            raise InputError(
+                f"{name} has no number for candidate {place}; connect one score for each candidate."
+            )
 
 
 def _require_equal_counts(lists: dict[str, list[float]], candidates: dict[str, list]) -> None:

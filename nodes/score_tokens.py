@@ -131,7 +131,7 @@ def _heat_map(scores: Scores) -> Tensor:
     """A sheet of the grids that were written last: float32 [height, width, 3]."""
     kind = list(scores.grids)[-1]
     cells, drawn = scores.cells[kind], scores.grids[kind].drawn
-    share = (cells / _strongest(cells[:, drawn], scores.measure)).clamp(-1, 1)
+    share = (cells / _strongest(cells[drawn.expand_as(cells)], scores.measure)).clamp(-1, 1)
     levels = ((share + 1) / 2 * (LEVELS - 1)).round().long()
     return draw_sheet(levels.masked_fill(~drawn, UNKNOWN), _colours(), CELL)
 

@@ -112,10 +112,13 @@ def mean_of_cells(values: Sequence[Tensor], counted: Sequence[Tensor]) -> Tensor
 
     Args:
         values: float32 [B, rows, columns] for each grid.
-        counted: bool [rows, columns] for each grid.
+        counted: bool [B or 1, rows, columns] for each grid.
 
     Returns:
         float64 [B]
     """
-    cells = [value[:, mask] for value, mask in zip(values, counted, strict=True)]
-    return torch.cat(cells, dim=1).double().mean(dim=1)
+    sums = [
+        torch.where(mask, value.double(), 0).sum((1, 2))
+        for value, mask in zip(values, counted, strict=True)
+    ]
+    return sum(sums) / sum(mask.sum((1, 2)) for mask in counted)

@@ -23,6 +23,8 @@ class SemanticTokens:
     height, width: of the images, in pixels.
     info: how they were made, as values of JSON.
     palette: float32 [codebook, 3], 0 to 1: the model's colours, where the model is known.
+    numbers: of each image in the batch that it was taken out of, all different; None counts from 0.
+        An image keeps its noise, its latent and its references by it.
     """
 
     tokens: Tensor
@@ -31,10 +33,15 @@ class SemanticTokens:
     width: int
     info: dict[str, Any] = field(default_factory=dict)
     palette: Tensor | None = field(default=None, repr=False)
+    numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         grid = token_grid(self.height, self.width)
         _check("tokens", self.tokens, grid, self.codebook, self.height, self.width)
+
+    def number(self, i: int) -> int:
+        """Of image i, by `numbers`."""
+        return i if self.numbers is None else self.numbers[i]
 
     @property
     def ids(self) -> Tensor:

@@ -1,5 +1,8 @@
 """Which image of a batch of tokens each latent is: by the numbers that latents keep in a batch."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,26 +12,33 @@ MAX_DRAWS = 64
 """Rows of noise that `drawn_numbers` draws, each as large as a latent, besides one a latent."""
 
 
-def pictures_of(images: int, latents: int, numbers: list[int] | None, known: bool) -> list[int]:
-    """For each latent, the number of the tokens that it is painted with.
+def pictures_of(
+    own: Sequence[int], latents: int, numbers: list[int] | None, known: bool
+) -> list[int]:
+    """For each latent, the place of the image in the tokens that it is painted with.
 
     Latent i is number i of its batch, unless LatentFromBatch or LatentBatch has taken some out or
     moved them. RepeatLatentBatch gives a repetition the next numbers.
 
     Args:
-        images: the images that the tokens hold.
+        own: the numbers of the images that the tokens hold, all different.
         numbers: the latents' numbers, `batch_index` of a LATENT; None for unknown ones.
         known: whether `numbers` are of the LATENT, and may choose some of the images.
 
     Raises:
         GLMImageError: the numbers are no choice, and the latents no whole repetition of the images.
     """
+    images = len(own)
     whole = latents % images == 0
     if numbers is not None and len(numbers) == latents:
-        if known and len(set(numbers)) == latents and max(numbers) < images:
-            return list(numbers)
+        different = len(set(numbers)) == latents
+        # A sampler's noise also counts from 0 for latents that have no numbers.
+        telling = known or (whole and numbers != list(range(latents)))
+        if different and telling and set(numbers) <= set(own):
+            return [list(own).index(number) for number in numbers]
         pictures = [number % images for number in numbers]
-        if whole and (len(set(numbers)) == latents or _equally_often(pictures, images)):
+        counted = list(own) == list(range(images))
+        if counted and whole and (different or _equally_often(pictures, images)):
             return pictures
     if not whole:
         raise BatchError(
@@ -38,6 +48,12 @@ def pictures_of(images: int, latents: int, numbers: list[int] | None, known: boo
         )
     # Numbers that occur twice are those of a fixed seed or of joined batches, and tell nothing.
     return [i % images for i in range(latents)]
+
+
+def numbers_of(latent: dict[str, Any]) -> list[int] | None:
+    """A LATENT's `batch_index`, or None if it is not one of each image."""
+    numbers = latent.get("batch_index")
+    return numbers if numbers is not None and len(numbers) == len(latent["samples"]) else None
 
 
 def _equally_often(pictures: list[int], images: int) -> bool:

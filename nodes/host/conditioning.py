@@ -20,6 +20,8 @@ Conditioning = list[list[Any]]
 TOKENS = "glm_tokens"
 SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
+IMAGES = "glm_images"
+"""The tokens' numbers in the batch that they were taken out of."""
 REFERENCES = "glm_references"
 NUMBERS = "glm_numbers"
 """The LATENT's `batch_index`, where a node knows it."""
@@ -48,7 +50,12 @@ def without_prior(conditioning: Conditioning, tokens: SemanticTokens) -> Conditi
 
 
 def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Conditioning:
-    entries = {TOKENS: ids, SIZE: (tokens.height, tokens.width), CODEBOOK: tokens.codebook}
+    entries = {
+        TOKENS: ids,
+        SIZE: (tokens.height, tokens.width),
+        CODEBOOK: tokens.codebook,
+        IMAGES: [tokens.number(i) for i in range(len(ids))],
+    }
     others = (
         (_text(states, values), {key: values[key] for key in values if key not in REPLACED})
         for states, values in conditioning
@@ -123,7 +130,7 @@ class Conditions(NamedTuple):
     glyphs: Tensor  # [1, T, text_embed_dim]
     token_map: Tensor  # int32 [N, 1, H, W], the latents' size, so that areas crop both alike
     size: tuple[int, int]  # (height, width) in pixels
-    pictures: list[int]  # for each latent, the number of the tokens that it is painted with
+    images: list[int]  # for each latent, the number of the tokens that it is painted with
 
 
 def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig) -> Conditions:
@@ -159,7 +166,8 @@ def conditions(entry: dict[str, Any], latents: torch.Size, config: DecoderConfig
         q=LATENTS_PER_TOKEN,
     )
     device = entry["device"]
-    return Conditions(glyphs.to(device), token_map.to(device), size, pictures)
+    images = [entry[IMAGES][place] for place in pictures]
+    return Conditions(glyphs.to(device), token_map.to(device), size, images)
 
 
 def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> None:
@@ -187,13 +195,12 @@ def _check_size(tokens: Tensor, size: tuple[int, int], latents: torch.Size) -> N
 
 
 def _pictures(entry: dict[str, Any], tokens: Tensor, latents: int) -> list[int]:
-    """For each latent, the number of the tokens that it is painted with.
+    """For each latent, the place of the tokens that it is painted with.
 
     Samplers are not given the latent's `batch_index`. ComfyUI's noise has it: it is a row for each
     number, drawn from the seed one after the other.
     """
-    images = len(tokens)
     numbers, known = entry.get(NUMBERS), NUMBERS in entry
-    if not known and images > 1:
+    if not known and len(tokens) > 1:
         numbers = drawn_numbers(entry["noise"], entry.get("seed"))
-    return pictures_of(images, latents, numbers, known)
+    return pictures_of(entry[IMAGES], latents, numbers, known)

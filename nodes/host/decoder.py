@@ -115,7 +115,7 @@ class GLMImageModel(ListsSegments, comfy.model_base.QwenImage):
                     "from step to step; load the LoRA into the MODEL instead."
                 )
             # A copy, if the MODEL has moved to another device since the cache was made.
-            reader = cache.reader_of(found.pictures)
+            reader = cache.reader_of(found.images)
             conds["references"] = ReferencesCondition(reader.to(kwargs["device"]))
             self.readers.append(reader)
         return conds

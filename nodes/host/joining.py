@@ -15,6 +15,7 @@ from torch import Tensor
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import BatchError
+from .batches import numbers_of
 
 Batches = Sequence[Any]
 Latent = dict[str, Any]
@@ -30,10 +31,14 @@ def join_tokens(batches: Sequence[SemanticTokens], indices: Sequence[int]) -> Se
         GLMImageError: those chosen are of several sizes or codebooks.
     """
     chosen = _entries(batches, indices)
-    first = chosen[0][0]
-    _require_equal("tokens", [(one.width, one.height, one.codebook) for one, _ in chosen])
-    tokens = torch.cat([one.tokens[i, None] for one, i in chosen])
-    return replace(first, tokens=tokens, info=_joined_info([_info(one, i) for one, i in chosen]))
+    _require_equal("tokens", [_of_codes(one) for one, _ in chosen])
+    numbers = tuple(one.number(i) for one, i in chosen)
+    return replace(
+        chosen[0][0],
+        tokens=torch.cat([one.tokens[i, None] for one, i in chosen]),
+        info=_joined_info([_info(one, i) for one, i in chosen]),
+        numbers=numbers if len(set(numbers)) == len(numbers) else None,
+    )
 
 
 def join_layouts(batches: Sequence[Layout], indices: Sequence[int]) -> Layout:
@@ -43,7 +48,7 @@ def join_layouts(batches: Sequence[Layout], indices: Sequence[int]) -> Layout:
     """
     chosen = _entries(batches, indices)
     first = chosen[0][0]
-    _require_equal("layouts", [(one.width, one.height, one.codebook) for one, _ in chosen])
+    _require_equal("layouts", [_of_codes(one) for one, _ in chosen])
     if not all(torch.equal(one.locked, first.locked) for one, _ in chosen):
         raise BatchError(
             "The layouts differ in their locked cells, which a batch shares; keep one of them, or "
@@ -56,10 +61,11 @@ def join_images(batches: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
     """float32 [B, height, width, channels]
 
     Raises:
-        GLMImageError: those chosen are of several sizes.
+        GLMImageError: those chosen differ in size or channels.
     """
     chosen = _entries(batches, indices)
-    _require_equal("images", [(one.shape[2], one.shape[1]) for one, _ in chosen])
+    kinds = [f"{one.shape[2]}x{one.shape[1]} with {one.shape[3]} channels" for one, _ in chosen]
+    _require_equal("images", kinds)
     return torch.cat([one[i, None] for one, i in chosen])
 
 
@@ -67,11 +73,11 @@ def join_latents(batches: Sequence[Latent], indices: Sequence[int]) -> Latent:
     """Noise masks and the numbers of noise go with their latents.
 
     Raises:
-        GLMImageError: those chosen are of several sizes.
+        GLMImageError: those chosen differ in size or channels.
     """
     chosen = _entries(batches, indices)
     samples = [one["samples"][i, None] for one, i in chosen]
-    _require_equal("latents", [_pixels(one) for one in samples])
+    _require_equal("latents", [_of_latents(one) for one in samples])
     joined = {**chosen[0][0], "samples": torch.cat(samples)}
     joined.pop("noise_mask", None)
     joined["batch_index"] = [_noise_number(one, i) for one, i in chosen]
@@ -82,21 +88,30 @@ def join_latents(batches: Sequence[Latent], indices: Sequence[int]) -> Latent:
 
 def _info(tokens: SemanticTokens, i: int) -> dict[str, Any]:
     """How image i of a batch was made: its seed is the batch's and i more."""
-    info = tokens.info if isinstance(tokens.info, dict) else {}
-    seed = info.get("seed")
+    info = dict(tokens.info) if isinstance(tokens.info, dict) else {}
+    seeds, seed, forced = info.pop("seeds", None), info.get("seed"), info.get("forced")
+    if isinstance(forced, list):
+        info["forced"] = forced[i] if i < len(forced) else ""
+    if isinstance(seeds, list) and i < len(seeds):
+        return {**info, "seed": seeds[i]}
     return {**info, "seed": (seed + i) % 2**64} if isinstance(seed, int) else info
 
 
 def _joined_info(infos: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is equal in all, and the seeds of several."""
+    """What is equal in all. Seeds are listed, as they need not count up; forced cells that differ
+    as well."""
+    if len(infos) == 1:
+        return infos[0]
     first = infos[0]
     common = {key: one for key, one in first.items() if all(i.get(key) == one for i in infos)}
-    seeds = {} if "seed" in common else {"seeds": [info.get("seed") for info in infos]}
-    return common if len(infos) == 1 else {**common, **seeds}
+    common.pop("seed", None)
+    if "forced" not in common and any("forced" in info for info in infos):
+        common["forced"] = [info.get("forced", "") for info in infos]
+    return {**common, "seeds": [info.get("seed") for info in infos]}
 
 
 def _noise_number(latent: Latent, i: int) -> int:
-    numbers = latent.get("batch_index")
+    numbers = numbers_of(latent)
     return i if numbers is None else numbers[i]
 
 
@@ -122,17 +137,25 @@ def _entries(batches: Batches, indices: Sequence[int]) -> list[tuple[Any, int]]:
     return [places[index] for index in indices]
 
 
-def _pixels(samples: Tensor) -> tuple[int, int]:
-    """(width, height)"""
-    return PIXELS_PER_LATENT * samples.shape[-1], PIXELS_PER_LATENT * samples.shape[-2]
+def _of_codes(batch: SemanticTokens | Layout) -> str:
+    return f"{batch.width}x{batch.height} with {batch.codebook} codes"
 
 
-def _require_equal(name: str, kinds: Sequence[tuple[int, ...]]) -> None:
+def _of_latents(samples: Tensor) -> str:
+    height, width = (PIXELS_PER_LATENT * side for side in samples.shape[-2:])
+    return f"{width}x{height} with {samples.shape[1]} channels"
+
+
+def _require_equal(name: str, kinds: Sequence[str]) -> None:
+    """
+    Args:
+        kinds: of each, what a batch has in common, in words.
+    """
     if len(set(kinds)) > 1:
-        sizes = " and ".join(f"{width}x{height}" for width, height, *_ in dict.fromkeys(kinds))
+        found = ", ".join(dict.fromkeys(kinds))
         raise BatchError(
-            f"The best {name} are of several sizes or models ({sizes}), which do not fit into one "
-            "batch; set count to 1."
+            f"The {name} to join are not alike ({found}), as those of a batch must be; choose some "
+            "that are, or a single one."
         )
 
 

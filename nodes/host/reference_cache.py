@@ -1,13 +1,13 @@
 """The reference cache on a graph: computed once, then loaded and evicted like a model."""
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
 import comfy.model_management
 import torch
 
 from ...glm_core.data.references import References
+from ...glm_core.data.tokens import SemanticTokens
 from ...glm_core.decoder.config import DecoderConfig
 from ...glm_core.decoder.reference_cache import FP8, ReferenceCache, make_cache
 from ...glm_core.errors import BatchError, LowMemoryError, ModelError, ReferenceImageError
@@ -52,30 +52,27 @@ class HostReferenceCache:
         """Bytes, for hosts that drop outputs when memory is short (0.3.75)."""
         return sum(patcher.model_size() for patcher in self.patchers)
 
-    def for_samples(self, batch: int, chosen: list[int]) -> "HostReferenceCache":
-        """The cache for the chosen samples of a batch: sample i attends to set i modulo the number
-        of sets.
-
-        Raises:
-            GLMImageError: the batch is no multiple of the sets.
+    def require_fits(self, tokens: SemanticTokens) -> None:
         """
-        sets = self.sets
-        if batch % sets:
+        Raises:
+            GLMImageError: the images are a whole batch, and no multiple of the sets.
+        """
+        images = len(tokens.tokens)
+        if tokens.numbers is None and images % self.sets:
             raise BatchError(
-                f"The reference cache holds references for {sets} samples, one set each, and the "
-                f"tokens hold {batch} images, which is no multiple; sample the tokens with the "
-                "same references."
+                f"The reference cache holds references for {self.sets} samples, one set each, and "
+                f"the tokens hold {images} images, which is no multiple; sample the tokens with "
+                "the same references."
             )
-        if sets == 1 or len(chosen) == batch:
-            return self
-        view, index = copy(self), chosen[0] % sets
-        view.reader, view.sets = self.reader.of_sets([index]), 1
-        return view
 
-    def reader_of(self, pictures: Sequence[int]) -> CacheReader | SplitReader:
-        """The reader for latents that are painted with these images of the tokens, in order."""
-        sets = [picture % self.sets for picture in pictures]
-        if sets == [i % self.sets for i in range(len(pictures))]:
+    def reader_of(self, images: Sequence[int]) -> CacheReader | SplitReader:
+        """The reader for latents that are painted with the images of these numbers, in order.
+
+        Image i of a batch attends to set i modulo the number of sets.
+        """
+        sets = [image % self.sets for image in images]
+        whole = list(range(self.sets)) * (len(images) // self.sets)
+        if sets == whole:
             return self.reader
         return self.reader.of_sets(sets)
 

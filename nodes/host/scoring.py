@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...glm_core.ar.score import mean_of_cells
@@ -28,7 +29,7 @@ class Grids:
     """Grids of one kind, for every sample, and which of their cells were drawn.
 
     cells: int32 [B, rows, columns].
-    drawn: bool [rows, columns]; the others were locked or forced.
+    drawn: bool [B or 1, rows, columns]; the others were locked or forced.
     """
 
     cells: Tensor
@@ -53,7 +54,8 @@ class Scores:
     def mean(self, kind: str, sample: int) -> float:
         """Of the drawn cells of one grid."""
         cells = self.cells[kind][sample, None]
-        return mean_of_cells([cells], [self.grids[kind].drawn]).item()
+        drawn = self.grids[kind].drawn
+        return mean_of_cells([cells], [drawn[sample % len(drawn), None]]).item()
 
 
 def score_tokens(
@@ -76,7 +78,7 @@ def score_tokens(
     """
     other = _compared(against, measure)
     grids, size = _grids(ar, tokens, layout, references)
-    sets = [None] if references is None else [[one.tokens for one in s] for s in references.sets]
+    sets = [None] if references is None else _sets(references, tokens)
     cells = {kind: one.cells for kind, one in grids.items()}
     scored = ar.cell_scores(prompt, other, size, sets, cells)
     means = mean_of_cells(list(scored.values()), [one.drawn for one in grids.values()])
@@ -130,14 +132,25 @@ def _grids(
 
 
 def _preview(layout: Layout) -> Grids:
-    return Grids(layout.preview, ~layout.locked)
+    return Grids(layout.preview, ~layout.locked[None])
+
+
+def _sets(references: References, tokens: SemanticTokens) -> list[list[Tensor]]:
+    """The references' tokens for each set, or for each image that was taken out of a batch."""
+    sets = [[one.tokens for one in images] for images in references.sets]
+    return sets if tokens.numbers is None else [sets[n % len(sets)] for n in tokens.numbers]
 
 
 def _forced(tokens: SemanticTokens) -> Tensor:
-    """bool [rows, columns]: the cells that a sampler was given, by its own note."""
+    """bool [B or 1, rows, columns]: the cells that a sampler was given, by its own note."""
     noted = tokens.info.get("forced", "") if isinstance(tokens.info, dict) else ""
-    return parse_cells(noted if isinstance(noted, str) else "", tuple(tokens.tokens.shape[1:]))
+    whole = isinstance(noted, list) and len(noted) == len(tokens.tokens)
+    grid = tuple(tokens.tokens.shape[1:])
+    texts = noted if whole else [noted]
+    return torch.stack([parse_cells(text if isinstance(text, str) else "", grid) for text in texts])
 
 
 def _repeated(grids: Grids, count: int) -> Grids:
-    return Grids(grids.cells.repeat(count // len(grids.cells), 1, 1), grids.drawn)
+    repetitions = count // len(grids.cells)
+    drawn = grids.drawn if len(grids.drawn) == 1 else grids.drawn.repeat(repetitions, 1, 1)
+    return Grids(grids.cells.repeat(repetitions, 1, 1), drawn)

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from ...glm_core.errors import BatchError
-from .batches import pictures_of
-from .conditioning import REFERENCES, TOKENS, Conditioning, require_tokens
+from .batches import numbers_of, pictures_of
+from .conditioning import IMAGES, TOKENS, Conditioning, require_tokens
 
 MASK = "mask"
 """Of a conditioning: [H, W], or a row for each image."""
@@ -21,7 +21,7 @@ def split_latent(latent: dict[str, Any]) -> list[dict[str, Any]]:
     samples, mask = latent["samples"], latent.get("noise_mask")
     if not len(samples):
         raise BatchError("The latent holds no image; connect the latent of the batch.")
-    numbers = _numbers(latent) or range(len(samples))
+    numbers = numbers_of(latent) or range(len(samples))
     singles = [
         {**latent, "samples": samples[i : i + 1], "batch_index": [number]}
         for i, number in enumerate(numbers)
@@ -42,30 +42,22 @@ def split_conditioning(
             the images that they are of.
     """
     require_tokens(name, conditioning)
-    count, numbers = len(latent["samples"]), _numbers(latent)
+    count, numbers = len(latent["samples"]), numbers_of(latent)
     singles: list[Conditioning] = [[] for _ in range(count)]
     for states, values in conditioning:
-        pictures = pictures_of(len(values[TOKENS]), count, numbers, known=numbers is not None)
+        pictures = pictures_of(values[IMAGES], count, numbers, known=numbers is not None)
         for i, picture in enumerate(pictures):
             singles[i].append([_row(states, i), _values_of(values, i, picture)])
     return singles
 
 
 def _values_of(values: dict[str, Any], i: int, picture: int) -> dict[str, Any]:
-    """A conditioning's values for latent i, which is painted with the tokens of a picture."""
-    tokens, found = values[TOKENS], dict(values)
-    found[TOKENS] = _row(tokens, picture)
-    if REFERENCES in values:
-        found[REFERENCES] = values[REFERENCES].for_samples(len(tokens), [picture])
+    """A conditioning's values for latent i, which is painted with the tokens at a place."""
+    own = {TOKENS: _row(values[TOKENS], picture), IMAGES: [values[IMAGES][picture]]}
+    found = values | own
     if MASK in values and values[MASK].ndim > 2:
         found[MASK] = _row(values[MASK], i)
     return found
-
-
-def _numbers(latent: dict[str, Any]) -> list[int] | None:
-    """The `batch_index`, or None if it is not one of each image."""
-    numbers = latent.get("batch_index")
-    return numbers if numbers is not None and len(numbers) == len(latent["samples"]) else None
 
 
 def _row(batch: Tensor, i: int) -> Tensor:

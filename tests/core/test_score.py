@@ -116,7 +116,9 @@ def test_an_interrupt_is_asked_for_before_every_pass(both, drawn, monkeypatch) -
 
 def test_the_mean_is_over_counted_cells_of_all_grids() -> None:
     values = [torch.tensor([[[1.0, 2.0]], [[5.0, 6.0]]]), torch.tensor([[[4.0]], [[9.0]]])]
-    counted = [torch.tensor([[True, False]]), torch.tensor([[True]])]
+    counted = [torch.tensor([[[True, False]]]), torch.tensor([[[True]]])]
     assert mean_of_cells(values, counted).tolist() == [2.5, 7.0]
+    each = [torch.tensor([[[True, False]], [[False, True]]]), torch.tensor([[[True]], [[False]]])]
+    assert mean_of_cells(values, each).tolist() == [2.5, 6.0]
     none = [torch.zeros_like(mask) for mask in counted]
     assert mean_of_cells(values, none).isnan().all()

@@ -1,6 +1,7 @@
 """Latents and tokens of a batch: each latent is painted with its own tokens and references."""
 
 from dataclasses import replace
+from functools import partial
 
 import comfy.sample
 import comfy_extras.nodes_post_processing  # noqa: F401  current hosts import it before nodes_latent
@@ -158,18 +159,66 @@ def test_no_noise_has_no_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "numbers", "known", "pictures"),
+    ("own", "numbers", "known", "pictures"),
     [
-        (2, [0, 1, 2, 3], False, [0, 1, 0, 1]),
-        (2, [1, 0, 1, 0], False, [1, 0, 1, 0]),
-        (4, [3, 1], True, [3, 1]),
-        (2, [0, 0], True, [0, 1]),  # two images encoded apart and joined
-        (3, [0, 1, 0], True, [0, 1, 2]),
-        (1, [5, 5], True, [0, 0]),
+        ([0, 1], [0, 1, 2, 3], False, [0, 1, 0, 1]),
+        ([0, 1], [1, 0, 1, 0], False, [1, 0, 1, 0]),
+        ([0, 1, 2, 3], [3, 1], True, [3, 1]),
+        ([0, 1], [0, 0], True, [0, 1]),  # two images encoded apart and joined
+        ([0, 1, 2], [0, 1, 0], True, [0, 1, 2]),
+        ([0], [5, 5], True, [0, 0]),
+        ([4, 2], [4, 2], True, [0, 1]),  # the best two, and their latents
+        ([4, 2], [4, 2], False, [0, 1]),
+        ([4, 2], [2], True, [1]),
+        ([4, 2], [4, 2, 7, 5], True, [0, 1, 0, 1]),  # repeated
+        ([1, 0], [0, 1], True, [1, 0]),
+        ([1, 0], [0, 1], False, [0, 1]),  # noise of latents without numbers
     ],
 )
-def test_numbers_choose_tokens(images, numbers, known, pictures) -> None:
-    assert pictures_of(images, len(numbers), numbers, known) == pictures
+def test_numbers_choose_tokens(own, numbers, known, pictures) -> None:
+    assert pictures_of(own, len(numbers), numbers, known) == pictures
+
+
+def best_of_both(nodes, run):
+    """The tokens and latents of image 1, then of image 0."""
+    weights = {name: [1.0] for name in ("weight", "weight_2", "weight_3")}
+    keep = partial(nodes["GLMImageKeepBest"].execute, scores=[1.0, 2.0], count=[2], **weights)
+    tokens, _, _, latent, _ = keep(tokens=[run.tokens], latent=[run.empty]).result
+    return tokens, latent
+
+
+@SAMPLERS
+def test_the_best_latents_are_painted_with_their_own_tokens(nodes, run, sample) -> None:
+    tokens, latent = best_of_both(nodes, run)
+    positive, negative, empty = (
+        nodes["GLMImageApplyTokens"].execute(run.positive, tokens, -1).result
+    )
+    assert latent["batch_index"] == empty["batch_index"] == [1, 0]
+    found = sample(nodes, run, positive, negative, latent)
+    for i, alone in enumerate(expected(nodes, run, sample, latent, [1, 0])):
+        assert relative_error(found[i : i + 1], alone) < 1e-5
+    singles = split(nodes, positive, negative, latent)
+    for one, alone in zip(singles, found, strict=True):
+        assert relative_error(sample(nodes, run, *one), alone[None]) < 1e-5
+    encoded = unnumbered(latent)  # as VAE Encode makes of the best images
+    again = sample(nodes, run, positive, negative, encoded)
+    for i, picture in enumerate([1, 0]):
+        one = unnumbered(taken(latent, i, 1)) | {"batch_index": [i]}
+        chosen = nodes["GLMImageApplyTokens"].execute(run.positive, run.tokens, picture).result
+        alone = sample(nodes, run, chosen[0], chosen[1], one)
+        assert relative_error(again[i : i + 1], alone) < 1e-5
+
+
+def test_images_taken_out_of_a_batch_keep_their_references(nodes, run) -> None:
+    images = torch.rand(2, 512, 512, 3, generator=torch.Generator().manual_seed(1))
+    chain, _ = encode_references(run.ar, run.vae, images, None, per_sample=True)
+    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    apply = nodes["GLMImageApplyTokens"].execute
+    positive, negative, latent = apply(run.positive, run.tokens, -1, None, cache).result
+    whole = by_decode(nodes, run, positive, negative, latent)
+    (second,) = nodes["GLMImageJoinTokens"].execute(indices="1", tokens_1=run.tokens).result[:1]
+    positive, negative, latent = apply(run.positive, second, -1, None, cache).result
+    assert relative_error(by_decode(nodes, run, positive, negative, latent), whole[1:]) < 1e-5
 
 
 # ---- a conditioning that ConditioningZeroOut has zeroed ------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 
@@ -65,6 +66,23 @@ def test_a_batch_has_the_scores_of_its_images(score, sample, measure) -> None:
     assert picture.shape[0] == 1
     assert picture.shape[3] == 3
     assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_cells_that_were_kept_do_not_count_after_joining_either(run, score, sample) -> None:
+    base, layout = sample(1)
+    locked = replace(layout, locked=torch.ones_like(layout.locked))
+    redrawn = [
+        sample(1, seed=6, tokens=base, layout=locked, cells=cells) for cells in ("0:0", "1:1-2")
+    ]
+    alone = [score(tokens=tokens, layout=locked)[0][0] for tokens, locked in redrawn]
+    batches = {
+        f"{name}_{i}": one
+        for i, pair in enumerate(redrawn, 1)
+        for name, one in zip(("tokens", "layout"), pair, strict=True)
+    }
+    tokens, layout = run("JoinTokens", indices="", **batches)
+    assert score(tokens=tokens, layout=layout)[0] == pytest.approx(alone, abs=1e-5)
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
 
 
 def test_a_layout_alone_and_against_itself(score, sample) -> None:
@@ -181,7 +199,7 @@ def test_counts_and_types_are_checked(nodes, scores, inputs, sentence) -> None:
 def test_sizes_that_make_no_batch(nodes) -> None:
     images = [torch.rand(1, 8, 8, 3), torch.rand(1, 8, 16, 3)]
     assert keep(nodes, [0.0, 1.0], images=images)[2].shape == (1, 8, 16, 3)
-    with pytest.raises(GLMImageError, match="16x8 and 8x8"):
+    with pytest.raises(GLMImageError, match="16x8 with 3 channels, 8x8 with 3 channels"):
         keep(nodes, [0.0, 1.0], count=2, images=images)
 
 

@@ -1,5 +1,7 @@
 """Join Tokens, Cells To Mask and Prompt Lines, called as ComfyUI calls them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -32,6 +34,21 @@ def test_batches_are_joined_in_order(run) -> None:
     assert above.preview[:, 0, 0].tolist() == [4]
 
 
+def test_joined_images_keep_what_is_known_of_each(run) -> None:
+    first, second = (replace(tokens(1), info={"seed": 5, "forced": text}) for text in ("0:0", ""))
+    (joined, _), equal = run("JoinTokens", indices="", tokens_1=first, tokens_2=second), [5, 5]
+    assert joined.info == {"seeds": equal, "forced": ["0:0", ""]}
+    for i, text in enumerate(("0:0", "")):
+        one, _ = run("JoinTokens", indices=str(i), tokens_1=joined)
+        assert one.info == {"seed": 5, "forced": text}
+    turned, _ = run("JoinTokens", indices="2,0", tokens_1=tokens(0, 1, 2))
+    assert turned.numbers == (2, 0)
+    assert turned.info["seeds"] == [12, 10]
+    again, _ = run("JoinTokens", indices="1", tokens_1=turned)
+    assert (again.numbers, again.info["seed"]) == ((0,), 10)
+    assert joined.numbers is None  # both are number 0
+
+
 def test_indices_pick_in_their_order(run) -> None:
     five = tokens(0, 1, 2, 3, 4)
     assert run("JoinTokens", indices="3, 0-1", tokens_1=five)[0].tokens[:, 0, 0].tolist() == [
@@ -46,7 +63,10 @@ def test_indices_pick_in_their_order(run) -> None:
     ("inputs", "sentence"),
     [
         ({}, "nothing to join"),
-        ({"tokens_1": tokens(1), "tokens_2": tokens(1, width=128)}, "96x64 and 128x64"),
+        (
+            {"tokens_1": tokens(1), "tokens_2": tokens(1, width=128)},
+            "96x64 with .* codes, 128x64 with",
+        ),
         ({"tokens_1": tokens(1), "indices": "1"}, "indices names 1, and there are 1"),
         ({"tokens_1": tokens(1), "indices": "2-0"}, "write 0-2"),
         ({"tokens_1": tokens(1), "indices": "a"}, "the entry 'a'"),
