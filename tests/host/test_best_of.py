@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
+from glm_image.glm_core.data.references import Reference, References
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import ocr
 from helpers import sampled
@@ -114,6 +116,30 @@ def test_what_does_not_belong_together(run, score, sample) -> None:
     three = sample(3)[1]
     with pytest.raises(GLMImageError, match="2 images in tokens and 3 layouts"):
         score(tokens=tokens, layout=three)
+
+
+def references(*seeds: int) -> References:
+    """A set of one reference for each seed."""
+
+    def one(seed: int) -> Reference:
+        tokens = torch.randint(64, (2, 2), generator=torch.Generator().manual_seed(seed)).int()
+        return Reference(tokens, torch.zeros(1, 16, 8, 8), torch.zeros(2, 2, 3), (64, 64))
+
+    return References(tuple((one(seed),) for seed in seeds), 64)
+
+
+def test_sets_of_references_score_what_they_were_written_with(score, sample) -> None:
+    """Sample i was written with set i modulo the sets, batch_size times each."""
+    tokens, _ = sample(2, references=references(1, 2))
+    assert len(tokens.tokens) == 4
+    scores = score(tokens=tokens, references=references(1, 2))[0]
+    for i, found in enumerate(scores):
+        own, other = (references(seed) for seed in ((1, 2) if i % 2 == 0 else (2, 1)))
+        alone = replace(tokens, tokens=tokens.tokens[i, None])
+        assert score(tokens=alone, references=own)[0] == pytest.approx([found], abs=1e-5)
+        assert score(tokens=alone, references=other)[0] != pytest.approx([found], abs=1e-5)
+    with pytest.raises(GLMImageError, match="4 images in tokens and 3 reference sets"):
+        score(tokens=tokens, references=references(1, 2, 3))
 
 
 def keep(nodes, scores, count=1, **connected):
