@@ -242,6 +242,11 @@ def test_a_prompt_without_texts(run) -> None:
         run("ReadText", written()[None], prompt="a cat")
 
 
+def test_a_batch_without_pictures_to_read(run) -> None:
+    with pytest.raises(GLMImageError, match="no image in the batch"):
+        run("ReadText", torch.zeros(0, 64, 64, 3), texts="OPEN")
+
+
 def test_without_the_ocr_packages_a_sentence_says_how_to_get_them(run, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)  # as if it were not installed
     ocr._reader.cache_clear()
