@@ -7,6 +7,7 @@ this run, by whatever input, and those that are `given` as marked, where no inpu
 """
 
 import base64
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..glm_core.data.grids import Grid
 from ..glm_core.data.layout import mask_to_grid
 from ..glm_core.data.token_image import cell_colours, hash_palette
 from ..glm_core.data.tokens import Layout, SemanticTokens, content_hashes
+from ..glm_core.errors import GLMImageError
 
 KEY = "glm_grids"
 GIVEN = "glm_given"  # a grid that the node was given, where `KEY` has those that it wrote
@@ -48,13 +50,14 @@ def editable(
 
 
 def masked_cells(mask: Tensor | None, grid: Grid, otherwise: bool) -> Tensor:
-    """The cells of a mask: bool [rows, columns]; all or none if there is no single mask.
+    """The cells of a mask: bool [rows, columns]; all or none without one that can be used.
 
-    Several masks are an error only of a run that uses them, and this is for the page.
+    Several masks, say, are an error only of a run that uses them, and this is for the page.
     """
-    if mask is None or mask.shape[:-2].numel() != 1:
-        return torch.full(grid, otherwise)
-    return mask_to_grid(mask, grid)
+    if mask is not None:
+        with suppress(GLMImageError):
+            return mask_to_grid(mask, grid)
+    return torch.full(grid, otherwise)
 
 
 def grid(shown: SemanticTokens | Layout, room: int = MAX_CELLS) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The base of the pack's nodes: every input is checked before a node sees it, and search words.
 
 ComfyUI compares the types that a graph gives its links. It lets pass a literal where a link
-belongs, what comes through a link of any type, and a linked number beyond its range.
+belongs, what comes through a link of any type, and a linked number beyond its range. Such a link
+also carries None, where a switch node has nothing to give.
 """
 
 import inspect
@@ -12,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..glm_core.errors import InputError, shown
 from .host.kinds import KINDS, Kind
@@ -26,7 +28,10 @@ WIDGETS = {
 
 
 class Node(io.ComfyNode):
-    """A node whose `execute` gets only values of the types and ranges in its schema."""
+    """A node whose `execute` gets only values of the types and ranges in its schema.
+
+    None at an optional input is as if nothing were connected: the default of `execute` applies.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,17 +58,27 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
     @wraps(execute)
     def checked(cls: type[Node], *args: Any, **kwargs: Any) -> io.NodeOutput:
-        values = signature.bind(cls, *args, **kwargs).arguments
-        values = {**values, **kwargs}  # of a node that takes any number of inputs, too
+        values = signature.bind_partial(cls, *args).arguments | kwargs
         schema = cls.SCHEMA or cls.define_schema()
         for given in schema.inputs:
-            value = values.get(given.id)
-            if given.id in values:
-                for one in value if schema.is_input_list and value is not None else [value]:
-                    require_input(given, one)
-        return execute(cls, *args, **kwargs)
+            if given.id not in values:
+                continue
+            value = values.pop(given.id)
+            entries = value if schema.is_input_list and value is not None else [value]
+            if given.optional and entries and all(entry is None for entry in entries):
+                continue
+            entries = [_or_default(given, entry) for entry in entries]
+            for entry in entries:
+                require_input(given, entry)
+            values[given.id] = entries if schema.is_input_list else entries[0]
+        return execute(**values)
 
     return checked
+
+
+def _or_default(given: io.Input, entry: Any) -> Any:
+    """An entry of a list. One that is None, at an optional widget, has the widget's default."""
+    return getattr(given, "default", None) if given.optional and entry is None else entry
 
 
 def require_input(given: io.Input, value: Any) -> None:
@@ -71,8 +86,8 @@ def require_input(given: io.Input, value: Any) -> None:
     Raises:
         GLMImageError: the value is not of the input's type, or beyond its range.
     """
-    if value is None and given.optional:
-        return
+    if value is None and given.optional and given.get_io_type() not in WIDGETS:
+        return  # an entry of a list without such a link
     kinds = [(WIDGETS | KINDS)[name] for name in given.get_io_type().split(",")]
     if not any(kind.fits(value) for kind in kinds):
         titles = " or ".join(kind.title for kind in kinds)
@@ -84,7 +99,9 @@ def require_input(given: io.Input, value: Any) -> None:
 
 
 def _described(value: Any) -> str:
-    """A literal as JSON writes it; anything else by its type."""
+    """A literal as JSON writes it; a tensor by its shape, anything else by its type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of the shape {list(value.shape)}"
     try:
         return shown(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError):

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..glm_core.errors import PromptError, shown
 from ..glm_core.glyph.reading import Match, match_texts, plain, score
 from ..glm_core.glyph.texts import texts_that_fit, texts_to_render
+from ..glm_core.vision.pixels import require_images
 from .host.ocr import TextInPicture, outlined, read_texts
 from .host.progress import check_interrupt, progress_bar
 from .messages import message
@@ -54,6 +55,7 @@ class ReadText(Node):
 
     @classmethod
     def execute(cls, images: Tensor, prompt: str = "", texts: str = "") -> io.NodeOutput:
+        require_images(images)
         wanted = _wanted(prompt, texts)
         progress = progress_bar(len(images))
         scores, rows, pictures = [], [], []

@@ -31,12 +31,16 @@ def mask_to_grid(mask: Tensor, grid: Grid) -> Tensor:
         bool [rows, columns], on the CPU.
 
     Raises:
-        GLMImageError: there are several masks, or none.
+        GLMImageError: there are several masks, or none; a pixel is NaN or infinite.
     """
     masks = mask.shape[:-2].numel()
     if masks != 1:
         raise BatchError(f"There are {masks} masks in the batch: connect a single one.")
     pixels = mask.reshape(mask.shape[-2:]).to("cpu", torch.float64)
+    if not pixels.isfinite().all():
+        raise InputError(
+            "The mask holds pixels that are no numbers (NaN or infinite): check what made it."
+        )
     rows, columns = (_shares(n, cells) for n, cells in zip(pixels.shape, grid, strict=True))
     return rows @ pixels @ columns.T >= 0.5 - 1e-9  # rounding may leave an exact half below 0.5
 

@@ -106,6 +106,15 @@ def reference_size(height: int, width: int, config: ImageConfig) -> Size:
     return (short, long) if height <= width else (long, short)
 
 
+def require_images(images: Tensor) -> None:
+    """
+    Raises:
+        GLMImageError: a batch [B, ...] holds no image.
+    """
+    if not len(images):
+        raise ReferenceImageError("There is no image in the batch; connect at least one.")
+
+
 def opaque(image: Tensor) -> Tensor:
     """Pixels [..., 3 or 4] to float32 [..., 3] between 0 and 1, transparent parts over white.
 
@@ -114,12 +123,12 @@ def opaque(image: Tensor) -> Tensor:
     """
     if image.shape[-1] not in (3, 4):
         raise ReferenceImageError(
-            f"The reference image has {image.shape[-1]} channels: use an RGB or RGBA image."
+            f"The image has {image.shape[-1]} channels and not 3 or 4: use an RGB or RGBA image."
         )
     if not image.isfinite().all():
         raise ReferenceImageError(
-            "The reference image holds pixels that are no numbers (NaN or infinite): check what "
-            "made it, often a VAE decode in half precision."
+            "The image holds pixels that are no numbers (NaN or infinite): check what made it, "
+            "often a VAE decode in half precision."
         )
     image = image.float().clamp(0, 1)
     colour, alpha = image[..., :3], image[..., 3:]

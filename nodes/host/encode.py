@@ -7,12 +7,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...glm_core.data.grids import PIXELS_PER_TOKEN, Size, preview_grid, token_grid
+from ...glm_core.data.grids import (
+    PIXELS_PER_LATENT,
+    PIXELS_PER_TOKEN,
+    Size,
+    preview_grid,
+    token_grid,
+)
+from ...glm_core.data.layout import require_codebook
 from ...glm_core.data.references import Reference, References
 from ...glm_core.data.tokens import Layout, SemanticTokens
-from ...glm_core.errors import ReferenceImageError
+from ...glm_core.errors import ModelError
 from ...glm_core.placement import memory
-from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size
+from ...glm_core.vision.pixels import bring_to_size, opaque, reference_size, require_images
 from .ar_interface import AnyAR
 from .out_of_memory import require_room
 
@@ -28,14 +35,20 @@ def encode_references(
 
     Returns:
         the longer chain, and the (height, width) that the images were resized to
+
+    Raises:
+        GLMImageError: there is no image, or one that cannot be read; the chain is of another
+            codebook; the VAE makes latents of another shape than the decoder's.
     """
-    if not len(images):
-        raise ReferenceImageError("There is no image in the batch; connect at least one.")
+    require_images(images)
+    if chain is not None:
+        require_codebook("references before these", chain.codebook, ar.codebook)
     size = reference_size(*images.shape[1:3], ar.vision.image_config)
     _require_room(images, size, "use fewer images")
     images = opaque(images)
     images = bring_to_size(images, size)
     tokens, latents = ar.vision.encode(images), vae.encode(images)
+    _require_latents(latents, len(images), size)
     added = [
         Reference(tokens[i], latents[i : i + 1].float().cpu(), _thumbnail(images[i]), size)
         for i in range(len(images))
@@ -52,7 +65,11 @@ def encode_tokens(
 
     The images are cropped about their centre to the size's aspect. The preview is encoded from a
     small copy, one token a cell, because the model's own previews are small copies of their images.
+
+    Raises:
+        GLMImageError: there is no image, or one that cannot be read.
     """
+    require_images(images)
     grid = token_grid(height, width)
     preview = preview_grid(grid)
     _require_room(images, (height, width), "use a smaller size or fewer images")
@@ -75,6 +92,20 @@ def _require_room(images: Tensor, size: Size, helps: str) -> None:
     """
     needed = COPIES * memory.pixels(len(images), *size)
     require_room("Resizing the images", {images.device: needed}, helps)
+
+
+def _require_latents(latents: Tensor, images: int, size: Size) -> None:
+    """
+    Raises:
+        GLMImageError: the latents of images of a size are not [B, C, H / 8, W / 8].
+    """
+    rows, columns = (side // PIXELS_PER_LATENT for side in size)
+    found = list(latents.shape)
+    if len(found) != 4 or (found[0], *found[2:]) != (images, rows, columns):
+        raise ModelError(
+            f"The VAE made a latent of the shape {found} of {size[1]}x{size[0]} pixels, and the "
+            f"decoder takes [{images}, channels, {rows}, {columns}]; connect GLM-Image Load VAE."
+        )
 
 
 def _crop_to_aspect(images: Tensor, aspect: float) -> Tensor:

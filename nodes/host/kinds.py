@@ -36,7 +36,13 @@ def _is_vae(value: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and 0 not in value.shape[1:]
+    """[B, height, width, 3 or 4]; the batch may be empty."""
+    return (
+        isinstance(value, Tensor)
+        and value.ndim == 4
+        and 0 not in value.shape[1:]
+        and value.shape[-1] in (3, 4)
+    )
 
 
 def _is_mask(value: Any) -> bool:
@@ -79,7 +85,9 @@ KINDS = {
         is_glyph_encoder, "GLM-Image's glyph encoder", "connect GLM-Image Load Glyph Encoder"
     ),
     "VAE": Kind(_is_vae, "a VAE", "connect GLM-Image Load VAE"),
-    "IMAGE": Kind(_is_image, "an IMAGE", "connect a node that has one, such as Load Image"),
+    "IMAGE": Kind(
+        _is_image, "an RGB or RGBA IMAGE", "connect a node that has one, such as Load Image"
+    ),
     "MASK": Kind(_is_mask, "a MASK", "connect a node that has one, such as Load Image"),
     "LATENT": Kind(_is_latent, "a LATENT", "connect the latent of GLM-Image Apply Tokens"),
     "CONDITIONING": Kind(

@@ -117,9 +117,9 @@ def _grids(
     large = Grids(tokens.tokens, ~_forced(tokens))
     if references is not None:
         require_codebook("references", references.codebook, ar.codebook)
-        count = common_batch(
-            "images in tokens", len(large.cells), "reference sets", len(references.sets)
-        )
+        count, sets = len(large.cells), len(references.sets)
+        if count % sets:  # a multiple is what a sampler writes with batch_size
+            count = common_batch("images in tokens", count, "reference sets", sets)
         return {LARGE: _repeated(large, count)}, size
     if layout is None:
         raise InputError(

@@ -72,6 +72,16 @@ def test_a_batch_of_masks_is_refused():
         mask_to_grid(torch.zeros(2, 8, 8), (16, 16))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_mask_with_pixels_that_are_no_numbers_is_refused(value):
+    """Read as a product they would leave no cell of the whole mask."""
+    mask = torch.ones(1, 8, 8)
+    mask[0, 5, 5] = value
+    with pytest.raises(GLMImageError, match="The mask holds pixels that are no numbers"):
+        lock(layout(), "masked", mask=mask)
+    assert lock(layout(), "masked", mask=mask, cells="0:0").locked.sum() == 1
+
+
 def test_each_way_to_lock():
     plain, mask = layout(), half(100, 100)
     top = torch.arange(16)[:, None].expand(16, 16) < 8

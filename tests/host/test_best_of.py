@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
+from glm_image.glm_core.data.references import Reference, References
 from glm_image.glm_core.errors import GLMImageError
 from glm_image.nodes.host import ocr
 from helpers import sampled
@@ -134,6 +135,30 @@ def test_what_does_not_belong_together(run, score, sample) -> None:
         score(tokens=tokens, layout=three)
 
 
+def references(*seeds: int) -> References:
+    """A set of one reference for each seed."""
+
+    def one(seed: int) -> Reference:
+        tokens = torch.randint(64, (2, 2), generator=torch.Generator().manual_seed(seed)).int()
+        return Reference(tokens, torch.zeros(1, 16, 8, 8), torch.zeros(2, 2, 3), (64, 64))
+
+    return References(tuple((one(seed),) for seed in seeds), 64)
+
+
+def test_sets_of_references_score_what_they_were_written_with(score, sample) -> None:
+    """Sample i was written with set i modulo the sets, batch_size times each."""
+    tokens, _ = sample(2, references=references(1, 2))
+    assert len(tokens.tokens) == 4
+    scores = score(tokens=tokens, references=references(1, 2))[0]
+    for i, found in enumerate(scores):
+        own, other = (references(seed) for seed in ((1, 2) if i % 2 == 0 else (2, 1)))
+        alone = replace(tokens, tokens=tokens.tokens[i, None])
+        assert score(tokens=alone, references=own)[0] == pytest.approx([found], abs=1e-5)
+        assert score(tokens=alone, references=other)[0] != pytest.approx([found], abs=1e-5)
+    with pytest.raises(GLMImageError, match="4 images in tokens and 3 reference sets"):
+        score(tokens=tokens, references=references(1, 2, 3))
+
+
 def keep(nodes, scores, count=1, **connected):
     defaults = {"weight": [1.0], "weight_2": [1.0], "weight_3": [1.0], "count": [count]}
     node = nodes["GLMImageKeepBest"]
@@ -232,6 +257,11 @@ def test_texts_of_ones_own_go_before_the_prompts(run) -> None:
 def test_a_prompt_without_texts(run) -> None:
     with pytest.raises(GLMImageError, match="'a cat' has no text in quotes"):
         run("ReadText", written()[None], prompt="a cat")
+
+
+def test_a_batch_without_pictures_to_read(run) -> None:
+    with pytest.raises(GLMImageError, match="no image in the batch"):
+        run("ReadText", torch.zeros(0, 64, 64, 3), texts="OPEN")
 
 
 def test_without_the_ocr_packages_a_sentence_says_how_to_get_them(run, monkeypatch) -> None:

@@ -48,3 +48,11 @@ def test_a_batch_of_large_grids_is_shown_in_part():
     grid = grid_ui.grid(tokens)
     assert (grid["kind"], grid["count"], grid["total"]) == ("tokens", 32, 64)
     assert len(grid["colours"]) < 2**20
+
+
+def test_a_mask_that_cannot_be_used_marks_what_no_mask_does():
+    """A run that takes cells in its place goes on."""
+    for mask in (torch.zeros(2, 8, 8), torch.full((1, 8, 8), torch.nan), None):
+        for otherwise in (False, True):
+            marked = grid_ui.masked_cells(mask, (4, 6), otherwise)
+            assert torch.equal(marked, torch.full((4, 6), otherwise))

@@ -1,6 +1,7 @@
 """Values of another type at the nodes' inputs: one sentence each, at every node."""
 
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ WRONG = {
 }
 LITERALS = ["x", 5, 1.5, True, {"a": 1}, [1, 2, 3], torch.zeros(2), object()]
 TOKENS = SemanticTokens(torch.zeros(1, 2, 3, dtype=torch.int32), 64, 64, 96)
+LAYOUT = Layout(torch.zeros(1, 13, 19, dtype=torch.int32), torch.zeros(13, 19) > 0, 64, 64, 96)
+SHAPELESS = "image is a tensor of the shape [1, 0, 5, 3] and not an RGB or RGBA IMAGE; connect"
+ONE_CHANNEL = "images is a tensor of the shape [1, 4, 5, 1] and not an RGB or RGBA IMAGE; connect"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def test_every_node_checks_its_inputs(nodes) -> None:
 def test_every_input_refuses_values_of_other_types(require, inputs) -> None:
     for given in inputs:
         for value in WRONG.get(given.io_type, LITERALS):
-            if value is None and given.optional:
+            if value is None and given.optional and given.io_type not in WRONG:
                 continue
             if (
                 isinstance(value, float) and value != value and given.min is None
@@ -58,11 +62,56 @@ def test_every_input_refuses_values_of_other_types(require, inputs) -> None:
             assert sentence.endswith(". [GLM-INPUT]")
 
 
-def test_an_optional_input_may_be_empty(require, inputs) -> None:
-    optional = [given for given in inputs if given.optional]
+def test_a_list_may_leave_out_optional_links(require, inputs) -> None:
+    optional = [given for given in inputs if given.optional and given.io_type not in WRONG]
     assert len(optional) > 10
     for given in optional:
         require(given, None)
+
+
+@pytest.fixture
+def echo(nodes):
+    """What `execute` of a node with another's schema gets for its inputs."""
+    base = importlib.import_module("glm_image.nodes.node").Node
+
+    def echo(node: str, **values):
+        class Echo(base):
+            @classmethod
+            def define_schema(cls):
+                return nodes[f"GLMImage{node}"].define_schema()
+
+            @classmethod
+            def execute(cls, **inputs):
+                return inputs
+
+        return Echo.execute(**values)
+
+    return echo
+
+
+def test_none_at_an_optional_input_is_as_if_nothing_were_connected(nodes, echo) -> None:
+    """As switch nodes give it. Every optional input of `execute` has a default, then."""
+    for name, node in nodes.items():
+        schema = node.define_schema()
+        optional = [given.id for given in schema.inputs if given.optional]
+        for nothing in (None, [None, None]) if schema.is_input_list else (None,):
+            assert echo(name[8:], **dict.fromkeys(optional, nothing)) == {}
+        parameters = inspect.signature(node.execute).parameters
+        if inspect.Parameter.VAR_KEYWORD not in {one.kind for one in parameters.values()}:
+            assert all(parameters[one].default is not inspect.Parameter.empty for one in optional)
+    lock = nodes["GLMImageLockLayout"].EXECUTE_NORMALIZED
+    (locked,) = lock(layout=LAYOUT, lock="whole", batch_index=0, cells=None, images=None).result
+    assert locked.locked.all()
+
+
+def test_none_in_a_list_stands_for_the_default_of_its_entry(echo) -> None:
+    lists = {"cells": ["0:0", None], "rows": [None, 2], "layout": [None, LAYOUT]}
+    filled = {"cells": ["0:0", ""], "rows": [1, 2], "layout": [None, LAYOUT]}
+    assert echo("SampleTokens", **lists) == filled
+    with pytest.raises(GLMImageError, match=r"^scores_2 is null and not a number"):
+        echo("KeepBest", scores_2=[1.0, None])
+    with pytest.raises(GLMImageError, match=r"^prompt is null and not text"):
+        echo("SampleTokens", prompt=["a", None])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +124,9 @@ def test_an_optional_input_may_be_empty(require, inputs) -> None:
         ("LoadVAE", "model_name", 3, "model_name is 3 and not one of its names; choose one."),
         ("Decode", "latent", {"a": 1}, 'latent is {"a": 1} and not a LATENT; connect'),
         ("ApplyTokens", "positive", [[1, 2]], "positive is [[1, 2]] and not a CONDITIONING;"),
-        ("EncodeTokens", "image", torch.zeros(1, 0, 5, 3), "image is of the type Tensor and not"),
+        ("EncodeTokens", "image", torch.zeros(1, 0, 5, 3), SHAPELESS),
+        ("ReadText", "images", torch.zeros(1, 4, 5, 1), ONE_CHANNEL),
+        ("LockLayout", "images", torch.zeros(1, 4, 5, 1), ONE_CHANNEL),
         ("Scheduler", "steps", 10**9, "steps is 1000000000; use a value from 1 to "),
         ("Decode", "cfg", float("nan"), "cfg is nan; use a value from 1.0 to 100.0."),
         ("SampleTokens", "width", 2.5, "width is 2.5 and not a whole number; type one."),
@@ -95,6 +146,5 @@ def test_a_long_value_is_cut(nodes, require) -> None:
 
 
 def test_a_right_value_passes(nodes) -> None:
-    layout = Layout(torch.zeros(1, 13, 19, dtype=torch.int32), torch.zeros(13, 19) > 0, 64, 64, 96)
-    (tokens,) = nodes["GLMImageLayoutToTokens"].EXECUTE_NORMALIZED(layout=layout).result
-    assert torch.equal(tokens.tokens, layout.preview)
+    (tokens,) = nodes["GLMImageLayoutToTokens"].EXECUTE_NORMALIZED(layout=LAYOUT).result
+    assert torch.equal(tokens.tokens, LAYOUT.preview)

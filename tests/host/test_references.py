@@ -1,6 +1,7 @@
 """Image to image through the nodes' own code: parity, exactness, per-sample sets, refusals."""
 
 import gc
+import re
 import weakref
 from dataclasses import replace
 
@@ -388,10 +389,45 @@ def test_an_empty_chain_and_latents_of_another_vae_are_refused(nodes, run, image
         cached(nodes, run, References(((),), run.ar.config.codebook))
     with pytest.raises(GLMImageError, match="no image in the batch"):
         encode(run, [images[0][:0]])
+    with pytest.raises(GLMImageError, match="no image in the batch"):
+        nodes["GLMImageEncodeTokens"].execute(run.ar, images[0][:0], 64, 64)
     references = encode(run, images[:1])
     narrow = replace(references.sets[0][0], latent=references.sets[0][0].latent[:, :4])
     with pytest.raises(GLMImageError, match="4 channels and the decoder takes 16"):
         cached(nodes, run, replace(references, sets=((narrow,),)))
+
+
+def test_a_chain_of_two_models_is_refused(nodes, run, images) -> None:
+    """Their codes differ, and the larger codebook's ids are beyond the smaller one's table."""
+    chain = encode(run, images[:1])
+    wide = nodes["GLMImageLoadAR"].execute("wide", "default").result[0]
+    add = nodes["GLMImageEncodeReference"].execute
+    said = "codebook of the references before these is 64 and the AR model's 96"
+    with pytest.raises(GLMImageError, match=said):
+        add(wide, run.vae, images[1], "references", chain)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        (lambda latents: latents[:, :, None], [1, 16, 1, 64, 64]),
+        (lambda latents: latents[..., ::2, ::2], [1, 16, 32, 32]),
+    ],
+)
+def test_a_vae_whose_latents_have_another_shape_is_refused(
+    nodes, run, images, shape, found
+) -> None:
+    """Such as a video VAE's, which have frames."""
+
+    class OtherVAE:
+        decode = None
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            return shape(run.vae.encode(pixels))
+
+    said = rf"shape {re.escape(str(found))} of 512x512 pixels.* \[1, channels, 64, 64\]; connect"
+    with pytest.raises(GLMImageError, match=said):
+        nodes["GLMImageEncodeReference"].execute(run.ar, OtherVAE(), images[0], "references")
 
 
 def test_a_resident_cache_that_the_host_moved_away_is_fetched(nodes, run, images) -> None:
