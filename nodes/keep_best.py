@@ -67,7 +67,6 @@ class KeepBest(Node):
         lists = {name: values for name, values in given.items() if values}
         connected = {"tokens": tokens, "layout": layout, "images": images, "latent": latent}
         candidates = {name: values for name, values in connected.items() if values}
-        _require_numbers(lists)
         _require_equal_counts(lists, candidates)
         most = len(scores)
         if count[0] > most:
@@ -105,16 +104,6 @@ def _weight(name: str, values: list[float]) -> float:
     if not values:
         raise InputError(f"{name} is an empty list; connect a number, or nothing.")
     return values[0]
-
-
-def _require_numbers(lists: dict[str, list[float | None]]) -> None:
-    """An optional input may be None, and so may one of its scores."""
-    for name, values in lists.items():
-        if None in values:
-            place = values.index(None)
-            raise InputError(
-                f"{name} has no number for candidate {place}; connect one score for each candidate."
-            )
 
 
 def _require_equal_counts(lists: dict[str, list[float]], candidates: dict[str, list]) -> None:

@@ -117,7 +117,7 @@ def _grids(
     large = Grids(tokens.tokens, ~_forced(tokens))
     if references is not None:
         require_codebook("references", references.codebook, ar.codebook)
-        count, sets = len(large.cells), len(references.sets)
+        count, sets = len(large.cells), len(_sets(references, tokens))
         if count % sets:  # a multiple is what a sampler writes with batch_size
             count = common_batch("images in tokens", count, "reference sets", sets)
         return {LARGE: _repeated(large, count)}, size

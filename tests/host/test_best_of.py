@@ -145,7 +145,7 @@ def references(*seeds: int) -> References:
     return References(tuple((one(seed),) for seed in seeds), 64)
 
 
-def test_sets_of_references_score_what_they_were_written_with(score, sample) -> None:
+def test_sets_of_references_score_what_they_were_written_with(run, score, sample) -> None:
     """Sample i was written with set i modulo the sets, batch_size times each."""
     tokens, _ = sample(2, references=references(1, 2))
     assert len(tokens.tokens) == 4
@@ -155,6 +155,9 @@ def test_sets_of_references_score_what_they_were_written_with(score, sample) -> 
         alone = replace(tokens, tokens=tokens.tokens[i, None])
         assert score(tokens=alone, references=own)[0] == pytest.approx([found], abs=1e-5)
         assert score(tokens=alone, references=other)[0] != pytest.approx([found], abs=1e-5)
+    kept, _ = run("JoinTokens", indices="3,1", tokens_1=tokens)
+    found = score(tokens=kept, references=references(1, 2))[0]
+    assert found == pytest.approx([scores[3], scores[1]], abs=1e-5)
     with pytest.raises(GLMImageError, match="4 images in tokens and 3 reference sets"):
         score(tokens=tokens, references=references(1, 2, 3))
 
