@@ -141,16 +141,13 @@ def _kept(
 def written_to_text(written: Written, request: SampleRequest, codebook: int) -> str:
     """What came of a request as a token file, with how it was made, in base64."""
     size = {"codebook": codebook, "height": request.height, "width": request.width}
-    info = {"prompt": request.prompt, "seed": request.seed, **vars(request.options)}
-    if request.large is not None:
-        info["forced"] = format_cells(request.large.mask)
     layout = None
     if written.preview is not None:
         locked = request.preview.mask if request.preview else torch.zeros_like(written.preview) > 0
         layout = Layout(written.preview[None], locked, **size)
     if written.tokens is None:
-        return _layout_to_text(layout, info)
-    return _to_text(SemanticTokens(written.tokens[None], info=info, **size), layout)
+        return _layout_to_text(layout, request.note)
+    return _to_text(SemanticTokens(written.tokens[None], info=request.note, **size), layout)
 
 
 def written_from_text(text: str, request: SampleRequest, codebook: int) -> Written:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.cells import format_cells
 from ..data.grids import Grid, preview_grid, token_grid
 from ..data.tokens import Forced
 from ..errors import BatchError, InputError
@@ -68,6 +69,12 @@ class SampleRequest:
     def grid(self) -> Grid:
         """Of the tokens."""
         return token_grid(self.height, self.width)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """How its tokens are made, for `SemanticTokens.info`."""
+        forced = {} if self.large is None else {"forced": format_cells(self.large.mask)}
+        return {"prompt": self.prompt, "seed": self.seed, **vars(self.options), **forced}
 
     @property
     def forced(self) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...glm_core.ar.philox import batch_seeds
 from ...glm_core.ar.requests import SampleRequest, Written
 from ...glm_core.ar.step import SamplingOptions
-from ...glm_core.data.cells import format_cells
 from ...glm_core.data.layout import (
     cells_outside,
     common_batch,
@@ -75,7 +75,7 @@ def requests_of(
             prompt,
             height,
             width,
-            (seed + i) % 2**64,
+            own_seed,
             options,
             kind=kind,
             preview=_of_sample(preview, i),
@@ -83,7 +83,7 @@ def requests_of(
             references=tuple(image.tokens for image in sets[i % len(sets)]),
             lookahead=lookahead,
         )
-        for i in range(samples)
+        for i, own_seed in enumerate(batch_seeds(seed, samples))
     ]
 
 
@@ -95,11 +95,8 @@ def tokens_of(
 ) -> SemanticTokens:
     """The tokens of one node's samples, with a note of how they were made."""
     first = requests[0]
-    info = {"prompt": first.prompt, "seed": first.seed, **vars(first.options)}
-    if first.large is not None:
-        info["forced"] = format_cells(first.large.mask)
     tokens = torch.stack([one.tokens for one in written])
-    return SemanticTokens(tokens, codebook, first.height, first.width, info, palette)
+    return SemanticTokens(tokens, codebook, first.height, first.width, first.note, palette)
 
 
 def layout_of(
