@@ -16,7 +16,7 @@ from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import FileError, InputError, shown
 from .grid_ui import grids
 from .host.paths import spellings
-from .inputs import size_outputs, validate
+from .inputs import fingerprint, size_outputs, validate
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
@@ -106,11 +106,8 @@ class LoadTokens(Node):
         return file is None or validate(_find, file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        path = _find(file)
-        if path.stat().st_size > MAX_FILE_BYTES:  # `execute` refuses it
-            return str(path.stat().st_size)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def fingerprint_inputs(cls, file: str | None = None) -> str:
+        return fingerprint(_content_of, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -124,6 +121,18 @@ class LoadTokens(Node):
             _prompt(tokens.info),
             ui=grids(tokens),
         )
+
+
+def _content_of(name: str) -> str:
+    """A hash of a file's content.
+
+    Raises:
+        GLMImageError: as `_find`.
+    """
+    path = _find(name)
+    if path.stat().st_size > MAX_FILE_BYTES:  # `execute` refuses it
+        return str(path.stat().st_size)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _prompt(info: dict[str, Any]) -> str:

@@ -40,9 +40,11 @@ def find_painting(name: str) -> Path:
 
 
 def content_of(name: str) -> str:
-    """A fingerprint of a painted file's content; of no file, the empty string."""
-    if not name:
-        return ""
+    """A hash of a painted file's content.
+
+    Raises:
+        GLMImageError: as `find_painting`.
+    """
     digest = hashlib.sha256()
     with find_painting(name).open("rb") as file:
         while block := file.read(2**20):
