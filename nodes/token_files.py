@@ -15,7 +15,7 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import FileError, InputError, shown
 from .grid_ui import grids
-from .host.paths import spellings
+from .host.named_files import find_file, inside
 from .inputs import fingerprint, size_outputs, validate
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
@@ -166,7 +166,7 @@ def _require_prefix(prefix: str) -> None:
         GLMImageError: no file in the output folder can have such a name.
     """
     output = os.path.abspath(folder_paths.get_output_directory())
-    if not _inside(output, prefix):
+    if not inside(output, prefix):
         raise InputError(
             f"filename_prefix '{shown(prefix)}' leads out of the output folder; use a name or a "
             "path below it."
@@ -183,32 +183,16 @@ def _require_prefix(prefix: str) -> None:
         )
 
 
-def _inside(root: str, name: str) -> Path | None:
-    """The path of a name below a folder, None if it leads out of it.
-
-    It is not resolved, as links may lead out of the folder.
-    """
-    path = Path(os.path.abspath(os.path.join(root, name)))
-    return path if path.is_relative_to(root) else None
-
-
 def _find(name: str) -> Path:
     """The path of a file in the input folder, or in the output folder for `name [output]`.
 
     Raises:
         GLMImageError: the file lies outside these folders or does not exist.
     """
-    for spelling in spellings("file", name):
-        plain, folder = folder_paths.annotated_filepath(spelling)
-        root = os.path.abspath(folder or folder_paths.get_input_directory())
-        path = _inside(root, plain)
-        if path is None:
-            raise FileError(
-                f"'{shown(name)}' lies outside the {Path(root).name} folder; copy the file into it."
-            )
-        if os.path.isfile(path):
-            return path
-    raise FileError(
-        f"There is no token file '{shown(name)}'; put it into the input folder, "
-        "or write 'name [output]' for one in the output folder."
-    )
+    path = find_file("file", name, "copy the file into it")
+    if path is None:
+        raise FileError(
+            f"There is no token file '{shown(name)}'; put it into the input folder, "
+            "or write 'name [output]' for one in the output folder."
+        )
+    return path
