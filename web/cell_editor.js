@@ -298,8 +298,8 @@ export class CellEditor {
     const { rows, columns, count, total } = grid
     if (state.taken >= total) return texts.outside(state.taken, total)
     if (!state.fits) return texts.wrong(cells, rows, columns)
+    if (this.refused) return texts.least // alone, as a longer text would shrink the canvas
     const parts = [
-      ...(this.refused ? [texts.least] : []),
       ...this.kind.about(state),
       texts.size(rows, columns),
       texts.count(countOf(marks), marks.length),

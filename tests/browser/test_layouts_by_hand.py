@@ -192,7 +192,7 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
 
     # With no cell named all would be pasted, so one stays.
     unmark(page, pasting, (0, 0), (12, 18))
-    wait_for(page, "one cell stays")
+    wait_for(page, "One cell stays: with none named the mask counts, or all")
     assert pasting.values("row", "column", "cells") == (1, 10, "0:1-2; 2-5:3-6")
 
     # A second finger means the page; the first alone means cells.
