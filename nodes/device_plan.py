@@ -1,12 +1,16 @@
 """The Device Plan node: which device runs which stage of a checkpoint on this machine."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..glm_core.files.component import COMPONENTS
 from ..glm_core.files.weight_dtypes import WEIGHT_DTYPES
 from ..glm_core.placement.plan import AUTO, STRATEGIES
 from .host.devices import check_device, device_names
 from .host.plan import make_plan, plannable_names, require_plannable
 from .inputs import check_choices, require_choices, size_inputs, validate
+from .loaders import files_of
 from .node import Node
 from .types import CATEGORY, DevicePlan
 
@@ -120,6 +124,10 @@ class MakeDevicePlan(Node):
         return check_choices(
             ("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("strategy", strategy, STRATEGIES)
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return files_of(inputs, *COMPONENTS)
 
     @classmethod
     def execute(

@@ -59,6 +59,19 @@ def validate(require: Callable[..., object], *args: object) -> bool | str:
     return True
 
 
+def fingerprint(of: Callable[..., str], name: object, *others: object) -> str:
+    """For `fingerprint_inputs`: what `of` says of the files of a name and other values.
+
+    Empty where it has none, and where the name is linked (None), as hosts tell what links carry
+    only to `execute`. So a node with a linked name runs again for another name, but not for
+    another file of that name. An exception would have the host run it with every prompt.
+    """
+    try:
+        return "" if name is None else of(name, *others)
+    except GLMImageError:
+        return ""
+
+
 def check_choices(*inputs: tuple[str, str | None, Iterable[str]]) -> bool | str:
     """For `validate_inputs`: True, or the first sentence of `require_choices`.
 

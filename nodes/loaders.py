@@ -11,9 +11,9 @@ from .host.decoder import load_decoder
 from .host.devices import DevicePlan as Plan
 from .host.devices import Placement
 from .host.glyph import load_glyph_encoder
-from .host.paths import checkpoint_names, find_place, fingerprint, model_names
+from .host.paths import checkpoint_names, find_place, model_names, model_stamp
 from .host.vae import load_vae
-from .inputs import require_choices, validate
+from .inputs import fingerprint, require_choices, validate
 from .node import Node
 from .types import AR, CATEGORY, DevicePlan
 
@@ -53,9 +53,10 @@ def _check_model_name(component: str, model_name: str | None) -> bool | str:
     return model_name is None or validate(find_place, component, model_name)
 
 
-def _fingerprint(component: str, inputs: dict[str, Any]) -> str:
-    """The component's files: the nodes run again when one of them has changed."""
-    return fingerprint(component, inputs.get("model_name"), inputs.get("weight_dtype") or "default")
+def files_of(inputs: dict[str, Any], *components: str) -> str:
+    """For `fingerprint_inputs`: the nodes run again when a file of these components has changed."""
+    name, weight_dtype = inputs.get("model_name"), inputs.get("weight_dtype") or "default"
+    return "\n".join(fingerprint(model_stamp, name, one, weight_dtype) for one in components)
 
 
 class LoadAR(Node):
@@ -77,7 +78,7 @@ class LoadAR(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return _fingerprint("ar", inputs)
+        return files_of(inputs, "ar")
 
     @classmethod
     def execute(
@@ -106,7 +107,7 @@ class LoadDecoder(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return _fingerprint("decoder", inputs)
+        return files_of(inputs, "decoder")
 
     @classmethod
     def execute(
@@ -137,7 +138,7 @@ class LoadGlyphEncoder(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return _fingerprint("glyph", inputs)
+        return files_of(inputs, "glyph")
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
@@ -163,7 +164,7 @@ class LoadVAE(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return _fingerprint("vae", inputs)
+        return files_of(inputs, "vae")
 
     @classmethod
     def execute(cls, model_name: str, device_plan: Plan | None = None) -> io.NodeOutput:
@@ -204,7 +205,7 @@ class LoadCheckpoint(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return "\n".join(_fingerprint(component, inputs) for component in COMPONENTS)
+        return files_of(inputs, *COMPONENTS)
 
     @classmethod
     def execute(

@@ -11,8 +11,8 @@ from ..glm_core.errors import InputError, LoraError, shown
 from .host.ar_interface import AnyAR
 from .host.decoder import require_decoder
 from .host.lora import apply_lora
-from .host.paths import spellings
-from .inputs import validate
+from .host.paths import spellings, stamp
+from .inputs import fingerprint, validate
 from .node import Node
 from .types import AR, CATEGORY
 
@@ -67,6 +67,10 @@ class LoadLora(Node):
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
         return True if lora_name is None else validate(_find, lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
+        return fingerprint(lambda name: stamp(_find(name)), lora_name)
 
     @classmethod
     def execute(

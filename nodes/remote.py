@@ -12,7 +12,7 @@ from .host.constants import Values
 from .host.lists import entries_of
 from .host.remote_ar import connect, identity_of
 from .host.services import find_service, service_names
-from .inputs import validate
+from .inputs import fingerprint, validate
 from .join import PromptLines
 from .node import Node, require_input
 from .semantic import SampleLayout, SampleTokens, layout_requests, token_requests
@@ -48,7 +48,7 @@ class RemoteAR(Node):
     @classmethod
     def fingerprint_inputs(cls, service: str | None = None) -> str:
         """What the service has: its tokens are written again when it has another model."""
-        return identity_of(service)
+        return fingerprint(identity_of, service)
 
     @classmethod
     def execute(cls, service: str) -> io.NodeOutput:

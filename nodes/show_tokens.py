@@ -11,7 +11,7 @@ from ..glm_core.placement import memory
 from .host.ar_interface import AnyAR
 from .host.out_of_memory import require_room
 from .host.painted_mask import content_of, find_painting, painted_mask
-from .inputs import validate
+from .inputs import fingerprint, validate
 from .node import Node
 from .types import AR, CATEGORY, Layout, Tokens
 
@@ -73,7 +73,7 @@ class ShowTokens(Node):
 
     @classmethod
     def fingerprint_inputs(cls, image: str | None = None, **_: object) -> str:
-        return content_of(image or "")
+        return fingerprint(content_of, image)
 
     @classmethod
     def execute(

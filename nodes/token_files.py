@@ -15,8 +15,8 @@ from ..glm_core.data.tokens import Layout as LayoutData
 from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import FileError, InputError, shown
 from .grid_ui import grids
-from .host.paths import spellings
-from .inputs import size_outputs, validate
+from .host.named_files import find_file, inside
+from .inputs import fingerprint, size_outputs, validate
 from .node import Node
 from .types import CATEGORY, Layout, Tokens
 
@@ -106,11 +106,8 @@ class LoadTokens(Node):
         return file is None or validate(_find, file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        path = _find(file)
-        if path.stat().st_size > MAX_FILE_BYTES:  # `execute` refuses it
-            return str(path.stat().st_size)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    def fingerprint_inputs(cls, file: str | None = None) -> str:
+        return fingerprint(_content_of, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -124,6 +121,18 @@ class LoadTokens(Node):
             _prompt(tokens.info),
             ui=grids(tokens),
         )
+
+
+def _content_of(name: str) -> str:
+    """A hash of a file's content.
+
+    Raises:
+        GLMImageError: as `_find`.
+    """
+    path = _find(name)
+    if path.stat().st_size > MAX_FILE_BYTES:  # `execute` refuses it
+        return str(path.stat().st_size)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _prompt(info: dict[str, Any]) -> str:
@@ -157,7 +166,7 @@ def _require_prefix(prefix: str) -> None:
         GLMImageError: no file in the output folder can have such a name.
     """
     output = os.path.abspath(folder_paths.get_output_directory())
-    if not _inside(output, prefix):
+    if not inside(output, prefix):
         raise InputError(
             f"filename_prefix '{shown(prefix)}' leads out of the output folder; use a name or a "
             "path below it."
@@ -174,32 +183,16 @@ def _require_prefix(prefix: str) -> None:
         )
 
 
-def _inside(root: str, name: str) -> Path | None:
-    """The path of a name below a folder, None if it leads out of it.
-
-    It is not resolved, as links may lead out of the folder.
-    """
-    path = Path(os.path.abspath(os.path.join(root, name)))
-    return path if path.is_relative_to(root) else None
-
-
 def _find(name: str) -> Path:
     """The path of a file in the input folder, or in the output folder for `name [output]`.
 
     Raises:
         GLMImageError: the file lies outside these folders or does not exist.
     """
-    for spelling in spellings("file", name):
-        plain, folder = folder_paths.annotated_filepath(spelling)
-        root = os.path.abspath(folder or folder_paths.get_input_directory())
-        path = _inside(root, plain)
-        if path is None:
-            raise FileError(
-                f"'{shown(name)}' lies outside the {Path(root).name} folder; copy the file into it."
-            )
-        if os.path.isfile(path):
-            return path
-    raise FileError(
-        f"There is no token file '{shown(name)}'; put it into the input folder, "
-        "or write 'name [output]' for one in the output folder."
-    )
+    path = find_file("file", name, "copy the file into it")
+    if path is None:
+        raise FileError(
+            f"There is no token file '{shown(name)}'; put it into the input folder, "
+            "or write 'name [output]' for one in the output folder."
+        )
+    return path

@@ -10,7 +10,8 @@ const MOST_UNDO = 100
 /**
  * A pane is a part of the canvas: `isAt(state, x, y)`; `press(state, x, y, shift)`, which returns a
  * function from where the pointer goes to changes of inputs; `key(state, event)`, which returns
- * what the key does, if anything, and that may return changes; `draw(context, state)`.
+ * what the key does, if anything, and that may return changes; `draw(context, state)`. Changes are
+ * null where no input could say them.
  */
 export class CellEditor {
   /**
@@ -28,13 +29,14 @@ export class CellEditor {
     this.undoable = []
     this.drag = null // {pointer, at, changes} while a pointer is down
     this.stale = false // whether the cells drawn last were chosen on another grid
+    this.refused = false // whether hands asked last for what no input could say
     this.parts = buildParts(texts, {
       run,
       rectangle: () => this.choose("rectangle", this.value),
       brush: () => this.choose("brush", this.value),
       mark: () => this.choose(this.tool, 1),
       unmark: () => this.choose(this.tool, 0),
-      invert: () => this.write(this.others()),
+      invert: () => this.write(this.tried(this.others())),
       clear: () => this.write({ cells: "" }),
       undo: () => this.undo(),
       keep: () => this.keep(),
@@ -80,7 +82,7 @@ export class CellEditor {
   /**
    * All that is drawn and changed: what `kind.read` says of the node's inputs, with the changes of
    * the drag under way, and the marks that they make. `start(value)` are the marks with which a
-   * change begins that sets cells to a value.
+   * change begins that sets cells to a value; `naming(marks)` are the changes that name cells.
    */
   state() {
     const { grid, kind } = this
@@ -106,26 +108,36 @@ export class CellEditor {
       kept: countOf(marks) ? kind.kept(marks) : null,
       stale: !fixed && !this.drag && this.inputs.isStale(now.meant),
       start: (set) => (cells.trim() || !set ? marks : (now.start ?? none)),
+      naming: (chosen) =>
+        fixed || countOf(chosen)
+          ? { cells: formatCells(chosen, grid.rows, grid.columns) }
+          : now.nothing,
       pick: kind.pick,
     }
   }
 
   /** Marked and unmarked cells exchanged, of cells that are named. */
   others() {
-    const { cells, marks, grid } = this.state()
-    return cells.trim() ? { cells: formatCells(inverted(marks), grid.rows, grid.columns) } : {}
+    const { cells, marks, naming } = this.state()
+    return cells.trim() ? naming(inverted(marks)) : {}
+  }
+
+  /** The changes that hands ask for, and can have. */
+  tried(changes) {
+    this.refused = changes === null
+    return this.inputs.free(changes ?? {})
   }
 
   write(changes) {
-    const before = this.inputs.written()
-    if ("cells" in changes) this.stale = false
+    const before = this.inputs.valuesOf(Object.keys(changes))
+    if ("cells" in changes) this.stale = this.refused = false
     if (this.inputs.write(changes)) this.undoable.push(before)
     if (this.undoable.length > MOST_UNDO) this.undoable.shift()
     this.redraw()
   }
 
   undo() {
-    this.stale = false
+    this.stale = this.refused = false
     this.inputs.write(this.undoable.pop() ?? {})
     this.redraw()
   }
@@ -194,7 +206,7 @@ export class CellEditor {
   }
 
   dragTo(x, y) {
-    this.drag.changes = this.inputs.free(this.drag.at(x, y))
+    this.drag.changes = this.tried(this.drag.at(x, y))
     this.hover(x, y)
     this.redraw()
   }
@@ -233,9 +245,7 @@ export class CellEditor {
       this.ownKey(event) ?? this.panes.map((pane) => pane.key(state, event)).find(Boolean)
     if (!act) return
     event.preventDefault()
-    const changes = act()
-    if (changes) this.write(this.inputs.free(changes))
-    this.redraw()
+    this.write(this.tried(act()))
   }
 
   ownKey({ key }) {
@@ -288,6 +298,7 @@ export class CellEditor {
     const { rows, columns, count, total } = grid
     if (state.taken >= total) return texts.outside(state.taken, total)
     if (!state.fits) return texts.wrong(cells, rows, columns)
+    if (this.refused) return texts.least // alone, as a longer text would shrink the canvas
     const parts = [
       ...this.kind.about(state),
       texts.size(rows, columns),

@@ -1,5 +1,5 @@
 // The grid whose cells are marked in the editor: rectangles, a brush, and keys.
-import { formatCells, withLine, withRectangle } from "./cells.js"
+import { withLine, withRectangle } from "./cells.js"
 import { cellAt, isIn } from "./editor_places.js"
 import { borderOf, dimOthers, drawBorder, drawEdges, drawFrame, drawLabel, drawTile } from "./grids.js"
 
@@ -9,8 +9,6 @@ export const STEPS = {
   ArrowLeft: [0, -1],
   ArrowRight: [0, 1],
 }
-
-const named = (marks, { rows, columns }) => ({ cells: formatCells(marks, rows, columns) })
 
 export class CellsPane {
   pointer = "crosshair"
@@ -26,7 +24,7 @@ export class CellsPane {
     return isIn(places.large, x, y)
   }
 
-  press({ grid, places, tool, value, start }, x, y, shift) {
+  press({ grid, places, tool, value, start, naming }, x, y, shift) {
     const set = shift ? 0 : value
     const before = start(set)
     const from = cellAt(places.large, grid, x, y)
@@ -38,7 +36,7 @@ export class CellsPane {
           ? withLine(marks, grid.columns, last, cell, set)
           : withRectangle(before, grid.columns, from, cell, set)
       last = cell
-      return named(marks, grid)
+      return naming(marks)
     }
   }
 
@@ -68,9 +66,9 @@ export class CellsPane {
     this.cursor = this.hovered = next
   }
 
-  fill({ grid, start }, value) {
+  fill({ grid, start, naming }, value) {
     const from = this.anchor ?? this.cursor
-    return named(withRectangle(start(value), grid.columns, from, this.cursor, value), grid)
+    return naming(withRectangle(start(value), grid.columns, from, this.cursor, value))
   }
 
   draw(context, { grid, pictures, places, taken, marks, kept, stale, accent }) {

@@ -16,7 +16,6 @@ registerEditor({
   type: "GLMImageComposeLayouts",
   runs: false,
   inputs: ["row", "column", "cells"],
-  watched: [],
   gridOf,
   panes: (texts) => [new SheetPane(), new CellsPane(texts.source), new BasePane(texts.base)],
   pick: (index) => ({ looked: index }),
@@ -29,6 +28,7 @@ registerEditor({
       column: column ?? grid.column,
       shown: grid.given,
       by: grid.given.every(Boolean) ? "" : "mask",
+      nothing: null,
       meant: grid.hashes.join(" "),
     }
   },

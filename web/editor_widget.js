@@ -27,17 +27,17 @@ function runOnly(node) {
  *   type            the node's class
  *   runs            whether it can be run alone
  *   inputs          the names of the inputs that hands write, among them `cells`
- *   watched         the names of those that are read besides
  *   needs           an input without whose link there is no editor, if there is one
  *   gridOf(output)  the grid of a run whose cells are marked, or nothing
  *   panes(texts)    what stands on the canvas
  *   pick(index)     what changes if an index of the batch is taken
  *   kept(marks)     the cells that are bright, if some are marked
  *   about(state)    what the readout begins with
- *   read(values, grid)  {taken, shown, start, by, meant} and what its panes need besides: the index
- *                   taken, -1 for all; while `cells` is empty, the marks that count, those with
- *                   which marking begins, and the name of what sets them; a hash of the grids for
- *                   which cells are chosen
+ *   read(values, grid)  {taken, shown, start, by, nothing, meant} and what its panes need besides:
+ *                   the index taken, -1 for all; while `cells` is empty, the marks that count, those
+ *                   with which marking begins, and the name of what sets them; the changes after
+ *                   which no cell counts, null if no input can say that, as empty `cells` say
+ *                   nothing; a hash of the grids for which cells are chosen
  */
 export function registerEditor(kind) {
   const editors = new WeakMap() // {editor, fit} by node
@@ -57,7 +57,7 @@ export function registerEditor(kind) {
 const wanted = (node, grid) => wantedHeight(grid, node.size[0] - MARGINS)
 
 function addEditor(node, kind) {
-  const inputs = new NodeInputs(node, kind.inputs, kind.watched)
+  const inputs = new NodeInputs(node, kind.inputs)
   const editor = new CellEditor(kind, inputs, editorTexts(kind.type), () => runOnly(node))
   let needed = !kind.needs
   const height = () => {

@@ -8,8 +8,7 @@ import { SheetPane } from "./sheet_pane.js"
 registerEditor({
   type: "GLMImageLockLayout",
   runs: true,
-  inputs: ["batch_index", "cells"],
-  watched: ["lock"],
+  inputs: ["batch_index", "cells", "lock"],
   gridOf: ({ glm_grids: [layouts] }) => decodeEditable(layouts),
   panes: () => [new SheetPane(), new CellsPane()],
   pick: (index) => ({ batch_index: index }),
@@ -21,8 +20,9 @@ registerEditor({
     return {
       taken,
       shown: (lock && lockedBy(lock, grid.given, grid.rows, grid.columns)) ?? grid.marked,
-      start: grid.given,
+      start: lock === "none" ? null : grid.given,
       by: lock,
+      nothing: lock === undefined ? null : { cells: "", lock: "none" },
       meant: grid.hashes[taken] ?? grid.hashes.join(" "),
     }
   },

@@ -37,10 +37,15 @@ function listed(node, input) {
   return Array.isArray(values) ? values : options?.options
 }
 
+/** A name as the server compares it: a graph from Windows has backslashes. */
+const plain = name => String(name).replaceAll('\\', '/')
+
 function missingModels(graph) {
   const missing = new Set()
-  for (const [node, name] of loaders(graph))
-    if (name && listed(node, 'model_name')?.includes(name) === false) missing.add(name)
+  for (const [node, name] of loaders(graph)) {
+    const names = listed(node, 'model_name')?.map(plain)
+    if (name && names && !names.includes(plain(name))) missing.add(name)
+  }
   return [...missing]
 }
 

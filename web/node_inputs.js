@@ -29,20 +29,15 @@ function change(act) {
 }
 
 export class NodeInputs {
-  /** `names` are those that the editor writes, `watched` those that it reads besides. */
-  constructor(node, names, watched) {
-    Object.assign(this, { node, names, watched })
+  /** `names` are those that the editor reads and writes. */
+  constructor(node, names) {
+    Object.assign(this, { node, names })
     this.looked = 0 // the index of a batch that is looked at, where no input says it
   }
 
   /** The values by their names, and `looked`; undefined are those that other nodes compute. */
   values() {
-    return { looked: this.looked, ...this.valuesOf([...this.names, ...this.watched]) }
-  }
-
-  /** The values that an undo brings back. */
-  written() {
-    return this.valuesOf(this.names)
+    return { looked: this.looked, ...this.valuesOf(this.names) }
   }
 
   valuesOf(names) {
@@ -79,7 +74,7 @@ export class NodeInputs {
 
   /** Calls `changed()` after a value was changed on the node. */
   watch(changed) {
-    for (const name of [...this.names, ...this.watched]) {
+    for (const name of this.names) {
       const widget = this.node.widgets?.find((one) => one.name === name)
       if (!widget) continue
       const before = widget.callback

@@ -10,7 +10,6 @@ registerEditor({
   type: "GLMImageSampleTokens",
   runs: false,
   inputs: ["cells"],
-  watched: [],
   needs: "tokens",
   gridOf: ({ glm_given: [tokens] = [] }) => tokens && decodeEditable(tokens),
   panes: () => [new SheetPane(), new CellsPane()],
@@ -18,11 +17,13 @@ registerEditor({
   kept: inverted,
   about: ({ taken, grid, texts }) => (grid.total > 1 ? [texts.taken(taken, grid.total)] : []),
   read({ looked }, grid) {
+    const masked = countOf(grid.given) > 0
     return {
       taken: Math.min(looked, grid.count - 1),
       shown: grid.given,
       start: grid.given,
-      by: countOf(grid.given) ? "mask" : "",
+      by: masked ? "mask" : "",
+      nothing: masked ? null : { cells: "" },
       meant: grid.hashes.join(" "),
     }
   },

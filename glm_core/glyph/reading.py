@@ -4,8 +4,9 @@ The character error rate (CER) is the Levenshtein distance over the length of th
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 MAX_SPAN = 8
 """Texts that a reader may have cut one wanted text into."""
@@ -34,20 +35,17 @@ def match_texts(wanted: Sequence[str], read: Sequence[str]) -> list[Match]:
     Args:
         read: in reading order.
     """
-    remaining = {i: plain(text) for i, text in enumerate(wanted)}
+    texts = [plain(text) for text in wanted]
     pieces = [plain(text) for text in read]
     free = [True] * len(pieces)
-    found: dict[int, Match] = {}
-    while remaining:
-        best = _best(remaining, pieces, free)
-        if best is None:
-            break
-        i, span, distance = best
-        found[i] = Match(wanted[i], "".join(pieces[span.start : span.stop]), distance)
-        del remaining[i]
-        free[span.start : span.stop] = [False] * len(span)
-    missing = {i: Match(wanted[i], "", len(text)) for i, text in remaining.items()}
-    return [(found | missing)[i] for i in range(len(wanted))]
+    found = {i: Match(wanted[i], "", len(text)) for i, text in enumerate(texts)}
+    missing = set(found)
+    for _, start, stop, i, distance in sorted(_candidates(texts, pieces)):
+        if i in missing and all(free[start:stop]):
+            found[i] = Match(wanted[i], "".join(pieces[start:stop]), distance)
+            missing.remove(i)
+            free[start:stop] = [False] * (stop - start)
+    return list(found.values())
 
 
 def score(matches: Sequence[Match]) -> float:
@@ -56,28 +54,40 @@ def score(matches: Sequence[Match]) -> float:
     return max(0.0, 1 - sum(match.distance for match in matches) / length)
 
 
-def _best(
-    wanted: dict[int, str], pieces: list[str], free: list[bool]
-) -> tuple[int, range, int] | None:
-    """The wanted text and the free span of pieces with the lowest CER below 1, and the distance."""
-    best, lowest = None, 1.0
-    for start in range(len(pieces)):
-        for stop in range(start + 1, min(start + MAX_SPAN, len(pieces)) + 1):
-            if not free[stop - 1]:
-                break
-            text = "".join(pieces[start:stop])
-            for i, own in wanted.items():
-                distance = levenshtein(own, text)
-                if distance < lowest * len(own):
-                    best, lowest = (i, range(start, stop), distance), distance / len(own)
-    return best
+def _candidates(texts: list[str], pieces: list[str]) -> Iterator[tuple[float, int, int, int, int]]:
+    """Each span of pieces and text with a CER below 1: CER, start, stop, text, distance."""
+    for i, text in enumerate(texts):
+        for start in range(len(pieces)):
+            span = pieces[start : start + MAX_SPAN]
+            # A distance is at least the difference of lengths.
+            near = sum(length < 2 * len(text) for length in accumulate(map(len, span)))
+            for stop, distance in enumerate(distances(text, span[:near]), start + 1):
+                if distance < len(text):
+                    yield distance / len(text), start, stop, i, distance
 
 
-def levenshtein(a: str, b: str) -> int:
-    """The least number of characters to insert, delete or replace to make `b` of `a`."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        above, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (left != right))
-    return row[-1]
+def distances(text: str, pieces: Iterable[str]) -> Iterator[int]:
+    """Levenshtein distances of a text from the first piece, from the first two joined, and so on.
+
+    The table of distances has a row for each beginning of the text and a column for each of the
+    pieces. A column is numbers whose bit i says of row i + 1 whether it is one more or one less
+    than row i (Hyyrö, "A bit-vector algorithm for computing Levenshtein and Damerau edit
+    distances", 2003).
+    """
+    length, rows = len(text), (1 << len(text)) - 1
+    places: dict[str, int] = {}
+    for i, character in enumerate(text):
+        places[character] = places.get(character, 0) | 1 << i
+    more, less, distance = rows, 0, length
+    for piece in pieces:
+        for character in piece:
+            equal = places.get(character, 0)
+            diagonal = (((equal & more) + more) ^ more) | equal
+            # Rows that are one more, or one less, than in the column before; bit 0 is row 0.
+            grown = (less | rows & ~(diagonal | more)) << 1 | 1
+            shrunk = (more & diagonal) << 1
+            distance += (grown >> length & 1) - (shrunk >> length & 1)
+            same = equal | less
+            more = (shrunk | ~(same | grown)) & rows
+            less = grown & same & rows
+        yield distance

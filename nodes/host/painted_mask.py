@@ -4,10 +4,8 @@ The editor puts the file's name into a node's widget `image`, as `folder/name.pn
 """
 
 import hashlib
-import os
 from pathlib import Path
 
-import folder_paths
 import numpy as np
 import torch
 from PIL import Image
@@ -16,6 +14,7 @@ from torch import Tensor
 from ...glm_core.data.grids import Size
 from ...glm_core.errors import FileError, SizeError, shown
 from ...glm_core.foreign import wall
+from .named_files import find_file
 
 PAINT_AGAIN = "empty the input image and paint the mask again"
 
@@ -26,23 +25,18 @@ def find_painting(name: str) -> Path:
     Raises:
         GLMImageError: it lies outside that folder or does not exist.
     """
-    plain, folder = folder_paths.annotated_filepath(name)
-    root = os.path.abspath(folder or folder_paths.get_input_directory())
-    path = Path(os.path.abspath(os.path.join(root, plain)))
-    if not path.is_relative_to(root):
-        raise FileError(
-            f"image is '{shown(name)}', which lies outside the {Path(root).name} folder; "
-            f"{PAINT_AGAIN}."
-        )
-    if not os.path.isfile(path):  # False also for names that no file can have
+    path = find_file("image", name, PAINT_AGAIN)
+    if path is None:
         raise FileError(f"There is no painted mask '{shown(name)}'; {PAINT_AGAIN}.")
     return path
 
 
 def content_of(name: str) -> str:
-    """A fingerprint of a painted file's content; of no file, the empty string."""
-    if not name:
-        return ""
+    """A hash of a painted file's content.
+
+    Raises:
+        GLMImageError: as `find_painting`.
+    """
     digest = hashlib.sha256()
     with find_painting(name).open("rb") as file:
         while block := file.read(2**20):

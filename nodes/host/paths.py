@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...glm_core.convert import MODEL_FOLDERS
-from ...glm_core.errors import FileError, GLMImageError, InputError, first_few, shown
+from ...glm_core.errors import FileError, InputError, first_few, shown
 from ...glm_core.files.component import COMPONENTS
 from ...glm_core.files.listing import list_folder
 from ...glm_core.files.model_folder import components_in, find_component, places
@@ -103,20 +103,22 @@ def _tell(component: str, snapshot: Path, found: Path) -> None:
         )
 
 
-def fingerprint(component: str, name: str, weight_dtype: str = "default") -> str:
-    """Changes when a file changes that a loader would load. Empty where there is none."""
-    try:
-        path = find_model(component, name, weight_dtype)
-    except GLMImageError:
-        return ""
+def model_stamp(name: str, component: str, weight_dtype: str) -> str:
+    """Changes when a file changes that a loader would load.
+
+    Raises:
+        GLMImageError: as `find_model`.
+    """
+    path = find_model(component, name, weight_dtype)
     files = [path]
     if path.is_dir():
         parts = (COMPONENTS[component].folder, *COMPANIONS.get(component, ()))
         files = [file for part in parts for file in list_folder(path / part).files]
-    return " ".join(map(_stamp, files))
+    return " ".join(map(stamp, files))
 
 
-def _stamp(file: Path) -> str:
+def stamp(file: Path) -> str:
+    """Changes when the file does."""
     try:
         stat = file.stat()
     except OSError:  # a link to nowhere

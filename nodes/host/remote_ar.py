@@ -44,15 +44,15 @@ def connect(name: str) -> "RemoteAR":
     return RemoteAR(service, info)
 
 
-def identity_of(name: str | None) -> str:
+def identity_of(name: str) -> str:
     """What a node's outputs depend on: the service's model, or its last known one while it is away.
 
     Hosts keep this text with the prompt. The hash of address and key differs in every process.
+
+    Raises:
+        GLMImageError: there is no such service in the user's file.
     """
-    try:
-        service = find_service(name or "")
-    except GLMImageError:
-        return ""  # the node says what is wrong
+    service = find_service(name)
     with suppress(RetryError, GLMImageError, concurrent.futures.TimeoutError):
         KNOWN[service] = CLIENT.start(CLIENT.info(service)).result(ASK_SECONDS)
     identity = KNOWN[service].identity if service in KNOWN else ()

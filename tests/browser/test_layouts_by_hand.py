@@ -55,6 +55,12 @@ def set_prompt(page, title, text):
     set_value(page, "PrimitiveStringMultiline", "value", text, title)
 
 
+def unmark(page, editor: Editor, *drag) -> None:
+    page.browser_page.keyboard.down("Shift")
+    editor.drag(*drag)
+    page.browser_page.keyboard.up("Shift")
+
+
 def last_outputs(client: Client) -> dict[str, dict]:
     """The outputs of the newest run, by the type of their node."""
     (run,) = json.loads(client.get("/history?max_items=1")).values()
@@ -121,6 +127,16 @@ def test_run_click_drag_and_another_prompt(editor, page, address):
     page.browser_page.get_by_role("button", name="Drop them").click()
     wait_for(page, "by lock: whole")
     assert editor.values("cells") == ("",)
+
+    # Nobody who unlocks the last cell means the whole.
+    editor.center()
+    editor.drag((4, 5), (4, 5), 3)
+    assert editor.values("cells", "lock") == ("4:5", "whole")
+    unmark(page, editor, (4, 5), (4, 5), 3)
+    wait_for(page, "0 of 234 cells locked · by lock: none")
+    assert editor.values("cells", "lock") == ("", "none")
+    page.browser_page.get_by_role("button", name="Undo").click()
+    assert editor.values("cells", "lock") == ("4:5", "whole")
     assert page.errors == []
 
 
@@ -174,6 +190,11 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
         page.browser_page.keyboard.press(key)
     assert pasting.values("row", "column", "cells") == (1, 10, "0:1-2; 2-5:3-6")
 
+    # With no cell named all would be pasted, so one stays.
+    unmark(page, pasting, (0, 0), (12, 18))
+    wait_for(page, "One cell stays: with none named the mask counts, or all")
+    assert pasting.values("row", "column", "cells") == (1, 10, "0:1-2; 2-5:3-6")
+
     # A second finger means the page; the first alone means cells.
     redrawing.center(LOW)
     fingers = page.browser_page.context.new_cdp_session(page.browser_page)
@@ -202,6 +223,9 @@ def test_layouts_are_pasted_and_tokens_redrawn_with_mouse_finger_and_keys(page, 
     before, after = colours(given)[0], colours(written)[0]
     np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (after[:, 1] != before[:, 1]).any()
+    unmark(page, redrawing, (0, 0), (1, 2))
+    wait_for(page, "0 of 6 cells drawn anew")
+    assert redrawing.values("cells") == ("",)
     assert page.errors == []
 
 

@@ -173,6 +173,18 @@ def test_an_unknown_node_is_noticed(page):
 
 def test_a_missing_model_is_told_once(page):
     missing = graph("text_to_image")
+    page.browser_page.evaluate(
+        """type => {
+            const data = LiteGraph.registered_node_types[type].nodeData
+            const [values, options] = data.input.required.model_name
+            const names = Array.isArray(values) ? values : options.options
+            names.push('sub/Not-There.safetensors')
+        }""",
+        missing["nodes"][0]["type"],
+    )
+    missing["nodes"][0]["widgets_values"][0] = "sub\\Not-There.safetensors"  # as Windows saves it
+    page.open_file(json.dumps(missing), "windows.json")
+    assert not [message for message in page.messages() if "Not-There" in message]
     missing["nodes"][0]["widgets_values"][0] = "Not-There"
     for _ in range(2):
         page.open_file(json.dumps(missing), "missing.json")

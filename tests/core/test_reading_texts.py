@@ -1,7 +1,10 @@
 """What was read against what should be there."""
 
+import random
+import time
+
 import pytest
-from glm_image.glm_core.glyph.reading import levenshtein, match_texts, score
+from glm_image.glm_core.glyph.reading import distances, match_texts, score
 
 
 @pytest.mark.parametrize(
@@ -9,7 +12,22 @@ from glm_image.glm_core.glyph.reading import levenshtein, match_texts, score
     [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2), ("你好", "你们好", 1)],
 )
 def test_the_distance_counts_edits(a, b, distance) -> None:
-    assert levenshtein(a, b) == levenshtein(b, a) == distance
+    assert list(distances(a, [b])) == list(distances(b, [a])) == [distance]
+
+
+def edits(a: str, b: str) -> int:
+    """By the definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def test_distances_are_those_of_the_pieces_joined() -> None:
+    texts = random.Random(0)
+    for _ in range(30):
+        a, *pieces = ("".join(texts.choices("ab", k=texts.randrange(4))) for _ in range(3))
+        expected = [edits(a, pieces[0]), edits(a, "".join(pieces))]
+        assert list(distances(a, pieces)) == expected
 
 
 def of(wanted: list[str], read: list[str]) -> float:
@@ -44,3 +62,16 @@ def test_the_best_match_is_taken_first() -> None:
         ("CAT", "", 3),
         ("CAR", "CAR", 0),
     ]
+
+
+def test_a_page_full_of_text_takes_no_long_time() -> None:
+    texts = random.Random(0)
+    wanted, read = (
+        ["".join(texts.choices("abcdefghij", k=length)) for _ in range(count)]
+        for count, length in ((12, 60), (100, 30))
+    )
+    read[40:42] = wanted[3][:30], wanted[3][30:]
+    start = time.perf_counter()
+    matches = match_texts(wanted, read)
+    assert time.perf_counter() - start < 10  # minutes if each round compares all again
+    assert matches[3].distance == 0

@@ -1,12 +1,17 @@
 """Values of another type at the nodes' inputs: one sentence each, at every node."""
 
+import asyncio
 import importlib
 import inspect
 
 import pytest
 import torch
+from comfy_execution.graph import DynamicPrompt
+from execution import IsChangedCache
 from glm_image.glm_core.data.tokens import Layout, SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
+
+import nodes as host
 
 WRONG = {
     "INT": ["x", None, {"a": 1}, 1.5, float("nan")],
@@ -46,6 +51,21 @@ def test_every_node_checks_its_inputs(nodes) -> None:
         values = {other.id: None for other in others} | {first.id: wrong}
         with pytest.raises(GLMImageError, match=rf"^{first.id} is of the type object and not "):
             node.EXECUTE_NORMALIZED(**values)
+
+
+def test_what_is_linked_neither_fails_nor_changes_before_the_node_runs(
+    nodes, monkeypatch, caplog
+) -> None:
+    """By the host's own code: an error there would run the node with every prompt."""
+    asked = {id for id, node in nodes.items() if "fingerprint_inputs" in vars(node)}
+    assert {"GLMImageLoadAR", "GLMImageLoadTokens", "GLMImageRemoteAR"} < asked
+    for id in asked:
+        monkeypatch.setitem(host.NODE_CLASS_MAPPINGS, id, nodes[id])
+        links = {given.id: ["2", 0] for given in nodes[id].define_schema().inputs}
+        prompt = DynamicPrompt({"1": {"class_type": id, "inputs": links}})
+        (found,) = asyncio.run(IsChangedCache("one", prompt, None).get("1"))
+        assert not found.strip(), id
+    assert not caplog.messages
 
 
 def test_every_input_refuses_values_of_other_types(require, inputs) -> None:

@@ -166,9 +166,10 @@ def test_nodes_run_again_once_a_file_has_changed(nodes, converted, snapshot, roo
 
     def seen() -> list[str]:
         inputs = {"model_name": "GLM", "weight_dtype": "default", "device_plan": None}
+        loaders = [f"Load{name}" for name in (*LOADERS.values(), "Checkpoint")]
         return [
-            nodes[f"GLMImageLoad{name}"].fingerprint_inputs(**inputs)
-            for name in (*LOADERS.values(), "Checkpoint")
+            nodes[f"GLMImage{name}"].fingerprint_inputs(**inputs)
+            for name in (*loaders, "DevicePlan")
         ]
 
     first = seen()
@@ -176,7 +177,7 @@ def test_nodes_run_again_once_a_file_has_changed(nodes, converted, snapshot, roo
     assert seen() == first
     os.link(converted["vae", "int8"], folder / "vae.safetensors")
     changed = [a != b for a, b in zip(first, seen(), strict=True)]
-    assert changed == [False, False, False, True, True]
+    assert changed == [False, False, False, True, True, True]
     os.unlink(folder / "scheduler" / "scheduler_config.json")  # a link, so the file is as it was
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     assert seen()[1] != first[1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from glm_image.glm_core.data.tokens import SemanticTokens
 from glm_image.glm_core.errors import GLMImageError
+from PIL import Image
 
 TOKENS = SemanticTokens(torch.zeros(1, 2, 3, dtype=torch.int32), 64, 64, 96, {"prompt": "\ud83d"})
 
@@ -52,6 +53,17 @@ def test_a_backslash_is_a_slash(nodes) -> None:
         assert load.validate_inputs(file=spelling) is True
         tokens = load.EXECUTE_NORMALIZED(file=spelling).result[0]
         assert torch.equal(tokens.tokens, TOKENS.tokens)
+
+
+@pytest.mark.parametrize("name", ["clipspace/p.png [input]", "clipspace\\p.png [input]"])
+def test_a_painted_mask_is_found_by_either_slash(nodes, name) -> None:
+    file = Path(folder_paths.get_input_directory(), "clipspace", "p.png")
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGBA", (12, 8)).save(file)  # painted everywhere, as its alpha is 0
+    show = nodes["GLMImageShowTokens"]
+    assert show.validate_inputs(image=name) is True
+    _, mask = show.EXECUTE_NORMALIZED(tokens=TOKENS, cell_size=4, image=name).result
+    assert torch.equal(mask, torch.ones(1, 8, 12))
 
 
 @pytest.mark.parametrize("name", [5, 0.5, True, [1], {"a": 1}, "\ud83d", "a\0b", "", "x" * 10**5])

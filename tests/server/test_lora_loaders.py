@@ -1,5 +1,7 @@
 """LoRAs through the native loader and through ours."""
 
+import shutil
+
 import numpy as np
 import pytest
 from graphs import add, fresh, relink, the
@@ -64,3 +66,15 @@ def test_a_lora_of_the_ar_model_changes_the_tokens_alone(client, picture):
     assert (picture(prompt) != before).any()
     prompt[lora]["inputs"]["strength_ar"] = 0.0
     np.testing.assert_array_equal(picture(prompt), before)
+
+
+def test_a_file_that_was_trained_further_is_read_again(base, client, picture):
+    loras = base / "models" / "loras"
+    shutil.copy(loras / "native.safetensors", loras / "trained.safetensors")
+    prompt = fresh()
+    lora = _with_ours(prompt, "trained.safetensors")
+    before = picture(prompt)
+    assert lora in client.run(prompt).cached
+    shutil.copy(loras / "ar.safetensors", loras / "trained.safetensors")
+    assert lora in client.run(prompt).executed
+    assert (picture(prompt) != before).any()
