@@ -10,6 +10,7 @@ from ..glm_core.data.tokens import SemanticTokens
 from ..glm_core.errors import BatchError
 from ..glm_core.placement import memory
 from .host import conditioning as cond
+from .host.batches import ORIGIN
 from .host.out_of_memory import require_room
 from .host.reference_cache import HostReferenceCache
 from .node import Node
@@ -80,7 +81,8 @@ class ApplyTokens(Node):
             reference_cache.require_fits(tokens)
         chosen = _choose(len(tokens.tokens), batch_index)
         numbers = tuple(map(tokens.number, chosen))
-        tokens = replace(tokens, tokens=tokens.tokens[chosen], numbers=numbers)
+        own = tokens.tokens[chosen]
+        tokens = replace(tokens, tokens=own, numbers=numbers, origin=tokens.root)
         return io.NodeOutput(
             cond.with_tokens(positive, tokens, reference_cache),
             cond.without_prior(negative, tokens),
@@ -102,4 +104,5 @@ def _empty_latent(tokens: SemanticTokens) -> dict:
     needed = memory.latents(batch, LATENT_CHANNELS, (rows, cols))
     require_room("The latent", {device: needed}, "apply the tokens one by one, with batch_index")
     samples = torch.zeros((batch, LATENT_CHANNELS, rows, cols), device=device)
-    return {"samples": samples, "batch_index": [tokens.number(i) for i in range(batch)]}
+    numbers = [tokens.number(i) for i in range(batch)]
+    return {"samples": samples, "batch_index": numbers, ORIGIN: tokens.root}

@@ -161,7 +161,7 @@ def compose(
     new = source.ids[:, source_rows, source_columns]
     ids[:, rows, columns] = torch.where(chosen, new, ids[:, rows, columns])
     if isinstance(base, SemanticTokens):
-        return replace(base, tokens=ids, info={}, numbers=None)
+        return replace(base, tokens=ids, info={}, numbers=None, origin=None)
     locked = base.locked.clone()
     locked[rows, columns] |= chosen & source.locked[source_rows, source_columns]
     return replace(base, preview=ids, locked=locked)

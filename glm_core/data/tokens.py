@@ -25,6 +25,7 @@ class SemanticTokens:
     palette: float32 [codebook, 3], 0 to 1: the model's colours, where the model is known.
     numbers: of each image in the batch that it was taken out of, all different; None counts from 0.
         An image keeps its noise, its latent and its references by it.
+    origin: the `root` of that batch; None if this is one.
     """
 
     tokens: Tensor
@@ -34,10 +35,16 @@ class SemanticTokens:
     info: dict[str, Any] = field(default_factory=dict)
     palette: Tensor | None = field(default=None, repr=False)
     numbers: tuple[int, ...] | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         grid = token_grid(self.height, self.width)
         _check("tokens", self.tokens, grid, self.codebook, self.height, self.width)
+
+    @property
+    def root(self) -> str:
+        """Names the batch that `numbers` count in, by its content."""
+        return self.origin or " ".join(content_hashes(self.tokens, self.codebook))
 
     def number(self, i: int) -> int:
         """Of image i, by `numbers`."""

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from ...glm_core.errors import BatchError
 
+ORIGIN = "glm_origin"
+"""In a LATENT: the root of the tokens that it was made for. ComfyUI's nodes hand it on."""
+SEVERAL = "several"
+"""The origin of latents of several batches."""
 MAX_DRAWS = 64
 """Rows of noise that `drawn_numbers` draws, each as large as a latent, besides one a latent."""
 
 
 def pictures_of(
-    own: Sequence[int], latents: int, numbers: list[int] | None, known: bool
+    own: Sequence[int], latents: int, numbers: list[int] | None, known: bool, same: bool = False
 ) -> list[int]:
     """For each latent, the place of the image in the tokens that it is painted with.
 
@@ -24,6 +28,7 @@ def pictures_of(
         own: the numbers of the images that the tokens hold, all different.
         numbers: the latents' numbers, `batch_index` of a LATENT; None for unknown ones.
         known: whether `numbers` are of the LATENT, and may choose some of the images.
+        same: whether they are certain to count in the batch that `own` counts in.
 
     Raises:
         GLMImageError: the numbers are no choice, and the latents no whole repetition of the images.
@@ -31,15 +36,18 @@ def pictures_of(
     images = len(own)
     whole = latents % images == 0
     if numbers is not None and len(numbers) == latents:
+        places, low = {number: place for place, number in enumerate(own)}, min(own)
+        period = max(own) - low + 1  # of RepeatLatentBatch
+        found = [places.get(low + (number - low) % period, -1) for number in numbers]
         different = len(set(numbers)) == latents
         # A sampler's noise also counts from 0 for latents that have no numbers.
         telling = known or (whole and numbers != list(range(latents)))
         if different and telling and set(numbers) <= set(own):
-            return [list(own).index(number) for number in numbers]
-        pictures = [number % images for number in numbers]
-        counted = list(own) == list(range(images))
-        if counted and whole and (different or _equally_often(pictures, images)):
-            return pictures
+            return found
+        consecutive = numbers == list(range(numbers[0], numbers[0] + latents))
+        believed = same or (telling and consecutive) if different else _equally_often(found, images)
+        if whole and believed and -1 not in found:
+            return found
     if not whole:
         raise BatchError(
             f"The latent holds {latents} images, which is no multiple of the {images} that the "
@@ -48,6 +56,20 @@ def pictures_of(
         )
     # Numbers that occur twice are those of a fixed seed or of joined batches, and tell nothing.
     return [i % images for i in range(latents)]
+
+
+def pictures_of_latent(own: Sequence[int], root: str, latent: dict[str, Any]) -> list[int]:
+    """`pictures_of` a LATENT, whose numbers may count in another batch than the tokens'.
+
+    Args:
+        root: of the tokens, see `SemanticTokens`.
+    """
+    latents, numbers, origin = len(latent["samples"]), numbers_of(latent), latent.get(ORIGIN)
+    if origin is None:  # not from Apply Tokens: they count the images as they come
+        own = range(len(own))
+    elif origin != root and latents % len(own) == 0:
+        numbers = None
+    return pictures_of(own, latents, numbers, known=numbers is not None, same=origin == root)
 
 
 def numbers_of(latent: dict[str, Any]) -> list[int] | None:

@@ -10,7 +10,7 @@ from ...glm_core.data.grids import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, next_mul
 from ...glm_core.data.tokens import SemanticTokens
 from ...glm_core.decoder.model import DROPPED, DecoderConfig
 from ...glm_core.errors import SizeError, TokensError
-from .batches import drawn_numbers, pictures_of
+from .batches import drawn_numbers, pictures_of, pictures_of_latent
 from .glyph import EMPTY
 from .reference_cache import HostReferenceCache
 from .tiles import LATENTS_PER_TOKEN, PLACES, places_of, tokens_of_tile, with_places
@@ -22,9 +22,11 @@ SIZE = "glm_size"
 CODEBOOK = "glm_codebook"
 IMAGES = "glm_images"
 """The tokens' numbers in the batch that they were taken out of."""
+ROOT = "glm_root"
+"""Of that batch."""
 REFERENCES = "glm_references"
-NUMBERS = "glm_numbers"
-"""The LATENT's `batch_index`, where a node knows it."""
+PICTURES = "glm_pictures"
+"""For each latent, the place of the tokens that it is painted with, where a node has the LATENT."""
 REPLACED = (REFERENCES, "additional_models")  # entries that an earlier Apply Tokens left
 
 
@@ -55,6 +57,7 @@ def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Co
         SIZE: (tokens.height, tokens.width),
         CODEBOOK: tokens.codebook,
         IMAGES: [tokens.number(i) for i in range(len(ids))],
+        ROOT: tokens.root,
     }
     others = (
         (_text(states, values), {key: values[key] for key in values if key not in REPLACED})
@@ -75,11 +78,18 @@ def _text(states: Tensor, values: dict[str, Any]) -> Tensor:
     return states if states.any() else values[EMPTY]
 
 
-def with_numbers(conditioning: Conditioning, numbers: list[int] | None) -> Conditioning:
-    """The conditioning for latents of these numbers in their batch; None for unknown ones."""
-    if numbers is None:
-        return conditioning
-    return [[states, {**values, NUMBERS: list(numbers)}] for states, values in conditioning]
+def for_latent(conditioning: Conditioning, latent: dict[str, Any]) -> Conditioning:
+    """The conditioning for the images of a LATENT, which samplers are not given.
+
+    Raises:
+        GLMImageError: the latents are no whole repetition of the images that they are of.
+    """
+    return [
+        [states, {**values, PICTURES: pictures_of_latent(values[IMAGES], values[ROOT], latent)}]
+        if TOKENS in values
+        else [states, values]
+        for states, values in conditioning
+    ]
 
 
 def unless_zeroed(entry: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def _pictures(entry: dict[str, Any], tokens: Tensor, latents: int) -> list[int]:
     Samplers are not given the latent's `batch_index`. ComfyUI's noise has it: it is a row for each
     number, drawn from the seed one after the other.
     """
-    numbers, known = entry.get(NUMBERS), NUMBERS in entry
-    if not known and len(tokens) > 1:
-        numbers = drawn_numbers(entry["noise"], entry.get("seed"))
-    return pictures_of(entry[IMAGES], latents, numbers, known)
+    if PICTURES in entry:
+        return entry[PICTURES]
+    numbers = drawn_numbers(entry["noise"], entry.get("seed")) if len(tokens) > 1 else None
+    return pictures_of(entry[IMAGES], latents, numbers, known=False)

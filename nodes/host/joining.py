@@ -15,7 +15,7 @@ from torch import Tensor
 from ...glm_core.data.grids import PIXELS_PER_LATENT
 from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import BatchError
-from .batches import numbers_of
+from .batches import ORIGIN, SEVERAL, numbers_of
 
 Batches = Sequence[Any]
 Latent = dict[str, Any]
@@ -32,12 +32,15 @@ def join_tokens(batches: Sequence[SemanticTokens], indices: Sequence[int]) -> Se
     """
     chosen = _entries(batches, indices)
     _require_equal("tokens", [_of_codes(one) for one, _ in chosen])
+    roots = {id(one): one.root for one, _ in chosen}
     numbers = tuple(one.number(i) for one, i in chosen)
+    one_batch = len(set(roots.values())) == 1 and len(set(numbers)) == len(numbers)
     return replace(
         chosen[0][0],
         tokens=torch.cat([one.tokens[i, None] for one, i in chosen]),
         info=_joined_info([_info(one, i) for one, i in chosen]),
-        numbers=numbers if len(set(numbers)) == len(numbers) else None,
+        numbers=numbers if one_batch else None,
+        origin=roots[id(chosen[0][0])] if one_batch else None,
     )
 
 
@@ -81,6 +84,9 @@ def join_latents(batches: Sequence[Latent], indices: Sequence[int]) -> Latent:
     joined = {**chosen[0][0], "samples": torch.cat(samples)}
     joined.pop("noise_mask", None)
     joined["batch_index"] = [_noise_number(one, i) for one, i in chosen]
+    origins = {one.get(ORIGIN) for one, _ in chosen}
+    if len(origins) > 1:
+        joined[ORIGIN] = SEVERAL
     if any("noise_mask" in one for one, _ in chosen):
         joined["noise_mask"] = torch.cat([_noise_mask(one, i) for one, i in chosen])
     return joined

@@ -11,7 +11,7 @@ import latent_preview
 from torch import Tensor
 
 from ...glm_core.data.grids import PIXELS_PER_LATENT
-from .conditioning import with_numbers
+from .conditioning import for_latent
 from .decoder import GLMImageModel, require_decoder, require_size
 
 
@@ -58,8 +58,7 @@ def decode(
     """
     levels = sigmas(model, latent, steps, denoise)
     require_size(model, latent["samples"].shape)  # before there is noise of that size
-    numbers = latent.get("batch_index")
-    positive, negative = (with_numbers(given, numbers) for given in (positive, negative))
+    positive, negative = (for_latent(given, latent) for given in (positive, negative))
     if "model_sampling" not in model.object_patches:
         # ComfyUI reads shares of the steps from it; unshifted, they would be those of 1024 pixels.
         model = with_resolution_shift(model, latent)

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from ...glm_core.errors import BatchError
-from .batches import numbers_of, pictures_of
-from .conditioning import IMAGES, TOKENS, Conditioning, require_tokens
+from .batches import numbers_of, pictures_of_latent
+from .conditioning import IMAGES, ROOT, TOKENS, Conditioning, require_tokens
 
 MASK = "mask"
 """Of a conditioning: [H, W], or a row for each image."""
@@ -42,11 +42,9 @@ def split_conditioning(
             the images that they are of.
     """
     require_tokens(name, conditioning)
-    count, numbers = len(latent["samples"]), numbers_of(latent)
-    singles: list[Conditioning] = [[] for _ in range(count)]
+    singles: list[Conditioning] = [[] for _ in latent["samples"]]
     for states, values in conditioning:
-        pictures = pictures_of(values[IMAGES], count, numbers, known=numbers is not None)
-        for i, picture in enumerate(pictures):
+        for i, picture in enumerate(pictures_of_latent(values[IMAGES], values[ROOT], latent)):
             singles[i].append([_row(states, i), _values_of(values, i, picture)])
     return singles
 

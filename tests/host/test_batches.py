@@ -11,7 +11,7 @@ from comfy_extras.nodes_latent import LatentBatch, LatentBatchSeedBehavior
 from comfy_extras.nodes_rebatch import LatentRebatch
 from glm_image.glm_core.decoder.model import DROPPED
 from glm_image.glm_core.errors import GLMImageError
-from glm_image.nodes.host.batches import drawn_numbers, pictures_of
+from glm_image.nodes.host.batches import ORIGIN, drawn_numbers, pictures_of, pictures_of_latent
 from glm_image.nodes.host.encode import encode_references
 from helpers import relative_error, stages
 
@@ -170,13 +170,34 @@ def test_no_noise_has_no_numbers() -> None:
         ([4, 2], [4, 2], True, [0, 1]),  # the best two, and their latents
         ([4, 2], [4, 2], False, [0, 1]),
         ([4, 2], [2], True, [1]),
-        ([4, 2], [4, 2, 7, 5], True, [0, 1, 0, 1]),  # repeated
+        ([0, 1], [4, 2], False, [0, 1]),  # the best latents, tokens of a second pass
         ([1, 0], [0, 1], True, [1, 0]),
         ([1, 0], [0, 1], False, [0, 1]),  # noise of latents without numbers
     ],
 )
 def test_numbers_choose_tokens(own, numbers, known, pictures) -> None:
     assert pictures_of(own, len(numbers), numbers, known) == pictures
+
+
+@pytest.mark.parametrize(
+    ("own", "origin", "numbers", "pictures"),
+    [
+        ([4, 2], "R", [4, 2, 7, 5], [0, 1, 0, 1]),  # the best two, repeated
+        ([1, 0], "R", [0, 3], [1, 0]),  # a part of that: of 1, 0, 3, 2
+        ([1, 0], "R", [1, 1, 0, 0], [0, 0, 1, 1]),
+        ([0, 1], "other", [4, 2], [0, 1]),  # the best two with tokens of a second pass
+        ([0, 1], "other", [1, 4], [0, 1]),
+        ([0, 1], "other", [1, 0], [0, 1]),
+        ([0, 1], "other", [1], [1]),
+        ([1, 0], None, [1], [1]),  # encoded pictures of the best, and the second of them
+        ([4, 2], None, [1], [1]),
+        ([4, 2], None, None, [0, 1]),
+    ],
+)
+def test_latents_choose_tokens_by_the_batch_they_count_in(own, origin, numbers, pictures) -> None:
+    latent = {"samples": torch.zeros(len(pictures), 16, 2, 2), ORIGIN: origin}
+    latent |= {} if numbers is None else {"batch_index": numbers}
+    assert pictures_of_latent(own, "R", latent) == pictures
 
 
 def best_of_both(nodes, run):

@@ -46,7 +46,10 @@ def test_joined_images_keep_what_is_known_of_each(run) -> None:
     assert turned.info["seeds"] == [12, 10]
     again, _ = run("JoinTokens", indices="1", tokens_1=turned)
     assert (again.numbers, again.info["seed"]) == ((0,), 10)
-    assert joined.numbers is None  # both are number 0
+    assert joined.numbers is None  # of two batches
+    mixed, _ = run("JoinTokens", indices="1,2", tokens_1=tokens(0, 1), tokens_2=tokens(2, 3))
+    assert mixed.numbers is None
+    assert again.root == turned.root == tokens(0, 1, 2).root != mixed.root
 
 
 def test_indices_pick_in_their_order(run) -> None:
