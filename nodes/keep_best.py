@@ -67,6 +67,7 @@ class KeepBest(Node):
         lists = {name: values for name, values in given.items() if values}
         connected = {"tokens": tokens, "layout": layout, "images": images, "latent": latent}
         candidates = {name: values for name, values in connected.items() if values}
+        _require_whole(candidates)
         _require_equal_counts(lists, candidates)
         most = len(scores)
         if count[0] > most:
@@ -104,6 +105,15 @@ def _weight(name: str, values: list[float]) -> float:
     if not values:
         raise InputError(f"{name} is an empty list; connect a number, or nothing.")
     return values[0]
+
+
+def _require_whole(candidates: dict[str, list]) -> None:
+    """An optional input may be None, and so may an entry of its list."""
+    for name, values in candidates.items():
+        if any(value is None for value in values):
+            raise InputError(
+                f"{name} has an empty entry; connect one for each score, or nothing at all."
+            )
 
 
 def _require_equal_counts(lists: dict[str, list[float]], candidates: dict[str, list]) -> None:

@@ -101,7 +101,7 @@ class SampleTokens(Node):
         tokens, layouts = [], []
         for entry, asked, done in zip(entries, requests, written, strict=True):
             known = entry["ar"].codebook, entry["ar"].palette.colours
-            tokens.append(tokens_of(asked, done, *known))
+            tokens.append(tokens_of(asked, done, *known, entry.get("tokens")))
             # A blocker stands for its own entry alone: nodes after it run for the others.
             layouts.append(
                 ExecutionBlocker(NO_LAYOUT)

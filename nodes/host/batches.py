@@ -1,12 +1,15 @@
 """Which image of a batch of tokens each latent is: by the numbers that latents keep in a batch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...glm_core.data.tokens import SemanticTokens
 from ...glm_core.errors import BatchError
+
+T = TypeVar("T")
 
 ORIGIN = "glm_origin"
 """In a LATENT: the root of the tokens that it was made for. ComfyUI's nodes hand it on."""
@@ -70,6 +73,16 @@ def pictures_of_latent(own: Sequence[int], root: str, latent: dict[str, Any]) ->
     elif origin != root and latents % len(own) == 0:
         numbers = None
     return pictures_of(own, latents, numbers, known=numbers is not None, same=origin == root)
+
+
+def sets_of(sets: Sequence[T], tokens: SemanticTokens | None) -> Sequence[T]:
+    """The sets of references, or that of each image that was taken out of a batch.
+
+    Image i of a batch was made from set i modulo their number.
+    """
+    if tokens is None or tokens.numbers is None:
+        return sets
+    return [sets[number % len(sets)] for number in tokens.numbers]
 
 
 def numbers_of(latent: dict[str, Any]) -> list[int] | None:

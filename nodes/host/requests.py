@@ -22,6 +22,7 @@ from ...glm_core.data.layout import (
 from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Forced, Layout, SemanticTokens
 from ...glm_core.errors import InputError
+from .batches import sets_of
 
 
 def requests_of(
@@ -62,7 +63,7 @@ def requests_of(
         require_layout_fits(layout, codebook, height, width)
     if references is not None:
         require_codebook("references", references.codebook, codebook)
-    sets = [()] if references is None else references.sets
+    sets = [()] if references is None else sets_of(references.sets, tokens)
     name, count = ("layouts", 1) if layout is None else ("layouts", len(layout.preview))
     if references is not None:
         name, count = "reference sets", len(sets)
@@ -92,11 +93,19 @@ def tokens_of(
     written: Sequence[Written],
     codebook: int,
     palette: Tensor | None = None,
+    given: SemanticTokens | None = None,
 ) -> SemanticTokens:
-    """The tokens of one node's samples, with a note of how they were made."""
+    """The tokens of one node's samples, with a note of how they were made.
+
+    Args:
+        given: those of which a region was drawn anew. As many samples keep their numbers.
+    """
     first = requests[0]
+    size = codebook, first.height, first.width
     tokens = torch.stack([one.tokens for one in written])
-    return SemanticTokens(tokens, codebook, first.height, first.width, first.note, palette)
+    if given is None or len(given.tokens) != len(tokens):
+        return SemanticTokens(tokens, *size, first.note, palette)
+    return SemanticTokens(tokens, *size, first.note, palette, given.numbers, given.origin)
 
 
 def layout_of(

@@ -17,6 +17,7 @@ from ...glm_core.data.references import References
 from ...glm_core.data.tokens import Layout, SemanticTokens
 from ...glm_core.errors import InputError, quoted
 from .ar_interface import AnyAR
+from .batches import sets_of
 
 PREVIEW, LARGE = "preview", "tokens"
 PROMPT_MATCH, LIKELIHOOD = "prompt match", "likelihood"
@@ -137,8 +138,7 @@ def _preview(layout: Layout) -> Grids:
 
 def _sets(references: References, tokens: SemanticTokens) -> list[list[Tensor]]:
     """The references' tokens for each set, or for each image that was taken out of a batch."""
-    sets = [[one.tokens for one in images] for images in references.sets]
-    return sets if tokens.numbers is None else [sets[n % len(sets)] for n in tokens.numbers]
+    return [[one.tokens for one in images] for images in sets_of(references.sets, tokens)]
 
 
 def _forced(tokens: SemanticTokens) -> Tensor:

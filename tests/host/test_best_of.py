@@ -158,6 +158,11 @@ def test_sets_of_references_score_what_they_were_written_with(run, score, sample
     kept, _ = run("JoinTokens", indices="3,1", tokens_1=tokens)
     found = score(tokens=kept, references=references(1, 2))[0]
     assert found == pytest.approx([scores[3], scores[1]], abs=1e-5)
+    one, _ = run("JoinTokens", indices="3", tokens_1=tokens)
+    redrawn, _ = sample(1, references=references(1, 2), tokens=one, cells="0:0")
+    assert (len(redrawn.tokens), redrawn.numbers, redrawn.root) == (1, (3,), tokens.root)
+    wanted, _ = sample(1, references=references(2), tokens=one, cells="0:0")
+    assert torch.equal(redrawn.tokens, wanted.tokens)
     with pytest.raises(GLMImageError, match="4 images in tokens and 3 reference sets"):
         score(tokens=tokens, references=references(1, 2, 3))
 
