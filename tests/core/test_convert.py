@@ -123,6 +123,22 @@ def test_a_matrix_of_zeros_stays_zero(snapshot, tmp_path) -> None:
             assert not restored(target, key, value.shape).any()
 
 
+def test_a_file_that_was_cast_to_fp8_is_converted(snapshot, tmp_path) -> None:
+    source = open_component(convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet), "ar")
+    state = {
+        key: value.to(torch.float8_e4m3fn) if is_layer_matrix(key, value.ndim) else value
+        for key, value in source.state_dict().items()
+    }
+    file = tmp_path / "cast.safetensors"
+    save_file(state, file, read_header(source.path)[1])
+    target = open_component(convert(open_component(file, "ar"), "fp8", tmp_path, quiet), "ar")
+    assert target.quantised
+    for layer in target.quantised:
+        weight = state[f"{layer}.weight"].float()
+        found = restored(target, f"{layer}.weight", weight.shape)
+        assert (found - weight).norm() <= 0.04 * weight.norm()
+
+
 def test_a_converted_file_has_configs_and_provenance(snapshot, tmp_path) -> None:
     for name in COMPONENTS:
         source, target = converted(snapshot, name, "int8", tmp_path)
