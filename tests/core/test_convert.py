@@ -417,6 +417,17 @@ def test_the_command_writes_into_the_models_own_folder(snapshot, tmp_path, capsy
     assert not check_model(folder).problems  # what the command says may be deleted
 
 
+@pytest.mark.parametrize(("inside", "source"), [("", "."), ("vae", "..")])
+def test_files_have_the_models_name_also_inside_its_folder(
+    snapshot, tmp_path, monkeypatch, inside, source
+) -> None:
+    monkeypatch.chdir(snapshot / inside)
+    main([source, str(tmp_path), "--component", "vae", "--dtype", "bf16"])
+    (file,) = tmp_path.iterdir()
+    assert file.name == "GLM-Random_vae_bf16.safetensors"
+    assert json.loads(read_header(file)[1]["provenance"])["source"] == "GLM-Random"
+
+
 def test_the_command_does_not_write_a_complete_file_again(snapshot, tmp_path, capsys) -> None:
     run = [str(snapshot), str(tmp_path), "--component", "vae", "--dtype", "bf16"]
     main(run)
