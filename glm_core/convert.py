@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_folder(path: Path) -> Path:
-    """The main snapshot of a folder of a hub's cache; any other path as it is."""
+    """The main snapshot of a folder of a hub's cache; any other path in full.
+
+    Links stay, as a hub's cache links names to files that are named by their hash.
+    """
+    path = path.resolve() if path.name == ".." else path.absolute()
     return main_snapshot(path) if repository_of(path) == path else path
 
 
@@ -174,7 +178,7 @@ def _say_how_it_is_loaded(source: Path, out: Path, names: list[str]) -> None:
             find_component(out, name)
         except GLMImageError as error:
             _say(str(error))
-    if out == source and len(names) == len(COMPONENTS):
+    if out.absolute() == source and len(names) == len(COMPONENTS):
         folders = ", ".join(kind.folder for kind in COMPONENTS.values())
         _say(
             f"The loaders take these files under the model's own name. They carry all they need: "

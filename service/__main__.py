@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=_count, default=16, help="samples that are written together")
     parser.add_argument("--queue", type=_count, default=32, help="samples that may wait a replica")
-    parser.add_argument("--port", type=int, default=8790)
+    parser.add_argument("--port", type=_port, default=8790, help="the next one has the metrics")
     parser.add_argument("--address", help="of a Ray cluster to join; else Ray starts here")
     return parser
 
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 to 1024")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65534:
+        raise argparse.ArgumentTypeError(f"'{text}' is no port from 1 to 65534")
     return int(text)
 
 

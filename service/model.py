@@ -230,19 +230,20 @@ class ServedModel:
             )
 
     def _positions(self, most: int) -> int:
-        """For how many positions of `rows` samples there is memory beside the weights."""
+        """For how many positions of `rows` samples there is memory beside all weights."""
         config, free = self._network.config, _free_bytes(self.device)
+        tower = self._vision_bytes
         positions = most
         while positions >= LEAST_POSITIONS:
             cache = config.layers * memory.kv_cache(config, self.rows, positions, self.dtype)
-            need = cache + memory.ar(config, max(positions, MOST_READ), self.dtype)
+            need = tower + cache + memory.ar(config, max(positions, MOST_READ), self.dtype)
             if need <= free:
                 return positions
             positions //= 2
         raise LowMemoryError(
-            f"{self.rows} rows of {2 * positions} positions need {need / 2**30:.1f} GiB on "
-            f"{self.device} beside the weights, and {free / 2**30:.1f} GiB are free: start the "
-            "service with fewer rows."
+            f"{self.rows} rows of {2 * positions} positions and the vision tower need "
+            f"{need / 2**30:.1f} GiB on {self.device} beside the other weights, and "
+            f"{free / 2**30:.1f} GiB are free: start the service with fewer rows."
         )
 
     # ---- the vision tower ------------------------------------------------------------------------
@@ -250,6 +251,13 @@ class ServedModel:
     @property
     def _vision_dtype(self) -> torch.dtype:
         return _dtype(self.component, self.device, few_rows=False)
+
+    @property
+    def _vision_bytes(self) -> int:
+        """What the tower will take once it is loaded."""
+        weights = self.component.tensors.items()
+        shapes = [info.shape for key, info in weights if not key.startswith(OTHER_PREFIXES)]
+        return sum(shape.numel() for shape in shapes) * self._vision_dtype.itemsize
 
     @cached_property
     def _vision(self) -> VisionEncoder:

@@ -237,7 +237,15 @@ def score_from_json(data: Any, codebook: int) -> ScoreRequest:
             "The tokens were written after a preview, which their score needs; send a token file "
             "with a preview, or the references they were made from."
         )
-    return ScoreRequest(*prompts, None if values["kind"] == "layout" else tokens, layout)
+    if values["kind"] == "layout":
+        return ScoreRequest(*prompts, None, layout)
+    require_layout_fits(layout, codebook, tokens.height, tokens.width)
+    if len(layout.preview) != len(tokens.tokens):
+        raise BatchError(
+            f"The token file has tokens of {len(tokens.tokens)} images and previews of "
+            f"{len(layout.preview)}: send each image's tokens with its own preview."
+        )
+    return ScoreRequest(*prompts, tokens, layout)
 
 
 def _against(against: str | None, compare: bool) -> str | None:

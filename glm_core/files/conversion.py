@@ -195,7 +195,7 @@ def _scaled(key: str, info: TensorInfo) -> list[OutputTensor]:
     """fp8 numbers and their float32 scale. The largest number becomes the largest of fp8."""
 
     def scale() -> Tensor:
-        largest = max(chunk.abs().max().float() for chunk in _read(info))
+        largest = max(chunk.float().abs().max() for chunk in _read(info))
         # A matrix of zeros may have any scale but 0.
         return (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -56,6 +56,7 @@ def decode(
     SamplerCustomAdvanced with GLM-Image Scheduler gives the same. Only here is the latent's
     `batch_index` known for certain, so that a part of a batch gets its own tokens.
     """
+    require_decoder(model).notices.begin()  # as ComfyUI runs nothing where there are no levels
     levels = sigmas(model, latent, steps, denoise)
     require_size(model, latent["samples"].shape)  # before there is noise of that size
     positive, negative = (for_latent(given, latent) for given in (positive, negative))

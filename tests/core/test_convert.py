@@ -123,6 +123,22 @@ def test_a_matrix_of_zeros_stays_zero(snapshot, tmp_path) -> None:
             assert not restored(target, key, value.shape).any()
 
 
+def test_a_file_that_was_cast_to_fp8_is_converted(snapshot, tmp_path) -> None:
+    source = open_component(convert(open_component(snapshot, "ar"), "bf16", tmp_path, quiet), "ar")
+    state = {
+        key: value.to(torch.float8_e4m3fn) if is_layer_matrix(key, value.ndim) else value
+        for key, value in source.state_dict().items()
+    }
+    file = tmp_path / "cast.safetensors"
+    save_file(state, file, read_header(source.path)[1])
+    target = open_component(convert(open_component(file, "ar"), "fp8", tmp_path, quiet), "ar")
+    assert target.quantised
+    for layer in target.quantised:
+        weight = state[f"{layer}.weight"].float()
+        found = restored(target, f"{layer}.weight", weight.shape)
+        assert (found - weight).norm() <= 0.04 * weight.norm()
+
+
 def test_a_converted_file_has_configs_and_provenance(snapshot, tmp_path) -> None:
     for name in COMPONENTS:
         source, target = converted(snapshot, name, "int8", tmp_path)
@@ -399,6 +415,17 @@ def test_the_command_writes_into_the_models_own_folder(snapshot, tmp_path, capsy
     for kind in COMPONENTS.values():
         shutil.rmtree(folder / kind.folder)
     assert not check_model(folder).problems  # what the command says may be deleted
+
+
+@pytest.mark.parametrize(("inside", "source"), [("", "."), ("vae", "..")])
+def test_files_have_the_models_name_also_inside_its_folder(
+    snapshot, tmp_path, monkeypatch, inside, source
+) -> None:
+    monkeypatch.chdir(snapshot / inside)
+    main([source, str(tmp_path), "--component", "vae", "--dtype", "bf16"])
+    (file,) = tmp_path.iterdir()
+    assert file.name == "GLM-Random_vae_bf16.safetensors"
+    assert json.loads(read_header(file)[1]["provenance"])["source"] == "GLM-Random"
 
 
 def test_the_command_does_not_write_a_complete_file_again(snapshot, tmp_path, capsys) -> None:

@@ -168,6 +168,27 @@ def test_tokens_without_their_preview_are_not_scored() -> None:
         protocol.score_from_json(body, CODEBOOK)
 
 
+def test_tokens_are_scored_after_their_own_previews_only() -> None:
+    def body(tokens, layout):
+        data = protocol.token_file.to_bytes(tokens, layout)
+        return {"prompt": "a", "tokens": base64.b64encode(data).decode()}
+
+    def layout(preview, height, width):
+        locked = torch.zeros(preview.shape[1:], dtype=torch.bool)
+        return Layout(preview, locked, CODEBOOK, height, width)
+
+    two = SemanticTokens(ids(2, 3, 2), CODEBOOK, HEIGHT, WIDTH)
+    with pytest.raises(BatchError, match="tokens of 2 images and previews of 1"):
+        protocol.score_from_json(body(two, layout(ids(1, 19, 13), HEIGHT, WIDTH)), CODEBOOK)
+    # A layout that was saved alone: its tokens are those of an image of its preview.
+    preview = ids(2, 6, 39)
+    tokens = SemanticTokens(preview, CODEBOOK, 192, 1248)
+    alone = body(tokens, layout(preview, 32, 192))
+    with pytest.raises(SizeError, match="6x39"):
+        protocol.score_from_json(alone, CODEBOOK)
+    assert protocol.score_from_json(alone | {"kind": "layout"}, CODEBOOK).size == (32, 192)
+
+
 def test_scores_are_compared_unless_the_request_says_otherwise() -> None:
     body = {"prompt": "a", "tokens": token_file(), "references": [token_file()]}
     assert protocol.score_from_json(body, CODEBOOK).against == ""

@@ -92,6 +92,16 @@ def test_conditioning_that_is_not_read_is_said_once_a_run(
         assert sentence.endswith(".")
 
 
+def test_a_run_without_steps_does_not_repeat_what_the_last_one_said(nodes, run) -> None:
+    positive = node_helpers.conditioning_set_values(run.positive, {"guidance": 3.5})
+    execute = nodes["GLMImageDecode"].execute
+    said = execute(run.model, positive, run.negative, run.empty, 7, 2, 1.0, 1.0)
+    assert "does not read 'guidance'" in str(said.ui)
+    unchanged = execute(run.model, run.positive, run.negative, run.empty, 7, 2, 1.0, 0.0)
+    assert torch.equal(unchanged.result[0]["samples"], run.empty["samples"])
+    assert "guidance" not in str(unchanged.ui)
+
+
 def patched(node: type, model, *arguments):
     """The MODEL that a core node makes; hosts moved these nodes from one API to another."""
     run = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)

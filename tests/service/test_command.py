@@ -48,6 +48,7 @@ def test_a_quantised_file_is_left_out_if_there_is_a_snapshot(monkeypatch, tmp_pa
         (["--replicas", "3-1"], "counts down: write 1-3"),
         (["--replicas", "0"], "no number from 1 to 1024"),
         (["--rows", "many"], "no number from 1 to 1024"),
+        (["--port", "65535"], "no port from 1 to 65534"),
         (["--device", "tpu"], "none of cpu, gpu, gpu:1, gpu:0,2"),
     ],
 )

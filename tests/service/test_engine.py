@@ -12,6 +12,7 @@ from tape import Recorder
 from glm_core.ar.replay import ReplayRunner
 from glm_core.ar.requests import write_together
 from glm_core.data.tokens import Forced
+from glm_core.placement import memory
 from service.bounds import Bounds, RefusalError
 from service.engine import Engine, Failure, Progress, Result
 from service.model import ServedModel
@@ -291,6 +292,16 @@ def test_memory_decides_the_positions(monkeypatch) -> None:
     assert loaded(2**28) < Bounds().positions
     with pytest.raises(ValueError, match="start the service with fewer rows"):
         loaded(2**20)
+
+
+def test_the_vision_tower_has_its_memory_before_it_is_loaded(model, monkeypatch) -> None:
+    tower = sum(weight.nbytes for weight in model._vision.state_dict().values())
+    config, most = model._network.config, Bounds().positions
+    cache = config.layers * memory.kv_cache(config, ROWS, most, model.dtype)
+    free = tower + cache + memory.ar(config, most, model.dtype)
+    for lacking in (0, 1):
+        monkeypatch.setattr("service.model._free_bytes", lambda device, n=lacking: free - n)
+        assert model._positions(most) == most >> lacking
 
 
 @pytest.mark.parametrize(
