@@ -80,7 +80,7 @@ class ApplyTokens(Node):
         if reference_cache is not None:
             reference_cache.require_fits(tokens)
         chosen = _choose(len(tokens.tokens), batch_index)
-        numbers = tuple(map(tokens.number, chosen))
+        numbers = tuple(tokens.image_numbers[i] for i in chosen)
         own = tokens.tokens[chosen]
         tokens = replace(tokens, tokens=own, numbers=numbers, origin=tokens.root)
         return io.NodeOutput(
@@ -104,5 +104,4 @@ def _empty_latent(tokens: SemanticTokens) -> dict:
     needed = memory.latents(batch, LATENT_CHANNELS, (rows, cols))
     require_room("The latent", {device: needed}, "apply the tokens one by one, with batch_index")
     samples = torch.zeros((batch, LATENT_CHANNELS, rows, cols), device=device)
-    numbers = [tokens.number(i) for i in range(batch)]
-    return {"samples": samples, "batch_index": numbers, ORIGIN: tokens.root}
+    return {"samples": samples, "batch_index": list(tokens.image_numbers), ORIGIN: tokens.root}

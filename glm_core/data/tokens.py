@@ -46,9 +46,10 @@ class SemanticTokens:
         """Names the batch that `numbers` count in, by its content."""
         return self.origin or " ".join(content_hashes(self.tokens, self.codebook))
 
-    def number(self, i: int) -> int:
-        """Of image i, by `numbers`."""
-        return i if self.numbers is None else self.numbers[i]
+    @property
+    def image_numbers(self) -> tuple[int, ...]:
+        """`numbers`, also where they count from 0."""
+        return tuple(range(len(self.tokens))) if self.numbers is None else self.numbers
 
     @property
     def ids(self) -> Tensor:

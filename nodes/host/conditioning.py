@@ -56,7 +56,7 @@ def _with(conditioning: Conditioning, tokens: SemanticTokens, ids: Tensor) -> Co
         TOKENS: ids,
         SIZE: (tokens.height, tokens.width),
         CODEBOOK: tokens.codebook,
-        IMAGES: [tokens.number(i) for i in range(len(ids))],
+        IMAGES: list(tokens.image_numbers),
         ROOT: tokens.root,
     }
     others = (

@@ -33,7 +33,7 @@ def join_tokens(batches: Sequence[SemanticTokens], indices: Sequence[int]) -> Se
     chosen = _entries(batches, indices)
     _require_equal("tokens", [_of_codes(one) for one, _ in chosen])
     roots = {id(one): one.root for one, _ in chosen}
-    numbers = tuple(one.number(i) for one, i in chosen)
+    numbers = tuple(one.image_numbers[i] for one, i in chosen)
     one_batch = len(set(roots.values())) == 1 and len(set(numbers)) == len(numbers)
     return replace(
         chosen[0][0],

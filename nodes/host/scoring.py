@@ -79,7 +79,11 @@ def score_tokens(
     """
     other = _compared(against, measure)
     grids, size = _grids(ar, tokens, layout, references)
-    sets = [None] if references is None else _sets(references, tokens)
+    sets = (
+        [None]
+        if references is None
+        else [[one.tokens for one in images] for images in sets_of(references.sets, tokens)]
+    )
     cells = {kind: one.cells for kind, one in grids.items()}
     scored = ar.cell_scores(prompt, other, size, sets, cells)
     means = mean_of_cells(list(scored.values()), [one.drawn for one in grids.values()])
@@ -118,7 +122,7 @@ def _grids(
     large = Grids(tokens.tokens, ~_forced(tokens))
     if references is not None:
         require_codebook("references", references.codebook, ar.codebook)
-        count, sets = len(large.cells), len(_sets(references, tokens))
+        count, sets = len(large.cells), len(sets_of(references.sets, tokens))
         if count % sets:  # a multiple is what a sampler writes with batch_size
             count = common_batch("images in tokens", count, "reference sets", sets)
         return {LARGE: _repeated(large, count)}, size
@@ -134,11 +138,6 @@ def _grids(
 
 def _preview(layout: Layout) -> Grids:
     return Grids(layout.preview, ~layout.locked[None])
-
-
-def _sets(references: References, tokens: SemanticTokens) -> list[list[Tensor]]:
-    """The references' tokens for each set, or for each image that was taken out of a batch."""
-    return [[one.tokens for one in images] for images in sets_of(references.sets, tokens)]
 
 
 def _forced(tokens: SemanticTokens) -> Tensor:

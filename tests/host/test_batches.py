@@ -230,10 +230,15 @@ def test_the_best_latents_are_painted_with_their_own_tokens(nodes, run, sample) 
         assert relative_error(again[i : i + 1], alone) < 1e-5
 
 
+def cache_of(nodes, run, count: int, per_sample: bool):
+    """The reference cache of as many noisy pictures."""
+    images = torch.rand(count, 512, 512, 3, generator=torch.Generator().manual_seed(0))
+    chain, _ = encode_references(run.ar, run.vae, images, None, per_sample=per_sample)
+    return nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result[0]
+
+
 def test_images_taken_out_of_a_batch_keep_their_references(nodes, run) -> None:
-    images = torch.rand(2, 512, 512, 3, generator=torch.Generator().manual_seed(1))
-    chain, _ = encode_references(run.ar, run.vae, images, None, per_sample=True)
-    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    cache = cache_of(nodes, run, 2, per_sample=True)
     apply = nodes["GLMImageApplyTokens"].execute
     positive, negative, latent = apply(run.positive, run.tokens, -1, None, cache).result
     whole = by_decode(nodes, run, positive, negative, latent)
@@ -261,9 +266,7 @@ def test_a_zeroed_positive_is_the_negative_of_apply_tokens(nodes, run) -> None:
 
 
 def test_a_zeroed_positive_leaves_its_references(nodes, run) -> None:
-    image = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
-    chain, _ = encode_references(run.ar, run.vae, image, None, per_sample=False)
-    (cache,) = nodes["GLMImageReferenceCache"].execute(run.model, chain, "auto", "model").result
+    cache = cache_of(nodes, run, 1, per_sample=False)
     apply = nodes["GLMImageApplyTokens"].execute
     positive, negative, _ = apply(run.positive, run.tokens, -1, None, cache).result
     right = guided(nodes, run, positive, negative)
